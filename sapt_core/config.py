@@ -1,0 +1,301 @@
+"""One frozen ``ExperimentConfig``, read from YAML, changed by dotted ``key=value`` overrides.
+
+Every field is declared once, here; unknown keys, wrong types and impossible values are refused
+together, each with its dotted path. Stages read single sections, so a section's content, not the
+whole file, decides what is computed again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from yaml import YAMLError
+
+from sapt_core.errors import ConfigError
+
+MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+
+
+def _comma_list(value: Any) -> Any:
+    """``a,b,c`` from a command line is the list [a, b, c]."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+NameList = Annotated[tuple[str, ...], BeforeValidator(_comma_list)]
+
+
+class Section(BaseModel):
+    """A frozen group of fields that refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+
+class BenchmarkConfig(Section):
+    """Which tasks, in which order, and how a row becomes text and tokens."""
+
+    suite: Literal["superni", "long_sequence", "synthetic", "folder"] = Field(
+        description="superni and long_sequence know their orders, prompts and metrics; folder takes any "
+        "folders of the CL_Benchmark layout; synthetic generates its tasks."
+    )
+    data_dir: Path | None = Field(None, description="Folder that holds one folder a task. Not for synthetic.")
+    order: int | None = Field(None, ge=1, description="Numbered task order of the suite.")
+    tasks: NameList | None = Field(None, description="Task folders in the order to learn; wins over order.")
+    template: Literal["superni", "long_sequence"] | None = Field(None, description="Prompt; default: the suite's.")
+    metric: Literal["rouge_l", "exact_match"] | None = Field(None, description="Score; default: the suite's.")
+    max_source_tokens: int = Field(512, ge=8)
+    max_target_tokens: int = Field(50, ge=1)
+    train_rows: int | None = Field(None, ge=2, description="First so many train rows; default: all.")
+    test_rows: int | None = Field(None, ge=1, description="First so many test rows; default: all.")
+    dev_fraction: float = Field(0.1, gt=0, lt=1, description="Share of the train rows that is split off as dev.")
+    split_seed: int = Field(0, ge=0, description="Seed of the dev split; apart from `seed`, so that seeds share it.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> BenchmarkConfig:
+        if self.suite == "synthetic":
+            if self.data_dir is not None:
+                raise ValueError("synthetic tasks are generated: leave data_dir out")
+        elif self.data_dir is None:
+            raise ValueError(f"suite {self.suite} needs data_dir, the folder that holds one folder a task")
+        if self.suite == "folder" and not self.tasks:
+            raise ValueError("suite folder has no numbered orders: name its task folders in tasks")
+        if self.suite == "folder" and (self.template is None or self.metric is None):
+            raise ValueError("suite folder needs template (superni or long_sequence) and metric (rouge_l or exact_match)")
+        if self.tasks is not None:
+            twice = sorted({name for name in self.tasks if self.tasks.count(name) > 1})
+            if not self.tasks:
+                raise ValueError("tasks is empty: name at least one task folder")
+            if twice:
+                raise ValueError(f"tasks named twice: {', '.join(twice)}")
+        return self
+
+
+class BackboneConfig(Section):
+    """The frozen model: a folder or a hub id."""
+
+    path: str = Field(min_length=1, description="Folder with a Hugging Face model and tokenizer, or a hub id.")
+    revision: str | None = Field(None, description="Hub revision (commit); pin it, so that records stay valid.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: the checkpoint's own.")
+
+
+class LoRAConfig(Section):
+    """One LoRA block; words as in PEFT."""
+
+    type: Literal["lora"] = "lora"
+    r: int = Field(8, ge=1)
+    lora_alpha: float = Field(16, gt=0)
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: NameList = Field(("q", "v"), min_length=1, description="Last name parts of the linears to adapt.")
+
+
+class AttentionConfig(Section):
+    """Shared attention (SAPT section 3.2): which blocks, how much, for every input."""
+
+    bottleneck: int = Field(100, ge=1, description="Width d_p of the query projection.")
+    temperature: float = Field(1.0, gt=0, description="τ in units of √D; 1 is the paper's √D.")
+    silu: Literal["between", "after"] = Field("between", description="Paper: between the two linears; code: after.")
+    key_init: Literal["uniform", "task_mean"] = Field(
+        "uniform", description="Paper: U(-1, 1); task_mean: mean query of the task's own train inputs."
+    )
+    standardise: bool = Field(
+        False, description="Centre and scale pooled embeddings by the first task's statistics before the projection."
+    )
+    hold: float = Field(
+        0.0, ge=0, le=1, description="Share of a task's steps over which the new block's weight is let go from 1."
+    )
+    learning_rate: float | None = Field(None, gt=0, description="Router's own rate; default: train.learning_rate.")
+
+
+class ReflectionConfig(Section):
+    """Attentive reflection (ARM): KL between stored and present attention on pseudo-samples."""
+
+    weight: float = Field(0.5, ge=0, description="λ, the weight of the KL term.")
+    batch_size: int = Field(16, ge=1, description="Pseudo-samples of every old task in a step.")
+    target_split: Literal["train", "dev"] = Field("train", description="Rows whose mean attention is the target.")
+
+
+class GeneratorConfig(Section):
+    """Pseudo-sample generator: a LoRA on the raw backbone, one a task (papers.md 1.A)."""
+
+    pet: LoRAConfig = LoRAConfig(r=8, lora_alpha=32, lora_dropout=0.1)
+    learning_rate: float = Field(1e-3, gt=0)
+    batch_size: int = Field(16, ge=1)
+    micro_batch_size: int | None = Field(None, ge=1)
+    epochs: float | None = Field(None, gt=0, description="Passes over the train rows; give this or steps.")
+    steps: int | None = Field(5000, ge=1)
+    share: float = Field(0.02, gt=0, le=1, description="Kept pseudo-samples as a share of the train rows.")
+    min_samples: int = Field(1, ge=1)
+    max_attempts: int = Field(4, ge=1, description="Generations tried for each sample to keep.")
+    top_k: int = Field(20, ge=1)
+    repetition_penalty: float = Field(2.5, ge=1)
+    max_tokens: int = Field(512, ge=8, description="Longest text it learns and generates.")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> GeneratorConfig:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give either epochs or steps (null for the other)")
+        return self
+
+
+class MethodConfig(Section):
+    """How a sequence is learnt."""
+
+    name: Literal["sapt", "sequential"] = "sapt"
+
+
+class TrainConfig(Section):
+    """One task's training loop. Batches are counted over all workers."""
+
+    learning_rate: float = Field(3e-4, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    epochs: float = Field(10, gt=0)
+    batch_size: int = Field(32, ge=1, description="Rows in an optimizer step, over all workers.")
+    micro_batch_size: int | None = Field(None, ge=1, description="Rows in one forward of one worker; default: all.")
+    max_grad_norm: float | None = Field(1.0, gt=0)
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 autocast where the device computes in it natively."
+    )
+    gradient_checkpointing: bool = False
+    eval_every_epochs: int | None = Field(
+        None, ge=1, description="Score dev so often and keep the best weights; default: keep the last."
+    )
+    checkpoint_every_steps: int = Field(200, ge=1)
+
+
+class EvaluationConfig(Section):
+    """Greedy decoding of the test rows."""
+
+    batch_size: int = Field(32, ge=1)
+    num_beams: int = Field(1, ge=1)
+
+
+class ClusterConfig(Section):
+    """What Ray gives each stage."""
+
+    address: str | None = Field(None, description="Ray address; default: RAY_ADDRESS, else a local Ray.")
+    train_workers: int = Field(1, ge=1)
+    cpus_per_worker: float = Field(1, gt=0)
+    gpus_per_worker: float = Field(0, ge=0)
+    max_failures: int = Field(2, ge=0, description="Restarts of a training stage whose worker died.")
+
+
+class StoreConfig(Section):
+    """Where blobs and records live."""
+
+    uri: str = Field("runs/store", description="Folder, or s3://bucket/prefix.")
+    endpoint_url: str | None = Field(None, description="S3 endpoint; default: the AWS environment's.")
+
+    @field_validator("uri")
+    @classmethod
+    def _known_scheme(cls, uri: str) -> str:
+        scheme, separator, rest = uri.partition("://")
+        if separator and (scheme not in {"s3", "file"} or not rest):
+            raise ValueError("give a folder, file:///folder or s3://bucket/prefix")
+        return uri
+
+
+class TrackingConfig(Section):
+    """MLflow."""
+
+    uri: str = Field("sqlite:///runs/mlflow.db", description="Any MLflow tracking URI.")
+    experiment: str = Field("sapt", min_length=1)
+    model: str = Field("sapt", pattern=MODEL_NAME, description="Registered model that gets a version a task.")
+
+
+class ExperimentConfig(Section):
+    """A whole experiment. Relative paths count from the working directory."""
+
+    seed: int = Field(0, ge=0)
+    benchmark: BenchmarkConfig
+    backbone: BackboneConfig
+    pet: LoRAConfig = LoRAConfig()
+    attention: AttentionConfig = AttentionConfig()
+    reflection: ReflectionConfig = ReflectionConfig()
+    generator: GeneratorConfig = GeneratorConfig()
+    method: MethodConfig = MethodConfig()
+    train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    store: StoreConfig = StoreConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    def digest(self) -> str:
+        """sha256 of what decides the science: everything but where it runs and where it is kept."""
+        return canonical_hash(self.model_dump(mode="json", exclude={"cluster", "store", "tracking"}))
+
+
+def canonical_hash(value: Any) -> str:
+    """sha256 (hex) of a JSON value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """Read a YAML file, apply dotted ``key=value`` overrides and validate.
+
+    Raises:
+        ConfigError: with every fault and its dotted path.
+    """
+    path = Path(path)
+    malformed = [item for item in overrides if "=" not in item or item.startswith("=")]
+    if malformed:
+        raise ConfigError(
+            "Overrides have the form key=value, for example train.epochs=3:",
+            [f"{item!r}: give a dotted key, '=' and a value" for item in malformed],
+        )
+    try:
+        loaded = OmegaConf.load(path)
+        if not OmegaConf.is_dict(loaded):
+            raise ConfigError(f"{path} is not an experiment:", ["the file must hold a YAML mapping of sections"])
+        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
+        values = OmegaConf.to_container(merged, resolve=True)
+    except FileNotFoundError as error:
+        raise ConfigError("The config cannot be read:", [f"{path}: no such file; see pipelines/configs"]) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("The config cannot be read:", [f"{path}: {error}"]) from error
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path} with its overrides is not valid YAML:", [str(error)]) from error
+    try:
+        return ExperimentConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{path} with its overrides is not a valid experiment:", _faults(error)) from error
+
+
+def _faults(error: ValidationError) -> list[str]:
+    faults = []
+    for item in error.errors():
+        location = tuple(str(part) for part in item["loc"])
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            message = "no such field" + _nearest(location)
+        elif item["type"] not in {"missing", "value_error"}:
+            message += f" (given: {item['input']!r})"
+        faults.append(f"{'.'.join(location) or 'config'}: {message}")
+    return faults
+
+
+def _nearest(location: tuple[str, ...]) -> str:
+    """The known names beside an unknown one, nearest first."""
+    section: type[BaseModel] = ExperimentConfig
+    for part in location[:-1]:
+        annotation = section.model_fields[part].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return ""
+        section = annotation
+    names = list(section.model_fields)
+    close = get_close_matches(location[-1], names, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; known here: {', '.join(names)}"
