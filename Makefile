@@ -1,0 +1,39 @@
+# make env | test | run | lint | clean, from a clean checkout with Python 3.11+ and nothing else.
+# Another interpreter: make env PYTHON=python3.12
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+QUICKSTART := $(BIN)/python pipelines/continual.py --config pipelines/configs/quickstart.yaml
+
+.PHONY: env test run lint clean
+
+env: $(INSTALLED)
+
+# Rebuilt from nothing when a pin changes, so that no package of an older set stays behind.
+$(INSTALLED): pyproject.toml constraints.txt
+	@echo "env: installing the pinned packages into .venv (minutes, once)"
+	@$(PYTHON) -m venv --clear .venv
+	@$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+	@echo "env: ready"
+
+test: env
+	@$(BIN)/python -m pytest
+
+run: env
+	@echo "run: SAPT over the quickstart's tasks"
+	@$(QUICKSTART)
+	@echo "run: the same tasks with one LoRA trained on in sequence, for comparison"
+	@$(QUICKSTART) method.name=sequential
+
+lint: env
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@$(BIN)/deptry .
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find sapt_core cluster pipelines tests -name __pycache__ -type d -prune -exec rm -rf {} +
