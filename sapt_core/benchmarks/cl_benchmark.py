@@ -283,7 +283,9 @@ def _row(instance: Any) -> Example | str:
     text, output = instance.get("input"), instance.get("output")
     references = [output] if isinstance(output, str) else output
     problems = []
-    if not _is_text(text):
+    if isinstance(text, str) and not _is_text(text):
+        problems.append("input holds a lone surrogate, which is no character")
+    elif not _is_text(text):
         problems.append(f"input is {_kind(text)}, not text" if "input" in instance else "input is missing")
     elif not text.strip():
         problems.append("input is blank")
@@ -304,5 +306,5 @@ def _is_text(value: Any) -> TypeGuard[str]:
 
 
 def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a broken text (lone surrogate)", bool: "a truth value"}
+    names = {dict: "an object", list: "a list", str: "text", bool: "a truth value"}
     return "null" if value is None else names.get(type(value), "a number")

@@ -97,6 +97,10 @@ class PromptEncoder:
             encoded.append(self._fit(ids, query_start, input_start, max(input_start, input_end)))
         return encoded
 
+    def text(self, text: str) -> list[int]:
+        """Ids of a text that is no prompt of a task, with the special tokens that a prompt has."""
+        return [*self._prefix, *self._ids([text])[0], *self._suffix]
+
     def answers(self, texts: Sequence[str], max_target_tokens: int) -> list[tuple[list[int], bool]]:
         """For each answer its ids, at most ``max_target_tokens`` with the final EOS, and whether it was cut."""
         before = self._prefix if self.is_encoder_decoder else []
