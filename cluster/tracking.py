@@ -1,0 +1,354 @@
+"""MLflow runs: a task sequence is a parent run, a training stage one of its children.
+
+Everything goes through ``MlflowClient`` with an explicit URI: there is no active run, so stages may log
+from any process and in any order. Logging twice is harmless: a run is found again by its key, and a
+finished child is left as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Literal
+
+from sapt_core.config import TrackingConfig
+from sapt_core.errors import TrackingError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+RUN_KEY = "sapt.run_key"
+STAGE_KEY = "sapt.stage_key"
+MODEL = "sapt.model"
+PARENT = "mlflow.parentRunId"
+
+# Limits of MLflow 3 (mlflow.utils.validation).
+_METRICS_PER_BATCH = 1000
+_PARAMS_PER_BATCH = 100
+_MAX_KEY = 250
+_MAX_PARAM = 6000
+_MAX_TAG = 8000
+
+_SERVER_ONLY = ("postgresql", "mysql", "mssql")
+_CREDENTIALS = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+# Before a run an unreachable server is told of in seconds; during one MLflow's own patience is right.
+_IMPATIENT = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "0",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER": "0",
+}
+
+
+def redacted(text: str) -> str:
+    """``text`` without the user names, passwords and tokens of the URIs in it."""
+    text = re.sub(r"(?<=://)[^/\s]*@", "***@", text)
+    return re.sub(r"(?i)([?&](?:password|passwd|token|secret)=)[^&\s]+", r"\1***", text)
+
+
+def resolved(config: TrackingConfig) -> TrackingConfig:
+    """The config with a URI that means the same in every working directory.
+
+    Ray changes the working directory of its workers, so the driver calls this before it hands the config on.
+
+    Raises:
+        TrackingError: the URI is of a kind that cannot be used.
+    """
+    scheme, separator, rest = config.uri.partition("://")
+    if not separator or scheme == "file":
+        raise TrackingError(
+            f"tracking.uri is {config.uri}: MLflow 3 keeps no runs in plain folders. "
+            "Give sqlite:///FOLDER/mlflow.db, or the http(s) address of an MLflow server."
+        )
+    if scheme.partition("+")[0] in _SERVER_ONLY:
+        raise TrackingError(
+            f"tracking.uri is {redacted(config.uri)}: a shared database needs a server in front of it, which also "
+            "keeps the artifacts. Start `mlflow server --backend-store-uri ... --artifacts-destination ...` "
+            "and give its http(s) address."
+        )
+    if scheme != "sqlite":
+        return config
+    path = rest.removeprefix("/")
+    if path == rest or not path or path.startswith(":"):
+        raise TrackingError(f"tracking.uri is {config.uri}: give a file, as in sqlite:///FOLDER/mlflow.db.")
+    return config.model_copy(update={"uri": f"sqlite:///{Path(path).absolute()}"})
+
+
+def check(config: TrackingConfig) -> TrackingConfig:
+    """Reach MLflow before anything is started, and make the experiment.
+
+    A new sqlite file gets its tables here (some seconds), before several processes could race for it.
+
+    Returns:
+        The ``resolved`` config.
+
+    Raises:
+        TrackingError: MLflow cannot be reached within seconds, refuses the credentials or a write, or has
+            no model registry.
+    """
+    config = resolved(config)
+    with reported(config.uri):
+        if (folder := _sqlite_folder(config.uri)) is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        with _environment(_IMPATIENT):
+            client = client_of(config.uri)
+            # A write, because a user may be let in to read only. It also says whose runs these are.
+            client.set_experiment_tag(experiment_of(config), MODEL, config.model)
+            client.search_registered_models(max_results=1)
+    return config
+
+
+@lru_cache(maxsize=8)
+def client_of(uri: str) -> MlflowClient:
+    """The client of a ``resolved`` URI; its registry is the same server or file."""
+    # Usage reports to a third party are not ours to send, and the links it prints would show a URI's password.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # files here are small
+    from mlflow import MlflowClient  # noqa: PLC0415
+
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # "Creating initial MLflow tables..."
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+@contextmanager
+def reported(uri: str) -> Iterator[None]:
+    """Turn what MLflow, its database or its transport raise into one ``TrackingError`` without secrets."""
+    from mlflow.exceptions import MlflowException  # noqa: PLC0415
+    from requests import RequestException  # noqa: PLC0415
+    from sqlalchemy.exc import SQLAlchemyError  # noqa: PLC0415
+
+    try:
+        yield
+    except (MlflowException, RequestException, SQLAlchemyError, OSError) as error:
+        where = f"MLflow at {redacted(uri)}"
+        said = redacted(" ".join(str(error).split("\n[SQL")[0].split()))
+        code = getattr(error, "error_code", None)
+        if code == "UNAUTHENTICATED":
+            message = f"{where} refuses the credentials: set {_CREDENTIALS}. It said: {said}"
+        elif code == "PERMISSION_DENIED":
+            message = f"{where} forbids this: check the user's rights ({_CREDENTIALS}). It said: {said}"
+        elif "failed with exception" in said:
+            message = f"{where} cannot be reached: is the server running, and is tracking.uri right? {said}"
+        else:
+            message = f"{where} cannot be used: {said}"
+        # The cause would print the URI as it was given.
+        raise TrackingError(message) from None
+
+
+def experiment_of(config: TrackingConfig) -> str:
+    """Id of the experiment, made if it is missing.
+
+    A server decides where artifacts lie; for a sqlite file it is the folder ``mlartifacts`` beside it.
+    """
+    from mlflow.exceptions import MlflowException  # noqa: PLC0415
+
+    client = client_of(config.uri)
+    experiment = client.get_experiment_by_name(config.experiment)
+    if experiment is None:
+        folder = _sqlite_folder(config.uri)
+        location = None if folder is None else (folder / "mlartifacts").as_uri()
+        try:
+            return str(client.create_experiment(config.experiment, artifact_location=location))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            return experiment_of(config)  # another process was faster
+    if experiment.lifecycle_stage == "deleted":
+        raise TrackingError(
+            f"The MLflow experiment {config.experiment!r} is deleted: restore it "
+            f"(`mlflow experiments restore -x {experiment.experiment_id}`) or set tracking.experiment to another name."
+        )
+    return str(experiment.experiment_id)
+
+
+def metric_name(name: str) -> str:
+    """``name`` in MLflow's alphabet.
+
+    A changed name ends in a digest of the given one, so that two names never become one.
+    """
+    clean = re.sub(r"[^\w\-. :/]", "_", name, flags=re.ASCII)
+    clean = "/".join(part.strip(".") or "_" for part in clean.split("/"))
+    if clean == name and len(name) <= _MAX_KEY:
+        return name
+    return f"{clean[: _MAX_KEY - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def score_time(config: TrackingConfig, run_id: str, step: int) -> int:
+    """Timestamp (ms) of a run's scores at ``step``.
+
+    MLflow keeps one of several points that agree in name, step, value and time, so the time is derived from
+    the run, not read off the clock: a score that is written again adds nothing.
+    """
+    return int(client_of(config.uri).get_run(run_id).info.start_time) + 1000 * step
+
+
+@dataclass(frozen=True)
+class Tracker:
+    """Writes the runs of one experiment. Holds no connection, so it travels to Ray tasks.
+
+    Every method raises ``TrackingError`` when MLflow cannot be used.
+
+    Attributes:
+        config: as ``check`` or ``resolved`` returned it.
+    """
+
+    config: TrackingConfig
+
+    def start_sequence(self, name: str, *, key: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> str:
+        """Open the parent run of a sequence, or go on in the one that has ``key``.
+
+        MLflow has no create-if-absent: two drivers that start the same new sequence within the same instant
+        make two runs, of which later ones go on in the older.
+
+        Args:
+            name: shown in the UI.
+            key: identity of the run (hex digest): the same command must give the same key.
+            params: flat; those a resumed run already has stay as they are.
+            tags: more tags, such as the config digest and the git commit.
+
+        Returns:
+            The run's id; its status is RUNNING.
+        """
+        with reported(self.config.uri):
+            client, experiment = client_of(self.config.uri), experiment_of(self.config)
+            runs = self._search(experiment, {RUN_KEY: key})
+            run = runs[0] if runs else client.create_run(experiment, run_name=name, tags={RUN_KEY: key})
+            run_id: str = run.info.run_id
+            if run.info.status != "RUNNING":
+                client.update_run(run_id, status="RUNNING")
+            wanted = {metric_name(k): _cut(str(v), _MAX_PARAM) for k, v in params.items()}
+            self._log(run_id, params={k: v for k, v in wanted.items() if k not in run.data.params}, tags=tags)
+            return run_id
+
+    def log_stage(
+        self,
+        parent: str,
+        name: str,
+        *,
+        key: str,
+        metrics: Mapping[str, float],
+        curves: Mapping[str, Sequence[tuple[int, float]]] | None = None,
+        seconds: float,
+        tags: Mapping[str, str] | None = None,
+    ) -> str:
+        """Write a finished stage as a child of ``parent``; once, however often it is called.
+
+        Args:
+            key: the stage's key (hex digest).
+            metrics: final figures by name.
+            curves: ``(step, value)`` points by name.
+            seconds: how long the stage ran; it ends now.
+
+        Returns:
+            The child's run id.
+        """
+        now = _now()
+        with reported(self.config.uri):
+            client, experiment = client_of(self.config.uri), experiment_of(self.config)
+            for run in self._search(experiment, {PARENT: parent, STAGE_KEY: key}):
+                if run.info.status == "FINISHED":
+                    return str(run.info.run_id)
+                client.delete_run(run.info.run_id)  # a process died while it wrote this one
+            run = client.create_run(
+                experiment,
+                run_name=name,
+                start_time=now - int(seconds * 1000),
+                tags={PARENT: parent, STAGE_KEY: key},
+            )
+            points = [(label, step, value) for label, curve in (curves or {}).items() for step, value in curve]
+            points += [(label, 0, value) for label, value in {**metrics, "seconds": seconds}.items()]
+            self._log(run.info.run_id, points, tags=tags or {})
+            client.set_terminated(run.info.run_id, status="FINISHED", end_time=now)
+            return str(run.info.run_id)
+
+    def log_scores(self, run_id: str, step: int, metrics: Mapping[str, float]) -> None:
+        """Add one point to each metric; in a sequence ``step`` is the number of tasks learnt.
+
+        The same point again, from here or from ``PoolRegistry.publish``, stays one.
+        """
+        with reported(self.config.uri):
+            points = [(name, step, value) for name, value in metrics.items()]
+            self._log(run_id, points, when=score_time(self.config, run_id, step))
+
+    def log_artifacts(self, run_id: str, files: Mapping[str, str | bytes]) -> None:
+        """Put files into the run, by relative path; one that is there is replaced."""
+        with reported(self.config.uri), tempfile.TemporaryDirectory() as folder:
+            for name, content in files.items():
+                relative = PurePosixPath(name)
+                if relative.is_absolute() or ".." in relative.parts:
+                    raise ValueError(f"artifact path {name!r} leaves the run's folder")
+                path = Path(folder, relative)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content.encode() if isinstance(content, str) else content)
+            client_of(self.config.uri).log_artifacts(run_id, folder)
+
+    def finish(self, run_id: str, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
+        """Close a run; ``start_sequence`` opens it again."""
+        with reported(self.config.uri):
+            client_of(self.config.uri).set_terminated(run_id, status=status)
+
+    def _search(self, experiment: str, tags: Mapping[str, str]) -> list[Run]:
+        """Runs with these tags, oldest first."""
+        condition = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
+        client = client_of(self.config.uri)
+        return list(client.search_runs([experiment], condition, order_by=["attributes.start_time ASC"]))
+
+    def _log(
+        self,
+        run_id: str,
+        points: Sequence[tuple[str, int, float]] = (),
+        *,
+        when: int | None = None,
+        params: Mapping[str, str] | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        from mlflow.entities import Metric, Param, RunTag  # noqa: PLC0415
+
+        client, when = client_of(self.config.uri), _now() if when is None else when
+        for chunk in _chunks([Metric(metric_name(n), float(v), when, s) for n, s, v in points], _METRICS_PER_BATCH):
+            client.log_batch(run_id, metrics=chunk)
+        for chunk in _chunks([Param(name, value) for name, value in (params or {}).items()], _PARAMS_PER_BATCH):
+            client.log_batch(run_id, params=chunk)
+        if tags:
+            client.log_batch(run_id, tags=[RunTag(name, _cut(value, _MAX_TAG)) for name, value in tags.items()])
+
+
+def _sqlite_folder(uri: str) -> Path | None:
+    return Path(uri.removeprefix("sqlite:///").partition("?")[0]).parent if uri.startswith("sqlite:///") else None
+
+
+def _cut(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _now() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

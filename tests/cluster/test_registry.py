@@ -1,0 +1,340 @@
+"""Publishing, finding and reading pool versions on a sqlite file."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from threading import Barrier
+from types import ModuleType
+
+import pytest
+
+from cluster.registry import PoolRegistry, PoolVersion, read_pool
+from cluster.store import open_store
+from cluster.tracking import Tracker, client_of
+from sapt_core.blobs import BlobStore
+from sapt_core.config import StoreConfig, TrackingConfig
+from sapt_core.errors import SnapshotError, TrackingError
+
+pytest_plugins = ["tests.mlflow_servers"]
+
+TAGS = {"task": "task181", "method": "sapt", "backbone": "t5-mini", "config_hash": "c0", "data_digest": "d0"}
+
+
+@pytest.fixture
+def registry(sqlite_tracking: TrackingConfig) -> PoolRegistry:
+    return PoolRegistry(sqlite_tracking)
+
+
+@pytest.fixture
+def run_id(sqlite_tracking: TrackingConfig) -> str:
+    return Tracker(sqlite_tracking).start_sequence("sequence", key="a1", params={}, tags={})
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> StoreConfig:
+    return StoreConfig(uri=str(tmp_path / "store"))
+
+
+def manifest(number: int) -> bytes:
+    return json.dumps({"schema_version": 1, "tasks": [f"task{each}" for each in range(number)]}).encode()
+
+
+def publish(registry: PoolRegistry, store: StoreConfig, run_id: str, number: int, **changes: object) -> int:
+    values = {
+        "digest": f"{number:064x}",
+        "index": number,
+        "run_id": run_id,
+        "tags": TAGS,
+        "metrics": {"AP": 50.0 + number},
+    }
+    return registry.publish(manifest(number), store, **(values | changes))
+
+
+# --- publish ------------------------------------------------------------------------------------------
+
+
+def test_version_carries_tags_metrics_and_lineage(registry: PoolRegistry, store: StoreConfig, run_id: str) -> None:
+    assert publish(registry, store, run_id, 1) == 1
+    client = client_of(registry.config.uri)
+    version = client.get_model_version("sapt", "1")
+    assert version.status == "READY"
+    assert version.run_id == run_id
+    assert dict(version.tags) == TAGS | {"index": "1", "sapt.snapshot": f"{1:064x}"}
+    model = client.get_logged_model(version.source.removeprefix("models:/"))
+    assert model.status == "READY"
+    assert model.source_run_id == run_id
+    assert [(metric.key, metric.value, metric.step) for metric in model.metrics] == [("AP", 51.0, 1)]
+    assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": "sapt", "version": "1"}]
+    assert client.get_run(run_id).data.metrics["AP"] == 51.0
+
+
+def test_publishing_again_gives_the_same_version(registry: PoolRegistry, store: StoreConfig, run_id: str) -> None:
+    assert [publish(registry, store, run_id, number) for number in (1, 2, 1, 2, 3)] == [1, 2, 1, 2, 3]
+    client = client_of(registry.config.uri)
+    assert len(client.search_model_versions("name = 'sapt'")) == 3
+    assert len(client.get_metric_history(run_id, "AP")) == 3
+
+
+@pytest.mark.parametrize("scores_first", [True, False])
+def test_scores_of_the_run_and_of_the_version_are_one_point(
+    registry: PoolRegistry, store: StoreConfig, run_id: str, scores_first: bool
+) -> None:
+    tracker, scores = Tracker(registry.config), {"AP": 51.0}
+    for _ in range(2):
+        if scores_first:
+            tracker.log_scores(run_id, 1, scores)
+        publish(registry, store, run_id, 1, metrics=scores)
+        tracker.log_scores(run_id, 1, scores)
+    client = client_of(registry.config.uri)
+    assert len(client.get_metric_history(run_id, "AP")) == 1
+    model = client.get_logged_model(client.get_model_version("sapt", "1").source.removeprefix("models:/"))
+    assert [(metric.key, metric.value, metric.step) for metric in model.metrics] == [("AP", 51.0, 1)]
+
+
+def test_the_registry_holds_two_small_json_files_and_no_pickle(
+    registry: PoolRegistry, store: StoreConfig, run_id: str, tmp_path: Path
+) -> None:
+    publish(registry, store, run_id, 1)
+    files = {path.name: path for path in (tmp_path / "mlflow" / "mlartifacts").rglob("*") if path.is_file()}
+    assert {"manifest.json", "pool.json", "pool_model.py", "MLmodel", "requirements.txt"} <= set(files)
+    assert not [name for name in files if name.endswith((".pkl", ".pickle", ".bin", ".pt"))]
+    assert sum(path.stat().st_size for path in files.values()) < 20_000
+    requirements = files["requirements.txt"].read_text().split()
+    assert {line.partition("==")[0] for line in requirements} >= {"mlflow", "torch", "transformers"}
+    assert all("==" in line for line in requirements)
+
+
+def test_no_secret_of_the_store_is_published(registry: PoolRegistry, run_id: str, tmp_path: Path) -> None:
+    store = StoreConfig(uri="s3://bucket/prefix", endpoint_url="http://key:hunter2@127.0.0.1:9000/path")
+    publish(registry, store, run_id, 1)
+    everything = b"".join(path.read_bytes() for path in (tmp_path / "mlflow").rglob("*") if path.is_file())
+    assert b"hunter2" not in everything
+    _, found, _ = registry.load_manifest("1")
+    assert found == StoreConfig(uri="s3://bucket/prefix", endpoint_url="http://127.0.0.1:9000/path")
+
+
+def test_relative_store_is_not_published(registry: PoolRegistry, run_id: str) -> None:
+    with pytest.raises(ValueError, match="is relative"):
+        publish(registry, StoreConfig(uri="runs/store"), run_id, 1)
+    assert not client_of(registry.config.uri).search_model_versions("name = 'sapt'")
+
+
+def test_ambient_tracking_uri_is_left_alone(
+    registry: PoolRegistry, store: StoreConfig, run_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    publish(registry, store, run_id, 1)
+    assert not mlflow.is_tracking_uri_set()
+    assert "MLFLOW_TRACKING_URI" not in os.environ
+
+
+@pytest.mark.parametrize("step", ["log_model_artifacts", "finalize_logged_model", "create_model_version"])
+def test_publish_that_died_half_way_is_completed(
+    registry: PoolRegistry, store: StoreConfig, run_id: str, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    client = client_of(registry.config.uri)
+
+    def die(*args: object, **kwargs: object) -> None:
+        raise OSError("connection lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(client, step, die)
+        with pytest.raises(TrackingError, match="connection lost"):
+            publish(registry, store, run_id, 1)
+    assert not client.search_model_versions("name = 'sapt'")
+    assert publish(registry, store, run_id, 1) == 1
+    experiment = client.get_experiment_by_name("unit").experiment_id
+    (model,) = client.search_logged_models([experiment])
+    assert model.status == "READY"
+    assert len(client.get_metric_history(run_id, "AP")) == 1
+    assert registry.load_manifest("1")[0] == manifest(1)
+
+
+def test_two_publishers_at_once_leave_one_version(
+    registry: PoolRegistry, store: StoreConfig, run_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, together = client_of(registry.config.uri), Barrier(2, timeout=60)
+    finalize = client.finalize_logged_model
+
+    def finalize_together(*args: object) -> object:
+        together.wait()  # both have looked for the version and found none
+        return finalize(*args)
+
+    monkeypatch.setattr(client, "finalize_logged_model", finalize_together)
+    with ThreadPoolExecutor(2) as pool:
+        versions = list(pool.map(lambda _: publish(registry, store, run_id, 1), range(2)))
+    assert versions == [1, 1]
+    assert [each.version for each in client.search_model_versions("name = 'sapt'")] == [1]
+    (model,) = client.search_logged_models([client.get_experiment_by_name("unit").experiment_id])
+    assert client.get_model_version("sapt", "1").source == model.model_uri
+    assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": "sapt", "version": "1"}]
+    assert registry.load_manifest("latest")[0] == manifest(1)
+
+
+# --- resolve ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def three(registry: PoolRegistry, store: StoreConfig, run_id: str) -> PoolRegistry:
+    for number in (1, 2, 3):
+        publish(registry, store, run_id, number)
+    client_of(registry.config.uri).set_registered_model_alias("sapt", "champion", "2")
+    return registry
+
+
+def test_resolve(three: PoolRegistry, run_id: str) -> None:
+    wanted = {"3": 3, " 1 ": 1, "latest": 3, "champion": 2, "models:/sapt/1": 1, "models:/sapt/latest": 3}
+    wanted |= {"models:/sapt@champion": 2, "models:/sapt@latest": 3}
+    assert {reference: three.resolve(reference).version for reference in wanted} == wanted
+    assert three.resolve("champion") == PoolVersion(
+        model="sapt",
+        version=2,
+        aliases=("champion",),
+        tags=TAGS | {"index": "2", "sapt.snapshot": f"{2:064x}"},
+        run_id=run_id,
+    )
+    assert three.resolve("champion").uri == "models:/sapt/2"
+
+
+def test_mlflow_itself_knows_latest(three: PoolRegistry) -> None:
+    assert int(client_of(three.config.uri).get_model_version_by_alias("sapt", "latest").version) == 3
+
+
+@pytest.mark.parametrize("reference", ["9", "0", "challenger", "models:/sapt/9", "models:/sapt@challenger"])
+def test_missing_version_lists_what_there_is(three: PoolRegistry, reference: str) -> None:
+    with pytest.raises(TrackingError) as caught:
+        three.resolve(reference)
+    assert str(caught.value) == (
+        f"'{reference}' does not exist in MLflow: "
+        "'sapt' has the versions 1, 2, 3 and the aliases latest -> 3, champion -> 2."
+    )
+
+
+@pytest.mark.parametrize("reference", ["latest", "1", "models:/other@champion"])
+def test_model_without_versions(registry: PoolRegistry, reference: str) -> None:
+    with pytest.raises(TrackingError, match=r"'(sapt|other)' has no versions yet\. Is tracking\.model right"):
+        registry.resolve(reference)
+
+
+@pytest.mark.parametrize("reference", ["", "runs:/abc/model", "models:/sapt", "models:/sapt/3/x", "models:/a'b/1"])
+def test_nonsense_reference(registry: PoolRegistry, reference: str) -> None:
+    with pytest.raises(TrackingError, match="names no model version: give a number, latest or an alias"):
+        registry.resolve(reference)
+
+
+# --- load ---------------------------------------------------------------------------------------------
+
+
+def test_load_manifest(three: PoolRegistry, store: StoreConfig) -> None:
+    found = three.load_manifest("champion")
+    assert found[:2] == (manifest(2), store)
+    assert found[2].version == 2
+
+
+def test_version_that_is_no_pool(registry: PoolRegistry, run_id: str, tmp_path: Path) -> None:
+    client = client_of(registry.config.uri)
+    (tmp_path / "foreign" / "artifacts").mkdir(parents=True)
+    (tmp_path / "foreign" / "artifacts" / "weights.txt").write_text("x")
+    client.create_registered_model("sapt")
+    client.create_model_version("sapt", str(tmp_path / "foreign"), run_id=run_id)
+    with pytest.raises(SnapshotError, match=r"holds no PET pool: manifest\.json is missing"):
+        registry.load_manifest("1")
+
+
+def test_damaged_manifest_is_refused(three: PoolRegistry, tmp_path: Path) -> None:
+    damaged = 0
+    for path in (tmp_path / "mlflow" / "mlartifacts").rglob("manifest.json"):
+        if path.read_bytes() == manifest(2):
+            path.write_bytes(manifest(1))
+            damaged += 1
+    assert damaged == 1
+    with pytest.raises(SnapshotError, match=r"manifest\.json is damaged"):
+        three.load_manifest("2")
+
+
+@pytest.mark.parametrize(
+    ("pool", "expected"),
+    [
+        ("{", "cannot be read"),
+        ("[]", "schema_version None"),
+        ('{"schema_version": 2}', "schema_version 2, and this release reads 1"),
+        ('{"schema_version": 1, "manifest_sha256": "SHA"}', "names no usable store"),
+        ('{"schema_version": 1, "manifest_sha256": "SHA", "store": {"uri": "ftp://x"}}', "names no usable store: .*s3"),
+        ('{"schema_version": 1, "store": {"uri": "/data"}}', "is damaged"),
+    ],
+)
+def test_bad_pool_file(tmp_path: Path, pool: str, expected: str) -> None:
+    (tmp_path / "manifest.json").write_bytes(manifest(1))
+    (tmp_path / "pool.json").write_text(pool.replace("SHA", sha256(manifest(1)).hexdigest()))
+    with pytest.raises(SnapshotError, match=expected):
+        read_pool(tmp_path / "manifest.json", tmp_path / "pool.json")
+
+
+# --- the model MLflow loads ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prediction:
+    text: str
+    weights: dict[str, float]
+
+
+class ReadingPredictor:
+    """Stands in for the backbone: answers from the manifest and from a blob of the store."""
+
+    def __init__(self, tasks: list[str], block: bytes) -> None:
+        self.tasks, self.block = tasks, block
+
+    @classmethod
+    def load(cls, manifest: bytes, store: BlobStore) -> ReadingPredictor:
+        stated = json.loads(manifest)
+        return cls(stated["tasks"], store.get(stated["block"]))
+
+    def predict(self, prompts: Sequence[str]) -> list[Prediction]:
+        return [Prediction(f"{prompt}:{self.block.decode()}", dict.fromkeys(self.tasks, 0.5)) for prompt in prompts]
+
+
+@pytest.fixture
+def ambient(registry: PoolRegistry) -> Iterator[None]:
+    import mlflow
+
+    mlflow.set_tracking_uri(registry.config.uri)
+    yield
+    mlflow.set_tracking_uri(None)
+
+
+@pytest.mark.usefixtures("ambient")
+def test_pyfunc_builds_the_pool_from_the_store(
+    registry: PoolRegistry, store: StoreConfig, run_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow.pyfunc
+    import pandas as pd
+
+    module = ModuleType("sapt_core.predictor")
+    module.Predictor = ReadingPredictor  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "sapt_core.predictor", module)
+    content = json.dumps({"tasks": ["a", "b"], "block": open_store(store).put(b"bytes")}).encode()
+    registry.publish(content, store, digest="ab", index=2, run_id=run_id, tags=TAGS, metrics={})
+    model = mlflow.pyfunc.load_model("models:/sapt@latest")
+    answers = model.predict(pd.DataFrame({"prompt": ["one", "two"]}, index=[7, 9]))
+    assert answers.to_dict() == {
+        "answer": {7: "one:bytes", 9: "two:bytes"},
+        "weights": {7: '{"a": 0.5, "b": 0.5}', 9: '{"a": 0.5, "b": 0.5}'},
+    }
+    with pytest.raises(mlflow.MlflowException, match="prompt"):
+        model.predict(pd.DataFrame({"question": ["one"]}))
+
+
+def test_modules_import_without_mlflow() -> None:
+    code = "import sys, cluster.registry; sys.exit(any(name in sys.modules for name in ('mlflow', 'ray', 'boto3')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,324 @@
+"""MLflow runs on a sqlite file: what is written, what is written once, and what is said when it cannot be."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import socket
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster import tracking
+from cluster.tracking import Tracker, check, client_of, metric_name, redacted, resolved
+from sapt_core.config import TrackingConfig
+from sapt_core.errors import TrackingError
+
+pytest_plugins = ["tests.mlflow_servers"]
+
+
+@pytest.fixture
+def config(sqlite_tracking: TrackingConfig) -> TrackingConfig:
+    return sqlite_tracking
+
+
+@pytest.fixture
+def tracker(config: TrackingConfig) -> Tracker:
+    return Tracker(config)
+
+
+def start(tracker: Tracker, key: str = "a1") -> str:
+    return tracker.start_sequence("sapt 3 tasks", key=key, params={"seed": 0}, tags={"sapt.config_digest": "c0"})
+
+
+def runs(config: TrackingConfig) -> list:
+    client = client_of(config.uri)
+    return client.search_runs([client.get_experiment_by_name(config.experiment).experiment_id])
+
+
+# --- URIs ---------------------------------------------------------------------------------------------
+
+
+def test_relative_sqlite_file_is_fixed_to_the_drivers_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = resolved(TrackingConfig(uri="sqlite:///runs/mlflow.db"))
+    assert config.uri == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    assert resolved(config) == config
+
+
+def test_server_address_stays() -> None:
+    assert resolved(TrackingConfig(uri="https://mlflow.example:5000")).uri == "https://mlflow.example:5000"
+
+
+@pytest.mark.parametrize("uri", ["./mlruns", "file:///data/mlruns", "/data/mlruns"])
+def test_file_store_is_refused_with_the_way_out(uri: str) -> None:
+    with pytest.raises(TrackingError, match=r"sqlite:///FOLDER/mlflow\.db"):
+        check(TrackingConfig(uri=uri))
+
+
+@pytest.mark.parametrize("uri", ["sqlite://", "sqlite:///", "sqlite:///:memory:", "sqlite://mlflow.db"])
+def test_sqlite_without_a_file_is_refused(uri: str) -> None:
+    with pytest.raises(TrackingError, match="give a file"):
+        check(TrackingConfig(uri=uri))
+
+
+def test_bare_database_is_refused_without_its_password() -> None:
+    with pytest.raises(TrackingError, match="mlflow server") as caught:
+        check(TrackingConfig(uri="postgresql+psycopg2://sapt:hunter2@db.example/mlflow"))
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("http://ann:s3cret@host:5000/x", "http://***@host:5000/x"),
+        ("at https://token@host and http://b:p@q@host2/y", "at https://***@host and http://***@host2/y"),
+        ("postgresql://db/x?user=a&password=p1&sslmode=off", "postgresql://db/x?user=a&password=***&sslmode=off"),
+        ("http://host/mail@example", "http://host/mail@example"),
+    ],
+)
+def test_redacted(text: str, expected: str) -> None:
+    assert redacted(text) == expected
+
+
+# --- check --------------------------------------------------------------------------------------------
+
+
+def test_check_makes_the_folder_the_tables_and_the_experiment(migrated_database: Path) -> None:
+    assert [path.name for path in migrated_database.parent.iterdir()] == ["mlflow.db"]
+    with sqlite3.connect(migrated_database) as database:
+        rows = database.execute("SELECT name, artifact_location FROM experiments").fetchall()
+    assert ("template", (migrated_database.parent / "mlartifacts").as_uri()) in rows
+
+
+def test_artifacts_lie_beside_the_file_not_in_the_working_directory(
+    migrated_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my runs").mkdir()
+    shutil.copy(migrated_database, "my runs")
+    tracker = Tracker(check(TrackingConfig(uri="sqlite:///my runs/mlflow.db", experiment="fresh")))
+    tracker.log_artifacts(start(tracker), {"report.html": "<p>ok</p>"})
+    assert [path.read_text() for path in (tmp_path / "my runs" / "mlartifacts").rglob("report.html")] == ["<p>ok</p>"]
+    assert [path.name for path in tmp_path.iterdir()] == ["my runs"]
+
+
+def test_check_leaves_the_environment_as_it_was(config: TrackingConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "4")
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_TIMEOUT", raising=False)
+    check(config)
+    assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "4"
+    assert "MLFLOW_HTTP_REQUEST_TIMEOUT" not in os.environ
+
+
+def test_file_that_is_no_database(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("not a database " * 100)
+    with pytest.raises(TrackingError, match=r"notes\.txt cannot be used.*file is not a database") as caught:
+        check(TrackingConfig(uri=f"sqlite:///{tmp_path}/notes.txt"))
+    assert "SELECT" not in str(caught.value)
+
+
+def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(TrackingError, match="taken"):
+        check(TrackingConfig(uri=f"sqlite:///{tmp_path}/taken/mlflow.db"))
+
+
+def test_deleted_experiment_is_named_with_the_way_out(config: TrackingConfig) -> None:
+    client = client_of(config.uri)
+    client.delete_experiment(client.get_experiment_by_name("unit").experiment_id)
+    with pytest.raises(TrackingError, match=r"'unit' is deleted.*tracking\.experiment"):
+        check(config)
+
+
+def test_unreachable_server_is_told_of_at_once_and_without_its_password(unused_port: int) -> None:
+    with pytest.raises(TrackingError, match="cannot be reached") as caught:
+        check(TrackingConfig(uri=f"http://ann:hunter2@127.0.0.1:{unused_port}"))
+    assert "hunter2" not in str(caught.value)
+    assert caught.value.__suppress_context__
+
+
+@pytest.mark.timeout(30)
+def test_server_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(tracking._IMPATIENT, "MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        with pytest.raises(TrackingError, match="cannot be reached"):
+            check(TrackingConfig(uri=f"http://127.0.0.1:{silent.getsockname()[1]}"))
+
+
+@contextmanager
+def answering(status: int, body: bytes) -> Iterator[str]:
+    """A server that gives the same answer to everything, as a login proxy does."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_POST = do_GET  # noqa: N815
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "expected"),
+    [
+        (401, b"You are not authenticated.", "refuses the credentials: set MLFLOW_TRACKING_USERNAME"),
+        (403, b"Permission denied", "forbids this: check the user's rights"),
+        (403, b'{"error_code": "PERMISSION_DENIED", "message": "no"}', "forbids this: check the user's rights"),
+        (200, b"<html>Welcome to nginx</html>", "cannot be used"),
+    ],
+)
+def test_answers_that_are_not_yes(status: int, body: bytes, expected: str) -> None:
+    with answering(status, body) as host, pytest.raises(TrackingError, match=expected) as caught:
+        check(TrackingConfig(uri=f"http://ann:hunter2@{host}"))
+    assert "hunter2" not in str(caught.value)
+
+
+# --- names --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["score/task181_outcome_extraction", "AP", "a b-c.d:e/f_1"])
+def test_good_names_stay(name: str) -> None:
+    assert metric_name(name) == name
+
+
+def test_two_bad_names_stay_two() -> None:
+    assert metric_name("score/a+b") != metric_name("score/a@b")
+    assert metric_name("score/a+b").startswith("score/a_b-")
+
+
+@given(st.text(min_size=1, max_size=400))
+def test_every_name_becomes_one_that_mlflow_takes(name: str) -> None:
+    from mlflow.utils.validation import MAX_ENTITY_KEY_LENGTH, _validate_metric_name
+
+    _validate_metric_name(metric_name(name))
+    assert len(metric_name(name)) <= MAX_ENTITY_KEY_LENGTH
+
+
+# --- runs ---------------------------------------------------------------------------------------------
+
+
+def test_same_key_goes_on_in_the_same_run(tracker: Tracker, config: TrackingConfig) -> None:
+    first = start(tracker)
+    tracker.finish(first, "FAILED")
+    assert client_of(config.uri).get_run(first).info.status == "FAILED"
+    again = tracker.start_sequence("sapt 3 tasks", key="a1", params={"seed": 5, "late": 1}, tags={"try": "2"})
+    run = client_of(config.uri).get_run(first)
+    assert again == first
+    assert run.info.status == "RUNNING"
+    assert run.data.params == {"seed": "0", "late": "1"}
+    assert run.data.tags["sapt.config_digest"] == "c0"
+    assert run.data.tags["try"] == "2"
+    assert start(tracker, key="b2") != first
+    assert len(runs(config)) == 2
+
+
+def test_hundreds_of_params_and_a_long_one(tracker: Tracker, config: TrackingConfig) -> None:
+    params = {f"field{number}": number for number in range(230)} | {"tasks": "x" * 9000}
+    run_id = tracker.start_sequence("many", key="a1", params=params, tags={"plan": "y" * 9000})
+    run = client_of(config.uri).get_run(run_id)
+    assert run.data.params["field229"] == "229"
+    assert run.data.params["tasks"] == "x" * 5999 + "…"
+    assert len(run.data.params) == 231
+    assert run.data.tags["plan"].endswith("y…")
+
+
+def test_stage_is_a_finished_child_with_its_curves(tracker: Tracker, config: TrackingConfig) -> None:
+    parent = start(tracker)
+    curve = [(step, 1 / (step + 1)) for step in range(2500)]
+    run_id = tracker.log_stage(
+        parent,
+        "train[01 task181]",
+        key="f00d",
+        metrics={"loss": 0.25},
+        curves={"train/loss": curve},
+        seconds=90.0,
+        tags={"task": "task181"},
+    )
+    client = client_of(config.uri)
+    run = client.get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert run.info.end_time - run.info.start_time == 90_000
+    assert run.info.run_name == "train[01 task181]"
+    assert run.data.tags["mlflow.parentRunId"] == parent
+    assert run.data.tags["task"] == "task181"
+    assert run.data.metrics["loss"] == 0.25
+    assert run.data.metrics["seconds"] == 90.0
+    assert [(point.step, point.value) for point in client.get_metric_history(run_id, "train/loss")] == curve
+
+
+def test_stage_is_written_once_under_each_parent(tracker: Tracker, config: TrackingConfig) -> None:
+    parents = [start(tracker, "a1"), start(tracker, "b2")]
+    written = [
+        tracker.log_stage(parent, "train", key="f00d", metrics={"loss": loss}, seconds=1.0)
+        for parent in parents
+        for loss in (0.5, 0.25)
+    ]
+    assert written[0] == written[1]
+    assert written[2] == written[3] != written[0]
+    assert client_of(config.uri).get_run(written[0]).data.metrics["loss"] == 0.5
+    assert len(runs(config)) == 4
+
+
+def test_half_written_stage_is_replaced(
+    tracker: Tracker, config: TrackingConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent = start(tracker)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            client_of(config.uri), "set_terminated", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("x"))
+        )
+        with pytest.raises(TrackingError):
+            tracker.log_stage(parent, "train", key="f00d", metrics={"loss": 0.5}, seconds=1.0)
+    run_id = tracker.log_stage(parent, "train", key="f00d", metrics={"loss": 0.5}, seconds=1.0)
+    children = [run for run in runs(config) if "mlflow.parentRunId" in run.data.tags]
+    assert [run.info.run_id for run in children] == [run_id]
+    assert len(client_of(config.uri).get_metric_history(run_id, "loss")) == 1
+
+
+def test_scores_are_points_over_the_tasks_learnt(tracker: Tracker, config: TrackingConfig) -> None:
+    run_id = start(tracker)
+    tracker.log_scores(run_id, 1, {"AP": 90.0, "score/a+b": 90.0})
+    tracker.log_scores(run_id, 2, {"AP": 80.0, "F.Ra": float("nan")})
+    history = client_of(config.uri).get_metric_history(run_id, "AP")
+    assert [(point.step, point.value) for point in history] == [(1, 90.0), (2, 80.0)]
+    assert set(client_of(config.uri).get_run(run_id).data.metrics) == {"AP", "F.Ra", metric_name("score/a+b")}
+
+
+def test_artifacts_text_and_bytes(tracker: Tracker, config: TrackingConfig, tmp_path: Path) -> None:
+    run_id = start(tracker)
+    tracker.log_artifacts(run_id, {"report.html": "old", "plots/scores.png": b"\x89PNG"})
+    tracker.log_artifacts(run_id, {"report.html": "τ"})
+    local = Path(client_of(config.uri).download_artifacts(run_id, "", str(tmp_path)))
+    assert (local / "report.html").read_text(encoding="utf-8") == "τ"
+    assert (local / "plots" / "scores.png").read_bytes() == b"\x89PNG"
+
+
+@pytest.mark.parametrize("name", ["../out.txt", "/etc/out.txt"])
+def test_artifact_paths_stay_inside(tracker: Tracker, name: str) -> None:
+    with pytest.raises(ValueError, match="leaves the run"):
+        tracker.log_artifacts(start(tracker), {name: "x"})
+
+
+def test_tracker_travels(tracker: Tracker) -> None:
+    run_id = start(tracker)
+    assert start(pickle.loads(pickle.dumps(tracker))) == run_id  # noqa: S301
