@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import json
 import logging
-import random
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from sapt_core.benchmarks.task import Example, Task
+from sapt_core.benchmarks.task import Example, Task, dev_rows
 from sapt_core.config import BenchmarkConfig
 from sapt_core.errors import ConfigError, DataError
 
@@ -191,7 +190,7 @@ def _read_task(folder: Path, config: BenchmarkConfig, template: str, metric: str
             len(test),
             len(train),
         )
-    dev = _dev_rows(len(train), config.dev_fraction, config.split_seed)
+    dev = dev_rows(len(train), config.dev_fraction, config.split_seed)
     return Task(
         name=folder.name,
         definition=definition,
@@ -201,15 +200,6 @@ def _read_task(folder: Path, config: BenchmarkConfig, template: str, metric: str
         template=template,
         metric=metric,
     )
-
-
-def _dev_rows(rows: int, fraction: float, seed: int) -> set[int]:
-    """Which train rows become dev: at least one, and at least one stays."""
-    draw = random.Random(seed)
-    # Sorting random() keys, not shuffle(): only random() is promised to repeat over Python versions.
-    keys = [draw.random() for _ in range(rows)]
-    count = min(max(1, round(rows * fraction)), rows - 1)
-    return set(sorted(range(rows), key=keys.__getitem__)[:count])
 
 
 def _read_file(path: Path, faults: list[str]) -> tuple[str, list[Example]]:

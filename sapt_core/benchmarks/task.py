@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import json
+import random
+from dataclasses import asdict, dataclass
 
 
 @dataclass(frozen=True)
@@ -33,3 +36,29 @@ class Task:
     test: tuple[Example, ...]
     template: str
     metric: str
+
+    def to_json(self) -> bytes:
+        """The whole task, canonically: equal tasks give equal bytes."""
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":")).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Task:
+        """Read what ``to_json`` wrote."""
+        values = json.loads(data)
+        for split in ("train", "dev", "test"):
+            values[split] = tuple(Example(row["input"], tuple(row["references"])) for row in values[split])
+        return cls(**values)
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the whole task."""
+        return hashlib.sha256(self.to_json()).hexdigest()
+
+
+def dev_rows(rows: int, fraction: float, seed: int) -> set[int]:
+    """Which train rows become dev: at least one, and at least one stays."""
+    draw = random.Random(seed)
+    # Sorting random() keys, not shuffle(): only random() is promised to repeat over Python versions.
+    keys = [draw.random() for _ in range(rows)]
+    count = min(max(1, round(rows * fraction)), rows - 1)
+    return set(sorted(range(rows), key=keys.__getitem__)[:count])

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sapt_core.benchmarks import load_sequence
-from sapt_core.benchmarks.cl_benchmark import ORDERS, _dev_rows
-from sapt_core.benchmarks.task import Task
+from sapt_core.benchmarks.cl_benchmark import ORDERS
+from sapt_core.benchmarks.task import Task, dev_rows
 from sapt_core.benchmarks.templates import TEMPLATES
 from sapt_core.config import BenchmarkConfig
 from sapt_core.errors import ConfigError, DataError
@@ -69,7 +69,7 @@ def test_split_depends_on_its_seed_alone(tmp_path: Path) -> None:
 
 @given(st.integers(2, 300), st.floats(0.001, 0.999), st.integers(0, 5))
 def test_split_leaves_rows_on_both_sides(count: int, fraction: float, seed: int) -> None:
-    dev = _dev_rows(count, fraction, seed)
+    dev = dev_rows(count, fraction, seed)
     assert 1 <= len(dev) <= count - 1
     assert dev <= set(range(count))
     assert abs(len(dev) - count * fraction) <= 1
