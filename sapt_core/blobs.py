@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Protocol
 
 
@@ -18,6 +19,18 @@ class BlobStore(Protocol):
         Raises:
             StoreError: the blob is missing, its content differs, or the store cannot be reached.
         """
+        ...
+
+    def has(self, digest: str) -> bool:
+        """Whether a blob of this name is there (not whether it is intact)."""
+        ...
+
+    def put_file(self, path: Path) -> str:
+        """Like ``put``, streamed from a file."""
+        ...
+
+    def fetch_to(self, digest: str, path: Path) -> None:
+        """Like ``get``, streamed to a new file that is there complete and verified or not at all."""
         ...
 
 

@@ -178,10 +178,11 @@ class TrainConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Greedy decoding of the test rows."""
+    """Decoding of the test rows, without sampling."""
 
     batch_size: int = Field(32, ge=1)
     num_beams: int = Field(1, ge=1)
+    single_task: bool = Field(True, description="Learn every task alone too: the baseline of FWT.")
 
 
 class ClusterConfig(Section):

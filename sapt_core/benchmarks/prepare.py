@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from sapt_core.benchmarks.task import Example, Task
 from sapt_core.benchmarks.templates import TEMPLATES, PromptPieces
 from sapt_core.errors import BackboneError, DataError
+
+log = logging.getLogger(__name__)
 
 NO_ROOM = "Prompts do not fit the model's input:"
 SPLITS = ("train", "dev", "test")
@@ -48,7 +51,8 @@ class PromptEncoder:
     """Tokenises prompts and answers for one backbone.
 
     A prompt that fits has exactly the ids of ``tokenizer(text)`` (less a final EOS for a decoder-only model). One
-    that does not loses tokens from the middle of its input; the template around it always stays whole.
+    that does not loses tokens from the middle of its input, down to a quarter of the room, and then from the
+    middle of its definition; the words of the template always stay.
 
     Raises:
         BackboneError: the tokenizer has no EOS token, so no answer could end.
@@ -74,8 +78,7 @@ class PromptEncoder:
         """Encode the prompts of ``inputs``.
 
         Raises:
-            DataError: template and definition alone fill ``max_source_tokens``, so that an over-long input would
-                be lost altogether.
+            DataError: the words of the template alone leave no room in ``max_source_tokens``.
         """
         rows = [TEMPLATES[template].pieces(definition, text) for text in inputs]
         if not rows:
@@ -123,14 +126,22 @@ class PromptEncoder:
         return self._fit([*definition, *before, *text, *after], len(definition), start, start + len(text))
 
     def _fit(self, ids: list[int], query_start: int, input_start: int, input_end: int) -> EncodedPrompt:
-        """Add the special tokens and, where needed, take out the middle of ``ids[input_start:input_end]``."""
+        """Add the special tokens and, where needed, take out the middle of ``ids[input_start:input_end]``.
+
+        An input is cut down to a quarter of the room at most; what is then still too much comes out of the
+        middle of the definition, ``ids[:query_start]``.
+        """
         excess = len(self._prefix) + len(ids) + len(self._suffix) - self.max_source_tokens
         if excess > 0:
-            kept = input_end - input_start - excess
-            if kept < 1:
-                raise DataError(NO_ROOM, [_no_room(self.max_source_tokens - kept, self.max_source_tokens)])
-            head_end = input_start + (kept + 1) // 2
-            ids = [*ids[:head_end], *ids[head_end + excess :]]
+            spare = max(0, input_end - input_start - self.max_source_tokens // 4)
+            from_input = min(excess, spare)
+            from_definition = excess - from_input
+            if from_definition > query_start:
+                needed = self.max_source_tokens + from_definition - query_start
+                raise DataError(NO_ROOM, [_no_room(needed, self.max_source_tokens)])
+            ids = _without_middle(ids, input_start, input_end, from_input)
+            ids = _without_middle(ids, 0, query_start, from_definition)
+            query_start -= from_definition
         return EncodedPrompt([*self._prefix, *ids, *self._suffix], len(self._prefix) + query_start, excess > 0)
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
@@ -195,7 +206,7 @@ def prepare_task(
 
     Raises:
         BackboneError: the tokenizer has no EOS token.
-        DataError: definition and template leave no room for an over-long input.
+        DataError: the words of the template leave no room for an input.
     """
     encoder = PromptEncoder(tokenizer, max_source_tokens=max_source_tokens, is_encoder_decoder=is_encoder_decoder)
     tables, truncated = {}, {}
@@ -224,23 +235,40 @@ def prepare_task(
 def check_fits(
     tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase, *, max_source_tokens: int, is_encoder_decoder: bool
 ) -> None:
-    """Refuse, before anything is trained, tasks whose definition leaves no room for an input.
+    """Refuse, before anything is trained, tasks whose template leaves no room; warn of definitions that are cut.
 
     Raises:
         BackboneError: the tokenizer has no EOS token.
         DataError: naming every such task.
     """
     encoder = PromptEncoder(tokenizer, max_source_tokens=max_source_tokens, is_encoder_decoder=is_encoder_decoder)
-    needed = {task.name: encoder.template_tokens(task.template, task.definition) for task in tasks}
-    faults = [f"{name}: {_no_room(n, max_source_tokens)}" for name, n in needed.items() if n >= max_source_tokens]
+    faults = []
+    for task in tasks:
+        fixed = encoder.template_tokens(task.template, "") + max_source_tokens // 4
+        if fixed > max_source_tokens:
+            faults.append(f"{task.name}: {_no_room(fixed, max_source_tokens)}")
+        elif (whole := encoder.template_tokens(task.template, task.definition)) > max_source_tokens * 3 // 4:
+            log.warning(
+                "%s: definition and template take %d of benchmark.max_source_tokens=%d; "
+                "rows that do not fit lose the middle of the definition too",
+                task.name,
+                whole,
+                max_source_tokens,
+            )
     if faults:
         raise DataError(NO_ROOM, faults)
 
 
+def _without_middle(ids: list[int], start: int, end: int, excess: int) -> list[int]:
+    """``ids`` less ``excess`` tokens from the middle of ``ids[start:end]``."""
+    head_end = start + (end - start - excess + 1) // 2
+    return [*ids[:head_end], *ids[head_end + excess :]]
+
+
 def _no_room(needed: int, allowed: int) -> str:
     return (
-        f"definition and template take {needed} tokens, benchmark.max_source_tokens is {allowed}: nothing of a long "
-        "input would be left, so raise it or shorten the Definition"
+        f"the template and a quarter of the room for the input take {needed} tokens, benchmark.max_source_tokens is "
+        f"{allowed}: raise it"
     )
 
 

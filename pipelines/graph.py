@@ -1,0 +1,184 @@
+"""The stage graph of a task sequence (docs/architecture.md).
+
+Only ``train`` is a chain. Preparing, pseudo-samples and single-task runs are independent of the
+sequence and of each other, and a version is scored while the next one is learnt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from cluster.stages import Stage
+from pipelines import bodies
+from sapt_core.backbone import BackboneRef
+from sapt_core.benchmarks.task import Task
+from sapt_core.config import ExperimentConfig, MethodConfig
+from sapt_core.snapshot import LearntTask
+from sapt_core.trainer import step_seed
+
+
+@dataclass(frozen=True)
+class SequenceGraph:
+    """The stages of one sequence of T tasks, oldest first.
+
+    Attributes:
+        tasks: their names.
+        train: T stages, one version each.
+        evaluate: row i holds the scores of version i on tasks 0..i.
+        single: each task learnt alone and scored; empty if not asked for.
+        pseudo: pseudo-samples of tasks 0..T-2; empty for a method without reflection.
+        prepare: one stage a task.
+    """
+
+    tasks: tuple[str, ...]
+    prepare: tuple[Stage, ...]
+    pseudo: tuple[Stage, ...]
+    train: tuple[Stage, ...]
+    evaluate: tuple[tuple[Stage, ...], ...]
+    single: tuple[Stage, ...]
+
+    @property
+    def stages(self) -> list[Stage]:
+        """All of them, the chain first, so that it never waits for work that could wait itself."""
+        scores = [stage for row in self.evaluate for stage in row]
+        return [*self.train, *self.pseudo, *self.prepare, *scores, *self.single]
+
+
+def build_graph(config: ExperimentConfig, tasks: Sequence[Task], ref: BackboneRef) -> SequenceGraph:
+    """The graph of a configured experiment; nothing is run.
+
+    Args:
+        config: the experiment.
+        tasks: as loaded for ``config.benchmark``.
+        ref: the configured backbone, by content.
+    """
+    labels = [f"{index:02d} {task.name}" for index, task in enumerate(tasks)]
+    backbone = ref.model_dump(mode="json")
+    learner = _Learner(config, backbone)
+    prepare = tuple(
+        Stage(
+            name=f"prepare[{label}]",
+            kind="prepare",
+            body=bodies.prepare,
+            reads={
+                "task": task.digest,
+                "backbone": backbone,
+                "max_source_tokens": config.benchmark.max_source_tokens,
+                "max_target_tokens": config.benchmark.max_target_tokens,
+            },
+            cpus=config.cluster.cpus_per_worker,
+        )
+        for label, task in zip(labels, tasks, strict=True)
+    )
+    reflects = config.method.name == "sapt" and config.reflection.weight > 0
+    pseudo = tuple(
+        Stage(
+            name=f"pseudo_samples[{label}]",
+            kind="pseudo_samples",
+            body=bodies.pseudo_samples,
+            reads={
+                "generator": config.generator.model_dump(mode="json"),
+                "precision": config.train.precision,
+                "seed": step_seed(config.seed, "generator", task.name),
+                "backbone": backbone,
+                "max_source_tokens": config.benchmark.max_source_tokens,
+            },
+            inputs={"task": prepared},
+            **learner.workers,
+        )
+        for label, task, prepared in zip(labels, tasks[:-1], prepare[:-1], strict=True)
+        if reflects
+    )
+    train: list[Stage] = []
+    for index, (label, task) in enumerate(zip(labels, tasks, strict=True)):
+        earlier = {f"pseudo {number:02d}": stage for number, stage in enumerate(pseudo[:index])}
+        parent = {"parent": train[-1]} if train else {}
+        train.append(
+            learner.stage(f"train[{label}]", task, config.method, {"task": prepare[index], **parent, **earlier})
+        )
+    evaluate = tuple(
+        tuple(
+            learner.evaluation(f"evaluate[v{i:02d} on {labels[j]}]", version, prepare[j]) for j in range(i + 1)
+        )
+        for i, version in enumerate(train)
+    )
+    single: tuple[Stage, ...] = ()
+    if config.evaluation.single_task:
+        alone = [
+            learner.stage(f"single[{label}]", task, MethodConfig(name="sequential"), {"task": prepared})
+            for label, task, prepared in zip(labels, tasks, prepare, strict=True)
+        ]
+        single = tuple(
+            learner.evaluation(f"evaluate[single {label}]", version, prepared)
+            for label, version, prepared in zip(labels, alone, prepare, strict=True)
+        )
+    return SequenceGraph(tuple(task.name for task in tasks), prepare, pseudo, tuple(train), evaluate, single)
+
+
+@dataclass(frozen=True)
+class _Learner:
+    """Makes train and evaluate stages that read exactly what can change their result."""
+
+    config: ExperimentConfig
+    backbone: dict[str, Any]
+
+    @property
+    def workers(self) -> dict[str, Any]:
+        cluster = self.config.cluster
+        return {"workers": cluster.train_workers, "cpus": cluster.cpus_per_worker, "gpus": cluster.gpus_per_worker}
+
+    def stage(self, name: str, task: Task, method: MethodConfig, inputs: dict[str, Stage]) -> Stage:
+        config = self.config
+        shared = method.name == "sapt"
+        # What a stage does not read stands at its default, so that changing it changes no key.
+        unread = type(config).model_fields
+        attention = config.attention if shared else unread["attention"].default
+        reflection = config.reflection if shared else unread["reflection"].default
+        if shared and "parent" not in inputs:
+            # Nothing to reflect on yet, but the split that the target comes from counts.
+            reflection = unread["reflection"].default.model_copy(update={"target_split": reflection.target_split})
+        evaluation = config.evaluation if config.train.eval_every_epochs else unread["evaluation"].default
+        return Stage(
+            name=name,
+            kind="train",
+            body=partial(bodies.train, checkpoint_every_steps=config.train.checkpoint_every_steps),
+            reads={
+                "method": method.model_dump(mode="json"),
+                "pet": config.pet.model_dump(mode="json"),
+                "attention": attention.model_dump(mode="json"),
+                "reflection": reflection.model_dump(mode="json"),
+                "train": config.train.model_dump(mode="json", exclude={"checkpoint_every_steps"}),
+                "evaluation": evaluation.model_dump(mode="json"),
+                "seed": step_seed(config.seed, task.name),
+                "backbone": self.backbone,
+                "learnt": LearntTask(
+                    name=task.name,
+                    definition=task.definition,
+                    template=task.template,
+                    metric=task.metric,
+                    max_source_tokens=config.benchmark.max_source_tokens,
+                    max_target_tokens=config.benchmark.max_target_tokens,
+                ).model_dump(mode="json"),
+            },
+            inputs=inputs,
+            **self.workers,
+        )
+
+    def evaluation(self, name: str, version: Stage, task: Stage) -> Stage:
+        config = self.config
+        return Stage(
+            name=name,
+            kind="evaluate",
+            body=bodies.evaluate,
+            reads={
+                "evaluation": config.evaluation.model_dump(mode="json", exclude={"single_task"}),
+                "precision": config.train.precision,
+                "max_target_tokens": config.benchmark.max_target_tokens,
+            },
+            inputs={"version": version, "task": task},
+            cpus=config.cluster.cpus_per_worker,
+            gpus=config.cluster.gpus_per_worker,
+        )

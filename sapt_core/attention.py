@@ -1,0 +1,80 @@
+"""Shared attention: one query an input, one key a block, one set of weights for learning and selection.
+
+Source: SAPT (arXiv 2401.08295), section 3.2. The weights are computed once an input, from the frozen
+token embeddings, before the first layer, and are used in every layer.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sapt_core.config import AttentionConfig
+
+
+def max_pool(embeddings: Tensor, mask: Tensor) -> Tensor:
+    """Largest value of every embedding dimension over the positions that ``mask`` admits.
+
+    Args:
+        embeddings: frozen token embeddings (B, S, D).
+        mask: (B, S), true or nonzero where a token belongs to the query. Padding never takes part,
+            so the weights of an input do not depend on the batch it is in.
+
+    Returns:
+        Pooled embeddings (B, D) in float32.
+
+    Raises:
+        ValueError: a row admits no position.
+    """
+    visible = mask.bool()
+    if not bool(visible.any(dim=1).all()):
+        raise ValueError("every row needs at least one token that the query may see")
+    return embeddings.float().masked_fill(~visible.unsqueeze(-1), -math.inf).amax(dim=1)
+
+
+class SharedAttention(nn.Module):
+    """Query projection and attention over the keys of a pool.
+
+    ``q = LN(W_up SiLU(W_down e))`` and ``a = softmax(K q / (τ √D))``; with ``silu="after"``
+    ``q = LN(SiLU(W_up W_down e))``, as the published code has it. No biases but LayerNorm's.
+    Always computed in float32: the weights steer every layer, and the projection is tiny.
+    """
+
+    centre: Tensor
+    scale: Tensor
+
+    def __init__(self, width: int, config: AttentionConfig) -> None:
+        """
+        Args:
+            width: D, the width of the token embeddings.
+            config: bottleneck, temperature and the place of the SiLU.
+        """
+        super().__init__()
+        self.silu = config.silu
+        self.divisor = config.temperature * math.sqrt(width)
+        self.down = nn.Linear(width, config.bottleneck, bias=False)
+        self.up = nn.Linear(config.bottleneck, width, bias=False)
+        self.norm = nn.LayerNorm(width)
+        self.register_buffer("centre", torch.zeros(width))
+        self.register_buffer("scale", torch.ones(width))
+
+    def standardise_by(self, pooled: Tensor) -> None:
+        """Fix centre and scale to the statistics of ``pooled`` (N, D), once and for the whole sequence."""
+        self.centre.copy_(pooled.mean(dim=0))
+        self.scale.copy_(pooled.std(dim=0, correction=0).clamp_min(1e-2))
+
+    def query(self, pooled: Tensor) -> Tensor:
+        """Queries (B, D) of pooled embeddings (B, D)."""
+        with torch.autocast(pooled.device.type, enabled=False):
+            hidden = self.down((pooled.float() - self.centre) / self.scale)
+            hidden = self.up(F.silu(hidden)) if self.silu == "between" else F.silu(self.up(hidden))
+            queries: Tensor = self.norm(hidden)
+            return queries
+
+    def forward(self, pooled: Tensor, keys: Tensor) -> Tensor:
+        """Attention logits (B, T) of pooled embeddings (B, D) over keys (T, D), oldest block first."""
+        with torch.autocast(pooled.device.type, enabled=False):
+            return self.query(pooled) @ keys.float().T / self.divisor

@@ -1,0 +1,199 @@
+# ruff: noqa: N803, N815 - A and B are the matrices of the LoRA paper and of PEFT's names
+"""A pool of LoRA blocks, stacked: however many blocks there are, a linear costs two more matmuls.
+
+``y = W x + Σ_i a_i · s · B_i A_i x`` (SAPT section 3.2, s = lora_alpha / r) is computed as
+``h = A x`` with all A stacked to (T·R, in), ``h ·= s · a`` and ``y += B h`` with B (out, T·R).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+
+from sapt_core.config import LoRAConfig
+from sapt_core.errors import BackboneError, SnapshotError
+
+PEFT_PREFIX = "base_model.model."
+
+
+def find_sites(backbone: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Linear]:
+    """The linears of ``backbone`` that ``targets`` name, in module order.
+
+    A target matches as in PEFT: the last part of a module's name or a dotted suffix of it.
+
+    Raises:
+        BackboneError: a target matches no linear.
+    """
+    linears = {name: module for name, module in backbone.named_modules() if isinstance(module, nn.Linear)}
+    matches = {
+        target: [name for name in linears if name == target or name.endswith(f".{target}")] for target in targets
+    }
+    missing = [target for target, names in matches.items() if not names]
+    if missing:
+        known = sorted({name.rpartition(".")[2] for name in linears})
+        raise BackboneError(
+            f"pet.target_modules: {', '.join(missing)} match no linear of {type(backbone).__name__}; "
+            f"its linears are named: {', '.join(known) or 'none'}"
+        )
+    chosen = {name for names in matches.values() for name in names}
+    return {name: module for name, module in linears.items() if name in chosen}
+
+
+class LoRASite(nn.Module):
+    """All blocks' low-rank updates of one linear: frozen ones stacked in buffers, the current one a parameter."""
+
+    frozen_A: Tensor
+    frozen_B: Tensor
+    lora_A: nn.Parameter | None
+    lora_B: nn.Parameter | None
+
+    def __init__(self, in_features: int, out_features: int, config: LoRAConfig) -> None:
+        super().__init__()
+        self.r = config.r
+        self.scaling = config.lora_alpha / config.r
+        self.dropout = nn.Dropout(config.lora_dropout)
+        self.register_buffer("frozen_A", torch.empty(0, in_features))
+        self.register_buffer("frozen_B", torch.empty(out_features, 0))
+        self.register_parameter("lora_A", None)
+        self.register_parameter("lora_B", None)
+
+    def add(self) -> None:
+        """Start a new current block: A Kaiming-uniform(√5), B zero, so that it changes nothing yet."""
+        lora_A = torch.empty(self.r, self.frozen_A.shape[1], device=self.frozen_A.device)
+        nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
+        self.lora_A = nn.Parameter(lora_A)
+        self.lora_B = nn.Parameter(torch.zeros(self.frozen_B.shape[0], self.r, device=self.frozen_B.device))
+
+    def append_frozen(self, lora_A: Tensor, lora_B: Tensor) -> None:
+        """Put a finished block, A (R, in) and B (out, R), behind the frozen ones."""
+        self.frozen_A = torch.cat([self.frozen_A, lora_A.to(self.frozen_A)])
+        self.frozen_B = torch.cat([self.frozen_B, lora_B.to(self.frozen_B)], dim=1)
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        """The pool's update for ``x``.
+
+        Args:
+            x: input of the linear (B·k, S, in); k is the number of beams or returned sequences.
+            weights: attention weights (B, T).
+
+        Returns:
+            Update (B·k, S, out).
+        """
+        stacked_A, stacked_B = self.frozen_A, self.frozen_B
+        if self.lora_A is not None and self.lora_B is not None:
+            stacked_A = torch.cat([stacked_A, self.lora_A])
+            stacked_B = torch.cat([stacked_B, self.lora_B], dim=1)
+        hidden = F.linear(self.dropout(x), stacked_A.to(x.dtype))
+        gates = (weights * self.scaling).repeat_interleave(self.r, dim=1)
+        gates = gates.repeat_interleave(x.shape[0] // weights.shape[0], dim=0)
+        return F.linear(hidden * gates.unsqueeze(1).to(hidden.dtype), stacked_B.to(x.dtype))
+
+
+class LoRABlocks(nn.Module):
+    """The blocks of a pool over all sites of a backbone."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, int]], config: LoRAConfig) -> None:
+        """
+        Args:
+            shapes: (in_features, out_features) of every adapted linear by its module name.
+            config: rank, scaling, dropout.
+        """
+        super().__init__()
+        self.names = tuple(shapes)
+        self.sites = nn.ModuleList(LoRASite(*shapes[name], config) for name in self.names)
+        self.frozen_blocks = 0
+
+    @classmethod
+    def for_backbone(cls, backbone: nn.Module, config: LoRAConfig) -> LoRABlocks:
+        """Blocks for every linear that ``config.target_modules`` names."""
+        sites = find_sites(backbone, config.target_modules)
+        return cls({name: (linear.in_features, linear.out_features) for name, linear in sites.items()}, config)
+
+    def attach(self, backbone: nn.Module, weights: Callable[[], Tensor]) -> list[RemovableHandle]:
+        """Add the pool's update to the output of every adapted linear, by forward hooks.
+
+        The backbone's modules, code and state dict stay as they are. ``weights`` is asked at every
+        call, also when activation checkpointing recomputes a layer during backward.
+        """
+        handles = []
+        for name, site in self._named_sites():
+
+            def add_update(
+                _module: nn.Module, args: tuple[Tensor, ...], output: Tensor, site: LoRASite = site
+            ) -> Tensor:
+                update: Tensor = site(args[0], weights())
+                return output + update.to(output.dtype)
+
+            handles.append(backbone.get_submodule(name).register_forward_hook(add_update))
+        return handles
+
+    def add(self) -> None:
+        """Start the block of a new task at every site."""
+        for _, site in self._named_sites():
+            site.add()
+
+    def freeze(self) -> None:
+        """Make the current block one of the frozen ones."""
+        self.append_frozen(self.current_state())
+        for _, site in self._named_sites():
+            site.lora_A = site.lora_B = None
+
+    def current_state(self) -> dict[str, Tensor]:
+        """The current block's tensors under PEFT's names, A (R, in) and B (out, R) a site."""
+        state = {}
+        for name, site in self._named_sites():
+            if site.lora_A is None or site.lora_B is None:
+                raise ValueError("no block is being learnt")
+            state[f"{PEFT_PREFIX}{name}.lora_A.weight"] = site.lora_A.detach().clone()
+            state[f"{PEFT_PREFIX}{name}.lora_B.weight"] = site.lora_B.detach().clone()
+        return state
+
+    def load_current(self, state: Mapping[str, Tensor]) -> None:
+        """Overwrite the current block, for going on with its training.
+
+        Raises:
+            SnapshotError: the tensors are not those of a block for these sites.
+        """
+        self._check(state)
+        with torch.no_grad():
+            for name, site in self._named_sites():
+                if site.lora_A is None or site.lora_B is None:
+                    raise ValueError("no block is being learnt")
+                site.lora_A.copy_(state[f"{PEFT_PREFIX}{name}.lora_A.weight"])
+                site.lora_B.copy_(state[f"{PEFT_PREFIX}{name}.lora_B.weight"])
+
+    def append_frozen(self, state: Mapping[str, Tensor]) -> None:
+        """Append a stored block behind the frozen ones.
+
+        Raises:
+            SnapshotError: the tensors are not those of a block for these sites.
+        """
+        self._check(state)
+        for name, site in self._named_sites():
+            site.append_frozen(
+                state[f"{PEFT_PREFIX}{name}.lora_A.weight"], state[f"{PEFT_PREFIX}{name}.lora_B.weight"]
+            )
+        self.frozen_blocks += 1
+
+    def _check(self, state: Mapping[str, Tensor]) -> None:
+        expected = {}
+        for name, site in self._named_sites():
+            expected[f"{PEFT_PREFIX}{name}.lora_A.weight"] = (site.r, site.frozen_A.shape[1])
+            expected[f"{PEFT_PREFIX}{name}.lora_B.weight"] = (site.frozen_B.shape[0], site.r)
+        given = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        if given != expected:
+            differing = sorted(set(given.items()) ^ set(expected.items()))
+            raise SnapshotError(
+                f"A stored block does not fit the adapted linears of this backbone: {len(differing)} tensors differ, "
+                f"first {differing[0][0]}; use the target_modules and r that the pool was learnt with"
+            )
+
+    def _named_sites(self) -> Iterator[tuple[str, LoRASite]]:
+        for name, site in zip(self.names, self.sites, strict=True):
+            assert isinstance(site, LoRASite)  # noqa: S101 - narrows ModuleList's element type
+            yield name, site

@@ -1,0 +1,187 @@
+"""Learning one task of a sequence: from the version before to the version after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load as load_tensors
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sapt_core import metrics
+from sapt_core.backbone import BackboneRef
+from sapt_core.benchmarks.prepare import PreparedTask
+from sapt_core.blobs import BlobStore, Checkpoints
+from sapt_core.collate import Collator
+from sapt_core.config import (
+    AttentionConfig,
+    EvaluationConfig,
+    LoRAConfig,
+    MethodConfig,
+    ReflectionConfig,
+    TrainConfig,
+)
+from sapt_core.evaluation import answer, pooled_embeddings
+from sapt_core.model import SaptModel
+from sapt_core.pool import PETPool
+from sapt_core.reflection import Memory, Reflection
+from sapt_core.snapshot import LearntTask, Manifest, load_pool, new_pool, require_backbone, store_block, store_router
+from sapt_core.trainer import Objective, step_seed, train
+
+
+def learn_task(
+    backbone: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: PreparedTask,
+    learnt: LearntTask,
+    parent: Manifest | None,
+    pseudo: Sequence[Tensor],
+    *,
+    ref: BackboneRef,
+    method: MethodConfig,
+    pet: LoRAConfig,
+    attention: AttentionConfig,
+    reflection: ReflectionConfig,
+    config: TrainConfig,
+    evaluation: EvaluationConfig,
+    seed: int,
+    store: BlobStore,
+    checkpoints: Checkpoints,
+    on_step: Callable[[int, int], None] | None = None,
+) -> tuple[Manifest, list[dict[str, float]]]:
+    """Learn ``task`` on top of ``parent`` and store the next version.
+
+    With ``method.name`` sapt a new block, its key and the query projection are trained, under
+    reflection on ``pseudo``. With sequential the one block there is goes on training.
+
+    Args:
+        backbone, tokenizer: loaded from ``ref``.
+        task: tokenised rows.
+        learnt: what the manifest keeps of the task.
+        parent: the version before; None for the first task.
+        pseudo: pooled embeddings (N_i, D) of every earlier task's pseudo-samples, oldest first;
+            a task whose N_i is 0 is not reflected on.
+        store: receives the block, the router and the manifest.
+
+    Returns:
+        The new version and the training curve (see ``sapt_core.trainer.train``).
+
+    Raises:
+        SnapshotError: ``parent`` does not belong to this backbone.
+    """
+    if parent is not None:
+        require_backbone(parent, ref)
+    shared_attention = attention if method.name == "sapt" else None
+    torch.manual_seed(step_seed(seed, "init"))
+    pool = _start(backbone, parent, pet, shared_attention, store)
+    model = SaptModel(backbone, pool)
+    try:
+        rows = list(task.train)
+        pooled = pooled_embeddings(model, tokenizer, rows)
+        if pool.attention is not None and pool.key is not None:
+            _start_routing(pool, pooled, attention, first=parent is None)
+        curve = train(
+            model,
+            rows,
+            Collator(tokenizer.pad_token_id, model.is_encoder_decoder),
+            config,
+            seed=seed,
+            objective=_objective(parent, pseudo, shared_attention, reflection),
+            checkpoints=checkpoints,
+            score_dev=lambda: _score_dev(model, tokenizer, task, learnt, evaluation, config),
+            on_step=on_step,
+        )
+        pool.cpu()
+        if reflection.target_split == "dev":
+            pooled = pooled_embeddings(model, tokenizer, list(task.dev))
+        with torch.no_grad():
+            target = tuple(pool.attend(pooled).mean(dim=0).tolist())
+        block = store_block(pool, store)
+        manifest = Manifest(
+            method=method.name,
+            backbone=ref,
+            pet=pet,
+            attention=shared_attention,
+            tasks=(*(parent.tasks if parent else ()), learnt),
+            blocks=(*(parent.blocks if parent and shared_attention else ()), block),
+            router=store_router(pool, store),
+            targets=(*(parent.targets if parent else ()), target),
+            parent=parent.digest if parent else None,
+        )
+        store.put(manifest.to_bytes())
+    finally:
+        model.detach()
+    return manifest, curve
+
+
+def _start(
+    backbone: PreTrainedModel,
+    parent: Manifest | None,
+    pet: LoRAConfig,
+    attention: AttentionConfig | None,
+    store: BlobStore,
+) -> PETPool:
+    if parent is not None and attention is not None:
+        pool = load_pool(parent, store, backbone)
+        pool.add()
+        return pool
+    pool = new_pool(backbone, pet, attention)
+    pool.add()
+    if parent is not None:
+        pool.blocks.load_current(load_tensors(store.get(parent.blocks[-1])))
+    return pool
+
+
+def _start_routing(pool: PETPool, pooled: Tensor, config: AttentionConfig, *, first: bool) -> None:
+    """Statistics and key of a new block, from the task's own pooled embeddings (N, D)."""
+    assert pool.attention is not None and pool.key is not None  # noqa: S101 - the caller's condition
+    if first and config.standardise:
+        pool.attention.standardise_by(pooled)
+    if config.key_init == "task_mean":
+        with torch.no_grad():
+            pool.key.copy_(pool.attention.query(pooled).mean(dim=0))
+
+
+def _objective(
+    parent: Manifest | None,
+    pseudo: Sequence[Tensor],
+    attention: AttentionConfig | None,
+    reflection: ReflectionConfig,
+) -> Objective:
+    if attention is None or parent is None:
+        return Objective()
+    memories = [
+        Memory(pooled, torch.tensor(target))
+        for pooled, target in zip(pseudo, parent.targets, strict=True)
+        if len(pooled)
+    ]
+    term = Reflection(memories, reflection.batch_size, reflection.weight) if memories and reflection.weight else None
+    return Objective(term, attention.learning_rate, attention.hold)
+
+
+def _score_dev(
+    model: SaptModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: PreparedTask,
+    learnt: LearntTask,
+    evaluation: EvaluationConfig,
+    config: TrainConfig,
+) -> float:
+    """Dev score, each worker answering its share of the rows."""
+    spread = dist.is_available() and dist.is_initialized()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if spread else (0, 1)
+    rows: list[dict[str, Any]] = list(task.dev)[rank::world]
+    texts: list[str] = []
+    if rows:
+        texts, _ = answer(
+            model, tokenizer, rows, evaluation, max_new_tokens=learnt.max_target_tokens, precision=config.precision
+        )
+    pairs = [(text, row["references"]) for text, row in zip(texts, rows, strict=True)]
+    if spread:
+        gathered: list[list[tuple[str, list[str]]]] = [[] for _ in range(world)]
+        dist.all_gather_object(gathered, pairs)
+        pairs = [pair for part in gathered for pair in part]
+    return metrics.score(task.metric, [text for text, _ in pairs], [references for _, references in pairs])

@@ -1,0 +1,76 @@
+"""The PET pool: blocks, their keys and the shared attention that mixes them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sapt_core.attention import SharedAttention
+from sapt_core.blocks.lora import LoRABlocks
+from sapt_core.config import AttentionConfig
+
+
+class PETPool(nn.Module):
+    """T blocks, oldest first, of which at most the last is being learnt.
+
+    Without an attention config the pool holds one block that always has weight 1: plain LoRA.
+
+    Attributes:
+        blocks: the PET blocks at every site.
+        attention: query projection, or None for a pool of one block.
+        frozen_keys: keys of the frozen blocks (T-1 or T, D).
+        key: key of the block being learnt (D), or None.
+        hold: share of the mixture that goes to the last block whatever the attention says, in
+            [0, 1]. While a new block is still zero the old ones lower the loss faster, and an
+            attention that is free from the first step runs away from it.
+    """
+
+    frozen_keys: Tensor
+    key: nn.Parameter | None
+
+    def __init__(self, blocks: LoRABlocks, width: int, attention: AttentionConfig | None) -> None:
+        super().__init__()
+        self.blocks = blocks
+        self.attention = None if attention is None else SharedAttention(width, attention)
+        self.register_buffer("frozen_keys", torch.empty(0, width))
+        self.register_parameter("key", None)
+        self.hold = 0.0
+
+    def add(self) -> None:
+        """Start a new block with a key drawn from U(-1, 1), as the paper does."""
+        if self.attention is None and self.blocks.frozen_blocks:
+            raise ValueError("a pool without attention holds one block")
+        self.blocks.add()
+        if self.attention is not None:
+            self.key = nn.Parameter(torch.rand_like(self.attention.centre) * 2 - 1)
+
+    def freeze(self) -> None:
+        """Make the block being learnt, and its key, frozen ones."""
+        self.blocks.freeze()
+        self.frozen_keys = self.keys.detach()
+        self.key = None
+
+    @property
+    def keys(self) -> Tensor:
+        """All keys (T, D), oldest first; gradient reaches the last one only."""
+        return self.frozen_keys if self.key is None else torch.cat([self.frozen_keys, self.key.unsqueeze(0)])
+
+    def logits(self, pooled: Tensor) -> Tensor:
+        """Attention logits (B, T) of pooled embeddings (B, D)."""
+        if self.attention is None:
+            return pooled.new_zeros(pooled.shape[0], 1, dtype=torch.float32)
+        logits: Tensor = self.attention(pooled, self.keys)
+        return logits
+
+    def attend(self, pooled: Tensor) -> Tensor:
+        """Attention weights (B, T) of pooled embeddings (B, D): what reflection keeps in place."""
+        return torch.softmax(self.logits(pooled), dim=-1)
+
+    def mixture(self, pooled: Tensor) -> Tensor:
+        """Weights (B, T) that mix the blocks: the attention, but for the share held for the new block."""
+        weights = self.attend(pooled)
+        if self.hold:
+            newest = torch.zeros_like(weights)
+            newest[:, -1] = self.hold
+            weights = (1 - self.hold) * weights + newest
+        return weights

@@ -1,0 +1,257 @@
+"""One task's training loop, on Accelerate, resumable to the bit.
+
+Everything random in a step is a pure function of (seed, step, rank): the order of the rows, dropout
+and the pseudo-samples drawn. A checkpoint therefore holds weights, optimizer state and the number of
+steps done, and a run that goes on from it equals one that was never interrupted.
+
+Batches are counted over all workers and the loss is normalised by the label tokens of the whole
+batch, so neither the number of workers nor gradient accumulation changes what is learnt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from sapt_core.blobs import Checkpoints
+from sapt_core.collate import Batch, Collator, epoch_batches
+from sapt_core.config import TrainConfig
+from sapt_core.device import autocast
+from sapt_core.model import SaptModel
+from sapt_core.reflection import Reflection
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What one task's training minimises, and how its parts move.
+
+    Attributes:
+        reflection: the KL term over earlier tasks, or None.
+        router_learning_rate: rate of key and query projection; None: the blocks' own.
+        hold: share of the steps over which the new block's held weight falls from 1 to 0.
+    """
+
+    reflection: Reflection | None = None
+    router_learning_rate: float | None = None
+    hold: float = 0.0
+
+
+@dataclass
+class _Position:
+    """What a checkpoint keeps beside tensors."""
+
+    step: int = 0
+    best_score: float | None = None
+    curve: list[dict[str, float]] = field(default_factory=list)
+
+
+class _Step(nn.Module):
+    """Loss of one micro-batch; a module, because DistributedDataParallel hooks into ``forward``."""
+
+    def __init__(self, model: SaptModel, reflection: Reflection | None) -> None:
+        super().__init__()
+        self.model = model
+        self.reflection = reflection
+
+    def forward(self, batch: Batch, ce_scale: float, kl_scale: float, drawn: list[Tensor]) -> tuple[Tensor, ...]:
+        assert batch.labels is not None  # noqa: S101 - a training batch has labels
+        logits = self.model(batch.input_ids, batch.attention_mask, batch.query_mask, batch.labels)
+        summed = self.model.token_loss(logits, batch.labels)
+        loss = summed * ce_scale
+        divergence = summed.new_zeros(())
+        if self.reflection is not None:
+            divergence = self.reflection.loss(self.model.pool, drawn)
+            loss = loss + kl_scale * self.reflection.weight * divergence
+        return loss, summed.detach(), divergence.detach()
+
+
+def step_seed(*parts: int | str) -> int:
+    """A seed (63 bits) that is a pure function of its parts."""
+    digest = hashlib.sha256(json.dumps(parts).encode()).digest()
+    return int.from_bytes(digest[:8]) >> 1
+
+
+def train(
+    model: SaptModel,
+    rows: Sequence[Row],
+    collator: Collator,
+    config: TrainConfig,
+    *,
+    seed: int,
+    objective: Objective,
+    checkpoints: Checkpoints,
+    score_dev: Callable[[], float] | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+) -> list[dict[str, float]]:
+    """Train the pool's current block, its key and the query projection; leaves the result in ``model``.
+
+    Args:
+        model: backbone with a pool whose last block is being learnt.
+        rows: tokenised rows with ``prompt_ids`` and ``answer_ids``.
+        collator: makes batches of rows.
+        config: rates, lengths, batch sizes, precision.
+        seed: of this task's run.
+        objective: reflection and routing schedule.
+        checkpoints: where to resume from and to keep the state.
+        score_dev: scores the model on dev; needed with ``eval_every_epochs``. Every worker calls it.
+        on_step: told (steps done, steps in all) after every step.
+
+    Returns:
+        Curve: one entry a step with ``step``, ``loss`` (mean cross-entropy a label token, nats),
+        ``kl`` (summed over earlier tasks, nats), ``gate`` (mean weight of the new block in the
+        mixture) and, where dev was scored, ``dev``.
+    """
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(), kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)]
+    )
+    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
+    model.to(device)
+    reflection = None if objective.reflection is None else objective.reflection.to(device)
+    if config.gradient_checkpointing:
+        model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    trainable = {name: parameter for name, parameter in model.pool.named_parameters() if parameter.requires_grad}
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for n, p in trainable.items() if n.startswith("blocks.")], "lr": config.learning_rate},
+            {
+                "params": [p for n, p in trainable.items() if not n.startswith("blocks.")],
+                "lr": objective.router_learning_rate or config.learning_rate,
+            },
+        ],
+        weight_decay=config.weight_decay,
+    )
+    position, best = _restore(checkpoints.load(), trainable, optimizer)
+    step_module = accelerator.prepare(_Step(model, reflection))
+
+    steps_an_epoch = math.ceil(len(rows) / config.batch_size)
+    total = max(1, round(config.epochs * steps_an_epoch))
+    lengths = [len(row["prompt_ids"]) + len(row["answer_ids"]) for row in rows]
+    batches: list[list[int]] = []
+    while position.step < total:
+        epoch, within = divmod(position.step, steps_an_epoch)
+        if within == 0 or not batches:
+            batches = epoch_batches(lengths, config.batch_size, seed, epoch)
+        model.train()
+        model.pool.hold = max(0.0, 1 - position.step / (objective.hold * total)) if objective.hold else 0.0
+        torch.manual_seed(step_seed(seed, "dropout", position.step, rank))
+        entry = _step(
+            accelerator, step_module, [rows[i] for i in batches[within]], collator, config, seed, position.step
+        )
+        if config.max_grad_norm is not None:
+            accelerator.clip_grad_norm_(list(trainable.values()), config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        position.step += 1
+        model.pool.hold = 0.0
+
+        done = position.step == total
+        if config.eval_every_epochs and score_dev is not None and (
+            done or position.step % (config.eval_every_epochs * steps_an_epoch) == 0
+        ):
+            model.eval()
+            entry["dev"] = score_dev()
+            if position.best_score is None or entry["dev"] > position.best_score:
+                position.best_score = entry["dev"]
+                best = {name: parameter.detach().clone() for name, parameter in trainable.items()}
+        position.curve.append(entry)
+        if on_step is not None:
+            on_step(position.step, total)
+        if not done and position.step % config.checkpoint_every_steps == 0:
+            checkpoints.save(_state(position, trainable, optimizer, best))
+    with torch.no_grad():
+        for name, value in best.items():
+            trainable[name].copy_(value)
+    if config.gradient_checkpointing:
+        model.backbone.gradient_checkpointing_disable()
+    model.eval()
+    return position.curve
+
+
+def _step(
+    accelerator: Accelerator,
+    module: nn.Module,
+    rows: Sequence[Row],
+    collator: Collator,
+    config: TrainConfig,
+    seed: int,
+    step: int,
+) -> dict[str, float]:
+    """Gradients of one optimizer step over all workers."""
+    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    inner: _Step = accelerator.unwrap_model(module)
+    tokens = sum(len(row["answer_ids"]) for row in rows)
+    # A worker without rows in a short last batch runs one that counts nothing, to take part in the reduction.
+    mine, counts = (rows[rank::world], 1.0) if rank < len(rows) else (rows[:1], 0.0)
+    size = config.micro_batch_size or len(mine)
+    micro = [mine[start : start + size] for start in range(0, len(mine), size)]
+    generator = torch.Generator().manual_seed(step_seed(seed, "reflection", step, rank))
+    loss = kl = gate = 0.0
+    for index, part in enumerate(micro):
+        batch = collator(part).to(device)
+        drawn = [] if inner.reflection is None else inner.reflection.draw(generator)
+        last = index == len(micro) - 1
+        with nullcontext() if last else accelerator.no_sync(module):
+            with autocast(device, config.precision):
+                # DistributedDataParallel averages over workers: undo it for the sum over tokens,
+                # let it stand for the KL, whose every draw is an estimate of the same term.
+                total, summed, divergence = module(batch, counts * world / tokens, 1 / len(micro), drawn)
+            accelerator.backward(total)
+        weights = inner.model.weights
+        assert weights is not None  # noqa: S101 - set by the forward above
+        loss += float(summed)
+        kl += float(divergence) / len(micro)
+        gate += float(weights[:, -1].detach().mean()) * len(part) / len(mine)
+    mine_tokens = sum(len(row["answer_ids"]) for row in mine)
+    return {"step": step + 1, "loss": loss / mine_tokens, "kl": kl, "gate": gate}
+
+
+def _state(
+    position: _Position,
+    trainable: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    best: Mapping[str, Tensor],
+) -> dict[str, bytes]:
+    tensors = {f"parameter/{name}": value.detach() for name, value in trainable.items()}
+    tensors |= {f"best/{name}": value for name, value in best.items()}
+    for name, parameter in trainable.items():
+        tensors |= {f"optimizer/{key}/{name}": value for key, value in optimizer.state[parameter].items()}
+    meta = {"step": position.step, "best_score": position.best_score, "curve": position.curve}
+    return {
+        "state.safetensors": save_tensors({name: value.cpu().contiguous() for name, value in tensors.items()}),
+        "state.json": json.dumps(meta).encode(),
+    }
+
+
+def _restore(
+    files: Mapping[str, bytes] | None, trainable: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> tuple[_Position, dict[str, Tensor]]:
+    if files is None:
+        return _Position(), {}
+    best = {}
+    with torch.no_grad():
+        for label, value in load_tensors(files["state.safetensors"]).items():
+            group, _, name = label.partition("/")
+            if group == "parameter":
+                trainable[name].copy_(value)
+            elif group == "best":
+                best[name] = value.to(trainable[name].device)
+            else:
+                key, _, name = name.partition("/")
+                # AdamW keeps its step counter on the CPU.
+                device = value.device if key == "step" else trainable[name].device
+                optimizer.state[trainable[name]][key] = value.to(device)
+    return _Position(**json.loads(files["state.json"])), best
