@@ -1,0 +1,84 @@
+"""Run stages on Ray: plain ones as tasks, training ones as a Ray Train run each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from cluster.stages import Outcome, Stage, StageRecord, run_alone
+from cluster.store import open_store, resolved
+from sapt_core.config import ClusterConfig, StoreConfig
+from sapt_core.errors import ClusterError, SaptError
+
+Ref: TypeAlias = "ray.ObjectRef[StageRecord]"
+
+
+class RayExecutor:
+    """Submits every stage at once and lets Ray queue, place and repeat them.
+
+    Args:
+        store: where the workers find the store; a relative folder counts from this process's.
+        cluster: restarts of stages whose worker died.
+    """
+
+    slots: int | None = None
+
+    def __init__(self, store: StoreConfig, cluster: ClusterConfig) -> None:
+        self._store = resolved(store)
+        self._cluster = cluster
+        self._names: dict[Ref, str] = {}
+
+    def submit(self, stage: Stage, key: str, inputs: Mapping[str, StageRecord]) -> Ref:
+        alone = replace(stage, inputs={})  # their records travel, not the graph behind them
+        options: dict[str, Any] = {"name": stage.name, "max_retries": self._cluster.max_failures}
+        if stage.workers:
+            # Actors do not inherit the driver's address, and Ray Train's clean-up asks the cluster by it.
+            address = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+            train = _train.options(**options, num_cpus=0, runtime_env={"env_vars": address})
+            handle = train.remote(alone, key, dict(inputs), self._store, self._cluster)
+        else:
+            run = _run.options(**options, num_cpus=stage.cpus, num_gpus=stage.gpus)
+            handle = run.remote(alone, key, dict(inputs), self._store)
+        self._names[handle] = stage.name
+        return handle
+
+    def wait(self, handles: Sequence[Ref]) -> list[tuple[Ref, Outcome]]:
+        ray.wait(list(handles), num_returns=1)
+        ended, _ = ray.wait(list(handles), num_returns=len(handles), timeout=0)
+        return [(handle, self._outcome(handle)) for handle in ended]
+
+    def cancel(self, handles: Sequence[Ref]) -> None:
+        for handle in handles:
+            ray.cancel(handle, recursive=True)
+
+    def _outcome(self, handle: Ref) -> Outcome:
+        name = self._names.pop(handle)
+        try:
+            record: StageRecord = ray.get(handle)
+            return record
+        except RayTaskError as error:
+            # Ray wraps what a task raised; a message made for people must come out as it was made.
+            return error.cause if isinstance(error.cause, SaptError) else error
+        except RayError as error:
+            return ClusterError(
+                f"Stage {name} lost its worker {self._cluster.max_failures + 1} times: {error} "
+                "Look at the node's memory in the Ray dashboard; the same command goes on where it stopped."
+            )
+
+
+@ray.remote
+def _run(stage: Stage, key: str, inputs: dict[str, StageRecord], store: StoreConfig) -> StageRecord:
+    return run_alone(stage, key, inputs, open_store(store))
+
+
+@ray.remote
+def _train(
+    stage: Stage, key: str, inputs: dict[str, StageRecord], store: StoreConfig, cluster: ClusterConfig
+) -> StageRecord:
+    from cluster.training import fit  # noqa: PLC0415  Ray Train and torch only in the worker
+
+    return fit(stage, key, inputs, store, cluster)

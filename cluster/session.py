@@ -1,0 +1,118 @@
+"""Connect to a Ray cluster, or start a local one, and see whether it has what a run asks for."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sapt_core.config import ClusterConfig
+from sapt_core.errors import ClusterError
+
+
+@contextmanager
+def connect(config: ClusterConfig, *, num_cpus: int | None = None) -> Iterator[None]:
+    """Be connected to Ray: at ``cluster.address``, else RAY_ADDRESS, else a local Ray of our own.
+
+    On leaving, disconnects, and stops Ray only if it was started here. Inside a process that is
+    connected already (a Tune trial) it changes nothing.
+
+    Args:
+        config: where to connect.
+        num_cpus: logical CPUs of a local Ray; default: the machine's.
+
+    Raises:
+        ClusterError: nothing answers there, it refuses the token, or Ray cannot start.
+    """
+    address = config.address or os.environ.get("RAY_ADDRESS") or "local"
+    # Ray's own default differs between its commands and versions, and is read when Ray is imported.
+    os.environ.setdefault("RAY_AUTH_MODE", "token" if address == "local" or _has_token() else "disabled")
+    import ray  # noqa: PLC0415
+
+    if ray.is_initialized():
+        yield
+        return
+    _answer(address)
+    options: dict[str, Any] = {"num_cpus": num_cpus, "dashboard_host": "127.0.0.1"} if address == "local" else {}
+    try:
+        ray.init(
+            # "local" and never None, which joins whatever Ray this host started last.
+            address=address,
+            log_to_driver=False,  # the dashboard and the session's log folder have the workers' output
+            logging_level=logging.WARNING,
+            **options,
+        )
+    except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
+        ray.shutdown()
+        if address == "local":
+            raise ClusterError(f"Ray cannot start on this machine: {error}") from error
+        raise ClusterError(
+            f"No Ray cluster can be used at {address}: {_first_line(error)}. Check that the cluster runs this Ray "
+            "version, and that RAY_AUTH_MODE and the token (RAY_AUTH_TOKEN or ~/.ray/auth_token) are the cluster's."
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def check_resources(config: ClusterConfig) -> None:
+    """Refuse a run whose training workers the connected cluster can never hold.
+
+    A cluster that autoscales is measured by what it may grow to.
+
+    Raises:
+        ClusterError: with what was asked and what is there.
+    """
+    import ray  # noqa: PLC0415
+    from ray._private.state import state  # noqa: PLC0415  the only place that knows an autoscaler's limits
+
+    limits = state.get_max_resources_from_cluster_config() or {}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    faults = []
+    for name, field, each in (
+        ("CPU", "cpus_per_worker", config.cpus_per_worker),
+        ("GPU", "gpus_per_worker", config.gpus_per_worker),
+    ):
+        total = max(sum(node.get(name, 0) for node in nodes), limits.get(name, 0))
+        largest = max((node.get(name, 0) for node in nodes), default=0)
+        if config.train_workers * each > total:
+            faults.append(
+                f"cluster.train_workers={config.train_workers} with cluster.{field}={each:g} need "
+                f"{config.train_workers * each:g} {name}s, the cluster has {total:g}"
+            )
+        elif each > largest and not limits:
+            faults.append(f"cluster.{field}={each:g}, but no node has more than {largest:g} {name}s")
+    if faults:
+        grown = " even after autoscaling" if limits else ""
+        raise ClusterError(
+            f"The Ray cluster is too small{grown}: {'; '.join(faults)}. "
+            "Ask for less in the cluster section, or connect to a larger cluster."
+        )
+
+
+def _has_token() -> bool:
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    return bool(os.environ.get("RAY_AUTH_TOKEN")) or Path(path or "~/.ray/auth_token").expanduser().is_file()
+
+
+def _answer(address: str) -> None:
+    """Find out in seconds that nothing listens at host:port; Ray itself waits for many minutes."""
+    host, separator, port = address.removeprefix("ray://").rpartition(":")
+    if not separator or not port.isdigit():  # local, auto
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise ClusterError(
+            f"No Ray cluster answers at {address}: {error}. "
+            "cluster.address or RAY_ADDRESS must be host:port of a running head node."
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -1,0 +1,355 @@
+"""Durable stages: a graph of named work whose results outlive every process.
+
+A stage's key is a hash of its kind, its version, exactly what it reads and the content of its
+inputs' results. Its result is one record, committed to the store after all its blobs. A stage whose
+record exists is not run again, so a run that was broken off goes on where it stopped, and a stage
+that ran again with equal results leaves everything after it valid.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from graphlib import TopologicalSorter
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cluster.store import ArtifactStore
+from sapt_core.blobs import Checkpoints
+from sapt_core.config import canonical_hash
+from sapt_core.errors import StoreError
+
+Json: TypeAlias = Any
+
+RECORD_SCHEMA: Literal[1] = 1  # part of every key: records of another schema are never looked up
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """A piece of durable work.
+
+    Attributes:
+        name: unique in a graph, for people; not in the key.
+        kind: what it does, for example ``train``; in the key.
+        body: the work. With ``workers`` every worker runs it, and rank 0's result counts.
+        reads: the config fields and other JSON facts the body uses; nothing else may change its result.
+        inputs: stages whose results it uses.
+        version: raised when the body changes what it computes.
+        workers: 0 is a plain task; 1 or more are that many training workers in one process group.
+        cpus, gpus: what a plain task takes, or each worker.
+    """
+
+    name: str
+    kind: str
+    body: Callable[[StageContext], StageResult]
+    reads: Mapping[str, Json] = field(default_factory=dict)
+    inputs: Mapping[str, Stage] = field(default_factory=dict)
+    version: int = 1
+    workers: int = 0
+    cpus: float = 1
+    gpus: float = 0
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """What a body gets: its reads and its inputs' records, the store, and its place among the workers."""
+
+    name: str
+    key: str
+    reads: Mapping[str, Json]
+    inputs: Mapping[str, StageRecord]
+    store: ArtifactStore
+    checkpoints: Checkpoints
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this worker's result counts."""
+        return self.rank == 0
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a body gives.
+
+    Attributes:
+        outputs: blob digests by name, all of them in the store already.
+        values: deterministic facts that later stages read; part of their keys, like the outputs.
+        metrics: scores, curves, seconds; in no key.
+    """
+
+    outputs: Mapping[str, str] = field(default_factory=dict)
+    values: Mapping[str, Json] = field(default_factory=dict)
+    metrics: Mapping[str, Json] = field(default_factory=dict)
+
+
+class StageRecord(BaseModel):
+    """A finished stage as the store keeps it. ``inputs`` are the keys of the input stages' records."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1] = RECORD_SCHEMA
+    kind: str
+    name: str
+    key: str
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+    values: dict[str, Json]
+    metrics: dict[str, Json]
+    seconds: float
+    finished_at: datetime
+    world_size: int
+
+    def content(self) -> dict[str, Json]:
+        """What later stages depend on."""
+        return {"outputs": self.outputs, "values": self.values}
+
+
+@dataclass(frozen=True)
+class StageEvent:
+    """News of one stage: ``key`` from ``started`` on, ``record`` when done, ``error`` when failed."""
+
+    kind: Literal["planned", "cached", "started", "finished", "failed"]
+    stage: Stage
+    key: str | None = None
+    record: StageRecord | None = None
+    error: BaseException | None = None
+
+
+Handle = TypeVar("Handle", bound=Hashable)
+Outcome: TypeAlias = StageRecord | Exception
+
+
+class Executor(Protocol[Handle]):
+    """Runs stages somewhere. ``slots`` is how many it takes at once, None for any number."""
+
+    slots: int | None
+
+    def submit(self, stage: Stage, key: str, inputs: Mapping[str, StageRecord]) -> Handle:
+        """Start a stage, or queue it."""
+        ...
+
+    def wait(self, handles: Sequence[Handle]) -> list[tuple[Handle, Outcome]]:
+        """Block until at least one has ended, and return those that have, each with its record or error."""
+        ...
+
+    def cancel(self, handles: Sequence[Handle]) -> None:
+        """Stop stages as soon as possible, without waiting for them."""
+        ...
+
+
+def stage_key(stage: Stage, inputs: Mapping[str, StageRecord]) -> str:
+    """sha256 (hex) of everything the stage's result depends on."""
+    contents = {name: canonical_hash(record.content()) for name, record in inputs.items()}
+    return canonical_hash([RECORD_SCHEMA, stage.kind, stage.version, dict(stage.reads), contents])
+
+
+def find_record(store: ArtifactStore, key: str) -> StageRecord | None:
+    """The record of a key, None if the stage is not done.
+
+    Raises:
+        StoreError: the record is there but is not one of ours.
+    """
+    stored = store.read_record(key)
+    if stored is None:
+        return None
+    try:
+        return StageRecord.model_validate(stored)
+    except ValidationError as error:
+        raise StoreError(
+            f"Record {key} in {store.uri} is not a stage record. Delete records/{key}.json there and run again: "
+            "its stage is repeated."
+        ) from error
+
+
+def commit(
+    stage: Stage,
+    key: str,
+    inputs: Mapping[str, StageRecord],
+    result: StageResult,
+    store: ArtifactStore,
+    *,
+    seconds: float,
+    world_size: int,
+) -> StageRecord:
+    """Make a stage's result durable and return the record that counts, which is another's if that was first."""
+    record = StageRecord(
+        kind=stage.kind,
+        name=stage.name,
+        key=key,
+        inputs={name: record.key for name, record in inputs.items()},
+        outputs=dict(result.outputs),
+        values=dict(result.values),
+        metrics=dict(result.metrics),
+        seconds=round(seconds, 3),
+        finished_at=datetime.now(UTC),
+        world_size=world_size,
+    )
+    return StageRecord.model_validate(store.commit_record(key, record.model_dump(mode="json")))
+
+
+def run_alone(stage: Stage, key: str, inputs: Mapping[str, StageRecord], store: ArtifactStore) -> StageRecord:
+    """Run a stage in this process as the only worker, resumable through the store, and commit its record."""
+    done = find_record(store, key)  # another run may have finished it since the graph looked
+    if done is not None:
+        return done
+    start = time.monotonic()
+    context = StageContext(
+        name=stage.name, key=key, reads=stage.reads, inputs=inputs, store=store, checkpoints=store.checkpoints(key)
+    )
+    result = stage.body(context)
+    record = commit(stage, key, inputs, result, store, seconds=time.monotonic() - start, world_size=1)
+    store.drop_checkpoints(key)
+    return record
+
+
+class InlineExecutor:
+    """Runs stages in this process, one after another, whatever number of workers they ask for."""
+
+    slots: int | None = 1
+
+    def __init__(self, store: ArtifactStore) -> None:
+        self._store = store
+        self._waiting: dict[str, tuple[Stage, Mapping[str, StageRecord]]] = {}
+
+    def submit(self, stage: Stage, key: str, inputs: Mapping[str, StageRecord]) -> str:
+        self._waiting[key] = (stage, inputs)
+        return key
+
+    def wait(self, handles: Sequence[str]) -> list[tuple[str, Outcome]]:
+        key = handles[0]
+        stage, inputs = self._waiting.pop(key)
+        try:
+            return [(key, run_alone(stage, key, inputs, self._store))]
+        except Exception as error:
+            return [(key, error)]
+
+    def cancel(self, handles: Sequence[str]) -> None:
+        self._waiting.clear()
+
+
+def run_graph(
+    stages: Sequence[Stage],
+    store: ArtifactStore,
+    executor: Executor[Any],
+    on_event: Callable[[StageEvent], None] = lambda _: None,
+) -> dict[Stage, StageRecord]:
+    """Run all stages and the stages they depend on, as wide as the executor allows, and skip what is done.
+
+    Stages that are ready start in the order of ``stages``. When one fails nothing new starts; what is
+    in flight finishes and keeps its records. An interrupt cancels what is in flight.
+
+    Raises:
+        ValueError: two stages of one name, or a cycle.
+        Exception: the first failure of a stage, a ``SaptError`` unchanged.
+    """
+    graph, order = _graph(stages)
+    graph.prepare()
+    for stage in order:
+        on_event(StageEvent("planned", stage))
+    records: dict[Stage, StageRecord] = {}
+    ready: list[tuple[int, Stage]] = []
+    in_flight: dict[Any, tuple[str, list[Stage]]] = {}
+    failure: Exception | None = None
+
+    def finish(stage: Stage, kind: Literal["cached", "finished"], record: StageRecord) -> None:
+        records[stage] = record
+        graph.done(stage)
+        on_event(StageEvent(kind, stage, record.key, record))
+
+    def start(stage: Stage) -> None:
+        inputs = {name: records[source] for name, source in stage.inputs.items()}
+        key = stage_key(stage, inputs)
+        same = next((twins for flying, twins in in_flight.values() if flying == key), None)
+        if same is not None:  # the same work under another name: one run serves both
+            same.append(stage)
+            return
+        record = _valid_record(store, key, stage)
+        if record is not None:
+            finish(stage, "cached", record)
+            return
+        on_event(StageEvent("started", stage, key))
+        in_flight[executor.submit(stage, key, inputs)] = (key, [stage])
+
+    try:
+        while (graph.is_active() and failure is None) or in_flight:
+            for stage in graph.get_ready():
+                heapq.heappush(ready, (order[stage], stage))
+            if ready and failure is None and (executor.slots is None or len(in_flight) < executor.slots):
+                start(heapq.heappop(ready)[1])  # one at a time: a cached stage makes others ready
+                continue
+            for handle, outcome in executor.wait(list(in_flight)):
+                key, twins = in_flight.pop(handle)
+                for stage in twins:
+                    if isinstance(outcome, StageRecord):
+                        finish(stage, "finished" if stage is twins[0] else "cached", outcome)
+                    else:
+                        failure = failure or outcome
+                        on_event(StageEvent("failed", stage, key, error=outcome))
+    except BaseException:
+        executor.cancel(list(in_flight))
+        raise
+    if failure is not None:
+        raise failure
+    return records
+
+
+def plan(stages: Sequence[Stage], store: ArtifactStore) -> dict[Stage, Literal["done", "to run", "unknown"]]:
+    """What a run would do with each stage: ``unknown`` where the key depends on results not there yet."""
+    graph, _ = _graph(stages)
+    states: dict[Stage, Literal["done", "to run", "unknown"]] = {}
+    records: dict[Stage, StageRecord] = {}
+    for stage in graph.static_order():
+        if any(states[source] != "done" for source in stage.inputs.values()):
+            states[stage] = "unknown"
+            continue
+        record = find_record(store, stage_key(stage, {name: records[source] for name, source in stage.inputs.items()}))
+        if record is None or _lost_outputs(store, record):
+            states[stage] = "to run"
+        else:
+            states[stage] = "done"
+            records[stage] = record
+    return states
+
+
+def _graph(stages: Sequence[Stage]) -> tuple[TopologicalSorter[Stage], dict[Stage, int]]:
+    """The graph of the stages and all they depend on, and each stage's place in the order it was given."""
+    graph: TopologicalSorter[Stage] = TopologicalSorter()
+    order: dict[Stage, int] = {}
+    waiting = list(reversed(stages))
+    while waiting:
+        stage = waiting.pop()
+        if stage not in order:
+            order[stage] = len(order)
+            graph.add(stage, *stage.inputs.values())
+            waiting.extend(stage.inputs.values())
+    twice = [name for name, count in Counter(stage.name for stage in order).items() if count > 1]
+    if twice:
+        raise ValueError(f"stages of the same name: {', '.join(twice)}")
+    return graph, order
+
+
+def _valid_record(store: ArtifactStore, key: str, stage: Stage) -> StageRecord | None:
+    """The stage's record if all its blobs are there; a record that has lost one is deleted."""
+    record = find_record(store, key)
+    if record is None:
+        return None
+    lost = _lost_outputs(store, record)
+    if lost:
+        log.warning("%s runs again: its %s is no longer in %s", stage.name, ", ".join(lost), store.uri)
+        store.delete_record(key)
+        return None
+    return record
+
+
+def _lost_outputs(store: ArtifactStore, record: StageRecord) -> list[str]:
+    return [name for name, digest in record.outputs.items() if not store.has(digest)]

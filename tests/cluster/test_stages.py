@@ -1,0 +1,206 @@
+"""The stage graph in one process: what runs, what does not, and what survives a failure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cluster.stages import (
+    InlineExecutor,
+    Stage,
+    StageContext,
+    StageEvent,
+    StageRecord,
+    StageResult,
+    plan,
+    run_graph,
+    stage_key,
+)
+from cluster.store import LocalStore
+from sapt_core.errors import DataError, StoreError
+
+
+class Graph:
+    """left and right -> both -> top; every body counts its runs and writes its ``text``."""
+
+    def __init__(self, store: LocalStore) -> None:
+        self.store = store
+        self.ran: list[str] = []
+        self.texts = {"left": "l", "right": "r", "both": "b", "top": "t"}
+        self.values: dict[str, int] = {}
+        self.errors: dict[str, BaseException] = {}
+        self.events: list[StageEvent] = []
+
+    def body(self, name: str) -> Callable[[StageContext], StageResult]:
+        def work(context: StageContext) -> StageResult:
+            self.ran.append(name)
+            if name in self.errors:
+                raise self.errors[name]
+            assert context.is_main
+            below = [context.store.get(record.outputs["text"]).decode() for record in context.inputs.values()]
+            text = "".join([*below, self.texts[name]])
+            return StageResult(
+                {"text": context.store.put(text.encode())},
+                {"size": self.values.get(name, 0)},
+                {"runs": len(self.events)},
+            )
+
+        return work
+
+    def stages(self, **reads: int) -> list[Stage]:
+        left = Stage("left", "leaf", self.body("left"), {"side": 0, "x": reads.get("left", 0)})
+        right = Stage("right", "leaf", self.body("right"), {"side": 1})
+        both = Stage("both", "join", self.body("both"), {}, {"a": left, "b": right})
+        return [left, right, both, Stage("top", "top", self.body("top"), {}, {"below": both})]
+
+    def run(self, **reads: int) -> dict[str, StageRecord]:
+        self.ran.clear()
+        self.events.clear()
+        done = run_graph(self.stages(**reads), self.store, InlineExecutor(self.store), self.events.append)
+        return {stage.name: record for stage, record in done.items()}
+
+
+@pytest.fixture
+def graph(tmp_path: Path) -> Graph:
+    return Graph(LocalStore(tmp_path))
+
+
+def test_second_run_runs_nothing(graph: Graph) -> None:
+    first = graph.run()
+    assert graph.ran == ["left", "right", "both", "top"]
+    assert graph.store.get(first["top"].outputs["text"]) == b"lrbt"
+    assert first["both"].inputs == {"a": first["left"].key, "b": first["right"].key}
+    assert graph.run() == first
+    assert graph.ran == []
+    assert [event.kind for event in graph.events] == ["planned"] * 4 + ["cached"] * 4
+
+
+def test_deleted_record_reruns_that_stage_alone_when_its_outputs_stay(graph: Graph) -> None:
+    first = graph.run()
+    graph.store.delete_record(first["left"].key)
+    again = graph.run()
+    assert graph.ran == ["left"]  # metrics differ, outputs do not: early cut-off
+    assert again["left"].metrics != first["left"].metrics
+    assert again["top"] == first["top"]
+
+
+@pytest.mark.parametrize("what", ["outputs", "values"])
+def test_changed_results_rerun_dependants(graph: Graph, what: str) -> None:
+    first = graph.run()
+    graph.store.delete_record(first["left"].key)
+    if what == "outputs":
+        graph.texts["left"] = "L"
+    else:
+        graph.values["left"] = 1
+    again = graph.run()
+    assert graph.ran == (["left", "both", "top"] if what == "outputs" else ["left", "both"])
+    assert again["both"].key != first["both"].key
+    assert again["right"] == first["right"]
+
+
+def test_changed_reads_rerun_the_stage(graph: Graph) -> None:
+    graph.run()
+    graph.run(left=1)
+    assert graph.ran == ["left"]
+    graph.run(left=0)
+    assert graph.ran == []  # the first results are still there
+
+
+def test_key_is_of_content_not_of_names(graph: Graph) -> None:
+    stage = graph.stages()[0]
+    key = stage_key(stage, {})
+    assert stage_key(replace(stage, name="other", cpus=8, workers=4), {}) == key
+    assert stage_key(replace(stage, reads={"x": 0, "side": 0}), {}) == key
+    assert len({key, *(stage_key(replace(stage, **change), {}) for change in ({"kind": "k"}, {"version": 2}))}) == 3
+
+
+def test_missing_blob_makes_a_record_void(graph: Graph, caplog: pytest.LogCaptureFixture) -> None:
+    first = graph.run()
+    digest = first["both"].outputs["text"]
+    (graph.store.folder / "blobs" / digest[:2] / digest).unlink()
+    assert [state for state in plan(graph.stages(), graph.store).values()] == ["done", "done", "to run", "unknown"]
+    assert graph.store.read_record(first["both"].key) is not None  # a plan changes nothing
+    graph.run()
+    assert graph.ran == ["both"]
+    assert "both runs again: its text" in caplog.text
+
+
+def test_plan(graph: Graph) -> None:
+    assert list(plan(graph.stages(), graph.store).values()) == ["to run", "to run", "unknown", "unknown"]
+    graph.run()
+    assert set(plan(graph.stages(), graph.store).values()) == {"done"}
+
+
+def test_failure_keeps_finished_work_and_starts_nothing_new(graph: Graph) -> None:
+    graph.errors["right"] = DataError("Broken:", ["row 1", "row 2"])
+    with pytest.raises(DataError, match="row 2") as caught:
+        graph.run()
+    assert caught.value is graph.errors["right"]
+    assert graph.ran == ["left", "right"]
+    assert [(event.kind, event.stage.name) for event in graph.events[4:]] == [
+        ("started", "left"),
+        ("finished", "left"),
+        ("started", "right"),
+        ("failed", "right"),
+    ]
+    graph.errors.clear()
+    graph.run()
+    assert graph.ran == ["right", "both", "top"]
+
+
+def test_interrupt_travels(graph: Graph) -> None:
+    graph.errors["right"] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        graph.run()
+    graph.errors.clear()
+    graph.run()
+    assert graph.ran == ["right", "both", "top"]
+
+
+def test_equal_work_under_two_names_runs_once(graph: Graph) -> None:
+    left = graph.stages()[0]
+    twin = replace(left, name="twin")
+    done = run_graph([left, twin], graph.store, InlineExecutor(graph.store))
+    assert graph.ran == ["left"]
+    assert done[left] == done[twin]
+
+
+def test_cycle_and_equal_names_are_refused(graph: Graph) -> None:
+    left, right, *_ = graph.stages()
+    left.inputs["loop"] = replace(right, inputs={"back": left})  # type: ignore[index]
+    with pytest.raises(ValueError, match="cycle"):
+        run_graph([left], graph.store, InlineExecutor(graph.store))
+    with pytest.raises(ValueError, match="same name: right"):
+        run_graph([right, replace(right)], graph.store, InlineExecutor(graph.store))
+    assert graph.ran == []
+
+
+def test_foreign_record_is_refused(graph: Graph) -> None:
+    left = graph.stages()[0]
+    graph.store.commit_record(stage_key(left, {}), {"schema_version": 9})
+    with pytest.raises(StoreError, match="not a stage record"):
+        run_graph([left], graph.store, InlineExecutor(graph.store))
+
+
+def test_a_broken_off_stage_resumes_from_its_checkpoint_and_leaves_none(graph: Graph) -> None:
+    steps: list[int] = []
+
+    def train(context: StageContext) -> StageResult:
+        state = context.checkpoints.load()
+        for step in range(int(state["step"]) if state else 0, 6):
+            steps.append(step)
+            if steps == [0, 1, 2]:
+                raise RuntimeError("power cut")
+            context.checkpoints.save({"step": b"%d" % (step + 1)})
+        return StageResult()
+
+    stage = Stage("t", "train", train, workers=2)
+    with pytest.raises(RuntimeError):
+        run_graph([stage], graph.store, InlineExecutor(graph.store))
+    record = run_graph([stage], graph.store, InlineExecutor(graph.store))[stage]
+    assert steps == [0, 1, 2, 2, 3, 4, 5]
+    assert record.world_size == 1
+    assert not any((graph.store.folder / "checkpoints").iterdir())
