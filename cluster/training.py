@@ -121,7 +121,10 @@ class TrainCheckpoints:
             return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
     def save(self, files: dict[str, bytes]) -> None:
-        """Keep rank 0's files as a checkpoint. All workers meet here."""
+        """Keep rank 0's files as a checkpoint. All workers meet here.
+
+        It counts from the controller's next poll on: a death right after may fall back to the one before.
+        """
         if not self._is_main:
             ray.train.report({})
             return

@@ -1,0 +1,174 @@
+"""The S3 store against a server that speaks S3 over HTTP."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from botocore.stub import ANY, Stubber
+
+from cluster.store import open_store
+from cluster.store.s3 import S3Store
+from sapt_core.config import StoreConfig
+from sapt_core.errors import StoreError
+
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("aws_environment")]
+
+KEY = hashlib.sha256(b"key").hexdigest()
+SECRET = "not-a-secret-of-anyone"  # noqa: S105
+
+
+@pytest.fixture
+def store(s3_endpoint: str) -> S3Store:
+    store = open_store(StoreConfig(uri=f"s3://bucket-{uuid.uuid4().hex}/some/prefix", endpoint_url=s3_endpoint))
+    assert isinstance(store, S3Store)
+    store.client.create_bucket(Bucket=store.bucket)
+    return store
+
+
+def keys(store: S3Store) -> list[str]:
+    return [item["Key"] for item in store.client.list_objects_v2(Bucket=store.bucket).get("Contents", [])]
+
+
+def test_blobs(store: S3Store, tmp_path: Path) -> None:
+    digest = store.put(b"hello")
+    assert keys(store) == [f"some/prefix/blobs/{digest[:2]}/{digest}"]
+    assert store.has(digest)
+    assert store.get(digest) == b"hello"
+    source = tmp_path / "big"
+    source.write_bytes(os.urandom(9 << 20))  # more than one part
+    big = store.put_file(source)
+    store.fetch_to(big, tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == source.read_bytes()
+    assert not store.has("0" * 64)
+    with pytest.raises(StoreError, match="is not in s3://"):
+        store.get("0" * 64)
+    store.client.put_object(Bucket=store.bucket, Key=f"some/prefix/blobs/{digest[:2]}/{digest}", Body=b"hellO")
+    with pytest.raises(StoreError, match="damaged"):
+        store.get(digest)
+    with pytest.raises(StoreError, match="damaged"):
+        store.fetch_to(digest, tmp_path / "damaged")
+    assert not (tmp_path / "damaged").exists()
+
+
+def test_record_has_one_winner_among_threads_and_processes(store: S3Store, s3_endpoint: str) -> None:
+    script = (
+        "import sys; from cluster.store.s3 import S3Store\n"
+        "print(S3Store(sys.argv[1], 'some/prefix', sys.argv[2]).commit_record(sys.argv[3], {'by': sys.argv[4]})['by'])"
+    )
+    command = [sys.executable, "-c", script, store.bucket, s3_endpoint, KEY]
+    processes = [subprocess.Popen([*command, f"p{number}"], stdout=subprocess.PIPE, text=True) for number in range(2)]
+    with ThreadPoolExecutor(8) as pool:
+        seen = list(pool.map(lambda number: store.commit_record(KEY, {"by": f"t{number}"})["by"], range(8)))
+    seen += [process.communicate(timeout=60)[0].strip() for process in processes]
+    assert len(seen) == 10
+    assert len(set(seen)) == 1
+    store.delete_record(KEY)
+    assert store.read_record(KEY) is None
+
+
+def test_checkpoints(store: S3Store) -> None:
+    checkpoints = store.checkpoints(KEY)
+    assert checkpoints.load() is None
+    for step in range(3):
+        checkpoints.save({"state.bin": bytes([step])})
+    assert checkpoints.load() == {"state.bin": b"\x02"}
+    assert {key.split("/")[-2] for key in keys(store)} == {"00000001", "00000002"}
+    store.drop_checkpoints(KEY)
+    assert keys(store) == []
+
+
+def test_check_passes_and_leaves_nothing(store: S3Store) -> None:
+    store.check()
+    assert keys(store) == []
+    copy = pickle.loads(pickle.dumps(store))  # noqa: S301
+    copy.check()
+
+
+def test_missing_bucket(s3_endpoint: str) -> None:
+    with pytest.raises(StoreError, match="there is no bucket 'absent-bucket'"):
+        S3Store("absent-bucket", "p", s3_endpoint).check()
+
+
+def test_bad_bucket_name(s3_endpoint: str) -> None:
+    with pytest.raises(StoreError, match="'a b' is not a bucket name"):
+        S3Store("a b", "p", s3_endpoint).check()
+
+
+def test_unreachable_endpoint_hides_its_password() -> None:
+    with socket.socket() as taken:  # bound, never listening
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        with pytest.raises(StoreError, match="does not answer") as caught:
+            S3Store("bucket", "p", f"http://me:{SECRET}@127.0.0.1:{port}").check()
+    assert f"127.0.0.1:{port}" in str(caught.value)
+    assert SECRET not in str(caught.value)
+
+
+def test_bad_endpoint() -> None:
+    with pytest.raises(StoreError, match=r"store\.endpoint_url"):
+        S3Store("bucket", "p", "nonsense").check()
+
+
+def test_wrong_credentials(strict_s3_endpoint: str) -> None:
+    with pytest.raises(StoreError, match="credentials are refused") as caught:
+        S3Store("bucket", "p", strict_s3_endpoint).check()
+    assert SECRET not in str(caught.value)
+
+
+def test_no_credentials(strict_s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with pytest.raises(StoreError, match="no credentials"):
+        S3Store("bucket", "p", strict_s3_endpoint).check()
+
+
+def stubbed(store: S3Store) -> Stubber:
+    stubber = Stubber(store.client)
+    stubber.activate()
+    return stubber
+
+
+def test_no_permission_to_write() -> None:
+    store = S3Store("bucket", "p", "http://127.0.0.1:1")
+    stubber = stubbed(store)
+    stubber.add_client_error("put_object", "AccessDenied", http_status_code=403)
+    with pytest.raises(StoreError, match=r"permission denied.*s3:PutObject"):
+        store.check()
+
+
+def test_server_that_ignores_if_none_match_is_refused() -> None:
+    store = S3Store("bucket", "p", "http://127.0.0.1:1")
+    stubber = stubbed(store)
+    put: dict[str, Any] = {"Bucket": "bucket", "Key": ANY, "Body": ANY, "IfNoneMatch": "*"}
+    stubber.add_response("put_object", {}, put)
+    stubber.add_response("put_object", {}, put)  # a server with conditional writes answers 412 here
+    stubber.add_client_error("get_object", "NoSuchKey")
+    stubber.add_response("delete_object", {}, {"Bucket": "bucket", "Key": ANY})
+    with pytest.raises(StoreError, match="If-None-Match"):
+        store.check()
+    stubber.assert_no_pending_responses()
+
+
+def test_ray_train_storage_is_the_same_place(store: S3Store) -> None:
+    path, filesystem = store.train_storage()
+    with filesystem.open_output_stream(f"{path}/run/file") as file:
+        file.write(b"x")
+    assert (
+        boto3.client("s3", endpoint_url=store.client.meta.endpoint_url)
+        .get_object(Bucket=store.bucket, Key="some/prefix/train/run/file")["Body"]
+        .read()
+        == b"x"
+    )
+    store.delete_folder("train/run")
+    assert [key for key in keys(store) if not key.endswith("/")] == []
