@@ -74,6 +74,4 @@ def pooled_embeddings(
     collator = Collator(tokenizer.pad_token_id, model.is_encoder_decoder)
     device = next(model.backbone.parameters()).device
     batches = [collator.prompts(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
-    return torch.cat(
-        [model.pooled(batch.input_ids.to(device), batch.query_mask.to(device)).cpu() for batch in batches]
-    )
+    return torch.cat([model.pooled(batch.input_ids.to(device), batch.query_mask.to(device)).cpu() for batch in batches])

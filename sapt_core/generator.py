@@ -88,9 +88,7 @@ def generate_pseudo_samples(
         )
         wanted = max(config.min_samples, round(config.share * len(rows)))
         torch.manual_seed(step_seed(seed, "sample"))
-        samples = _sample(
-            model, tokenizer, source, wanted=wanted, config=config, precision=precision, known=inputs
-        )
+        samples = _sample(model, tokenizer, source, wanted=wanted, config=config, precision=precision, known=inputs)
     finally:
         model.detach()
     return samples, curve
@@ -146,9 +144,7 @@ def _sample(
             elif len(kept) < wanted:
                 kept[cleaned] = None
     known_inputs = {text.strip() for text in known}
-    return PseudoSamples(
-        inputs=tuple(kept), wanted=wanted, copied=sum(text in known_inputs for text in kept), **counts
-    )
+    return PseudoSamples(inputs=tuple(kept), wanted=wanted, copied=sum(text in known_inputs for text in kept), **counts)
 
 
 def clean(text: str) -> tuple[str | None, str]:
@@ -164,9 +160,7 @@ def clean(text: str) -> tuple[str | None, str]:
     return ("empty", "") if not cleaned else (None, cleaned)
 
 
-def encode_pseudo_samples(
-    samples: PseudoSamples, task: PreparedTask, encoder: PromptEncoder
-) -> list[dict[str, Any]]:
+def encode_pseudo_samples(samples: PseudoSamples, task: PreparedTask, encoder: PromptEncoder) -> list[dict[str, Any]]:
     """Prompts of the samples, with the task's own definition and template put back around them."""
     return [
         {"prompt_ids": prompt.prompt_ids} for prompt in encoder.prompts(task.template, task.definition, samples.inputs)

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load as load_tensors
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sapt_core import metrics
+from sapt_core.attention import vocabulary_centre
 from sapt_core.backbone import BackboneRef
 from sapt_core.benchmarks.prepare import PreparedTask
 from sapt_core.blobs import BlobStore, Checkpoints
@@ -24,15 +24,26 @@ from sapt_core.config import (
     ReflectionConfig,
     TrainConfig,
 )
+from sapt_core.device import Precision
+from sapt_core.errors import SnapshotError
 from sapt_core.evaluation import answer, pooled_embeddings
 from sapt_core.model import SaptModel
 from sapt_core.pool import PETPool
 from sapt_core.reflection import Memory, Reflection
-from sapt_core.snapshot import LearntTask, Manifest, load_pool, new_pool, require_backbone, store_block, store_router
+from sapt_core.snapshot import (
+    LearntTask,
+    Manifest,
+    load_blob,
+    load_pool,
+    new_pool,
+    require_backbone,
+    store_block,
+    store_router,
+)
 from sapt_core.trainer import Objective, step_seed, train
 
 
-def learn_task(
+def learn_task(  # noqa: PLR0917 - the inputs, in the order they are named in the docstring
     backbone: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     task: PreparedTask,
@@ -64,25 +75,27 @@ def learn_task(
         parent: the version before; None for the first task.
         pseudo: pooled embeddings (N_i, D) of every earlier task's pseudo-samples, oldest first;
             a task whose N_i is 0 is not reflected on.
+        seed: of the sequence; the task's place in it is mixed in, so that no two blocks and keys start alike.
         store: receives the block, the router and the manifest.
 
     Returns:
         The new version and the training curve (see ``sapt_core.trainer.train``).
 
     Raises:
-        SnapshotError: ``parent`` does not belong to this backbone.
+        SnapshotError: ``parent`` belongs to another backbone, method or kind of pool.
     """
+    shared_attention = attention if method.name == "sapt" else None
     if parent is not None:
         require_backbone(parent, ref)
-    shared_attention = attention if method.name == "sapt" else None
+        _require_same_kind(parent, method, pet, shared_attention)
+    seed = step_seed(seed, "task", 0 if parent is None else len(parent.tasks))
     torch.manual_seed(step_seed(seed, "init"))
     pool = _start(backbone, parent, pet, shared_attention, store)
     model = SaptModel(backbone, pool)
     try:
         rows = list(task.train)
         pooled = pooled_embeddings(model, tokenizer, rows)
-        if pool.attention is not None and pool.key is not None:
-            _start_routing(pool, pooled, attention, first=parent is None)
+        _start_routing(model, pooled, attention, first=parent is None)
         curve = train(
             model,
             rows,
@@ -91,7 +104,14 @@ def learn_task(
             seed=seed,
             objective=_objective(parent, pseudo, shared_attention, reflection),
             checkpoints=checkpoints,
-            score_dev=lambda: _score_dev(model, tokenizer, task, learnt, evaluation, config),
+            score_dev=lambda: _score_dev(
+                model,
+                tokenizer,
+                task,
+                max_new_tokens=learnt.max_target_tokens,
+                evaluation=evaluation,
+                precision=config.precision,
+            ),
             on_step=on_step,
         )
         pool.cpu()
@@ -117,6 +137,30 @@ def learn_task(
     return manifest, curve
 
 
+def _require_same_kind(
+    parent: Manifest, method: MethodConfig, pet: LoRAConfig, attention: AttentionConfig | None
+) -> None:
+    """Refuse to go on from a pool that these settings would read as another one."""
+    before, given = _kind(parent.method, parent.pet, parent.attention), _kind(method.name, pet, attention)
+    differing = [name for name in sorted({*before, *given}) if before.get(name) != given.get(name)]
+    if differing:
+        settings = ", ".join(f"{name} {given.get(name)} (was {before.get(name)})" for name in differing)
+        raise SnapshotError(
+            f"A sequence cannot go on with other settings than it was started with: {settings}. "
+            "Use those of the version before, or start the sequence anew"
+        )
+
+
+def _kind(method: str, pet: LoRAConfig, attention: AttentionConfig | None) -> dict[str, Any]:
+    """The settings that say what a pool's tensors mean; the others may change from task to task."""
+    kind = {"method.name": method}
+    kind |= {f"pet.{name}": value for name, value in pet.model_dump(exclude={"lora_dropout"}).items()}
+    if attention is not None:
+        read = attention.model_dump(include={"bottleneck", "temperature", "silu"})
+        kind |= {f"attention.{name}": value for name, value in read.items()}
+    return kind
+
+
 def _start(
     backbone: PreTrainedModel,
     parent: Manifest | None,
@@ -131,17 +175,20 @@ def _start(
     pool = new_pool(backbone, pet, attention)
     pool.add()
     if parent is not None:
-        pool.blocks.load_current(load_tensors(store.get(parent.blocks[-1])))
+        pool.blocks.load_current(load_blob(parent.blocks[-1], store))
     return pool
 
 
-def _start_routing(pool: PETPool, pooled: Tensor, config: AttentionConfig, *, first: bool) -> None:
-    """Statistics and key of a new block, from the task's own pooled embeddings (N, D)."""
-    assert pool.attention is not None and pool.key is not None  # noqa: S101 - the caller's condition
-    if first and config.standardise:
-        pool.attention.standardise_by(pooled)
-    if config.key_init == "task_mean":
-        with torch.no_grad():
+def _start_routing(model: SaptModel, pooled: Tensor, config: AttentionConfig, *, first: bool) -> None:
+    """Centre of the queries, and a new block's key from the task's own pooled embeddings (N, D)."""
+    pool = model.pool
+    if pool.attention is None or pool.key is None:
+        return
+    with torch.no_grad():
+        if first and config.centre == "vocabulary":
+            embedding = model.backbone.get_input_embeddings()
+            pool.attention.centre.copy_(vocabulary_centre(embedding.weight))
+        if config.key_init == "task_mean":
             pool.key.copy_(pool.attention.query(pooled).mean(dim=0))
 
 
@@ -166,9 +213,10 @@ def _score_dev(
     model: SaptModel,
     tokenizer: PreTrainedTokenizerBase,
     task: PreparedTask,
-    learnt: LearntTask,
+    *,
+    max_new_tokens: int,
     evaluation: EvaluationConfig,
-    config: TrainConfig,
+    precision: Precision,
 ) -> float:
     """Dev score, each worker answering its share of the rows."""
     spread = dist.is_available() and dist.is_initialized()
@@ -176,9 +224,7 @@ def _score_dev(
     rows: list[dict[str, Any]] = list(task.dev)[rank::world]
     texts: list[str] = []
     if rows:
-        texts, _ = answer(
-            model, tokenizer, rows, evaluation, max_new_tokens=learnt.max_target_tokens, precision=config.precision
-        )
+        texts, _ = answer(model, tokenizer, rows, evaluation, max_new_tokens=max_new_tokens, precision=precision)
     pairs = [(text, row["references"]) for text, row in zip(texts, rows, strict=True)]
     if spread:
         gathered: list[list[tuple[str, list[str]]]] = [[] for _ in range(world)]

@@ -74,7 +74,7 @@ class SaptModel(nn.Module):
         self._weights = self.pool.mixture(self.pooled(input_ids, query_mask))
         inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         if self.is_encoder_decoder:
-            inputs["decoder_input_ids"] = self.backbone.prepare_decoder_input_ids_from_labels(labels)
+            inputs["decoder_input_ids"] = self.backbone.prepare_decoder_input_ids_from_labels(labels)  # type: ignore[operator]
         logits: Tensor = self.backbone(**inputs).logits
         return logits
 
@@ -82,9 +82,7 @@ class SaptModel(nn.Module):
         """Cross-entropy summed over the label tokens (a scalar, in nats, float32)."""
         if not self.is_encoder_decoder:
             logits, labels = logits[:, :-1], labels[:, 1:]
-        return F.cross_entropy(
-            logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
-        )
+        return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, attention_mask: Tensor, query_mask: Tensor, **options: Any) -> Tensor:

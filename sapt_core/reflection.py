@@ -47,9 +47,7 @@ class Reflection:
 
     def draw(self, generator: torch.Generator) -> list[Tensor]:
         """Row numbers (min(batch_size, N_i),) of every memory, without repetition."""
-        return [
-            torch.randperm(len(memory.pooled), generator=generator)[: self.batch_size] for memory in self.memories
-        ]
+        return [torch.randperm(len(memory.pooled), generator=generator)[: self.batch_size] for memory in self.memories]
 
     def loss(self, pool: PETPool, rows: Sequence[Tensor]) -> Tensor:
         """Σ_i mean_b KL(ā_i ‖ a(x̂_b)), a scalar in nats, not yet times λ.

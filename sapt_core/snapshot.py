@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
@@ -51,7 +53,7 @@ class Manifest(BaseModel):
         tasks: tasks learnt so far, oldest first.
         blocks: sha256 of every block, oldest first; each is a PEFT ``adapter_model.safetensors``.
         router: sha256 of keys (T, D) and query projection; None without attention.
-        targets: mean attention of every task after it was learnt, row i of length i + 1.
+        targets: mean attention of every task after it was learnt, over the blocks there were.
         parent: sha256 of the manifest of the version before.
     """
 
@@ -67,6 +69,18 @@ class Manifest(BaseModel):
     router: str | None
     targets: tuple[tuple[float, ...], ...]
     parent: str | None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Manifest:
+        blocks = list(range(1, len(self.tasks) + 1)) if self.attention else [1] * len(self.tasks)
+        if not self.tasks or len(self.blocks) != blocks[-1] or [len(row) for row in self.targets] != blocks:
+            raise ValueError(
+                f"{len(self.tasks)} tasks, {len(self.blocks)} blocks and targets over "
+                f"{[len(row) for row in self.targets]} blocks do not belong together"
+            )
+        if (self.attention is None) != (self.router is None):
+            raise ValueError("attention and router are there together or not at all")
+        return self
 
     def to_bytes(self) -> bytes:
         """Canonical JSON."""
@@ -110,28 +124,46 @@ def load_pool(manifest: Manifest, store: BlobStore, backbone: PreTrainedModel) -
         backbone: the loaded ``manifest.backbone``.
 
     Raises:
-        SnapshotError: a blob does not fit the backbone.
+        SnapshotError: a blob is no safetensors file or does not fit the backbone.
         StoreError: a blob is missing or damaged.
     """
     pool = new_pool(backbone, manifest.pet, manifest.attention)
     for digest in manifest.blocks:
-        pool.blocks.append_frozen(load_tensors(store.get(digest)))
+        pool.blocks.append_frozen(load_blob(digest, store))
     if pool.attention is not None and manifest.router is not None:
-        tensors = load_tensors(store.get(manifest.router))
-        keys = tensors.pop("keys")
-        expected = {name: value.shape for name, value in pool.attention.state_dict().items()}
-        given = {name: value.shape for name, value in tensors.items()}
-        if given != expected or keys.shape != (len(manifest.blocks), pool.frozen_keys.shape[1]):
-            raise SnapshotError("The snapshot's router does not fit this backbone's embedding width or its blocks")
+        tensors = load_blob(manifest.router, store)
+        expected = {name: tuple(value.shape) for name, value in pool.attention.state_dict().items()}
+        expected["keys"] = (len(manifest.blocks), pool.frozen_keys.shape[1])
+        given = {name: tuple(value.shape) for name, value in tensors.items()}
+        if given != expected:
+            differing = sorted(name for name, _ in set(given.items()) ^ set(expected.items()))
+            raise SnapshotError(
+                "The snapshot's router does not fit this backbone's embedding width or its own blocks: "
+                f"{', '.join(dict.fromkeys(differing))}"
+            )
+        pool.frozen_keys = tensors.pop("keys")
         pool.attention.load_state_dict(tensors)
-        pool.frozen_keys = keys
     return pool
+
+
+def load_blob(digest: str, store: BlobStore) -> dict[str, Tensor]:
+    """The tensors of a stored blob.
+
+    Raises:
+        SnapshotError: it is no safetensors file.
+        StoreError: it is missing or damaged.
+    """
+    try:
+        return load_tensors(store.get(digest))
+    except SafetensorError as error:
+        raise SnapshotError(f"Blob {digest}, which the snapshot names, is no safetensors file: {error}") from error
 
 
 def new_pool(backbone: PreTrainedModel, pet: LoRAConfig, attention: AttentionConfig | None) -> PETPool:
     """An empty pool for ``backbone``."""
-    width = backbone.get_input_embeddings().weight.shape[1]
-    return PETPool(LoRABlocks.for_backbone(backbone, pet), width, attention)
+    embeddings = backbone.get_input_embeddings().weight
+    assert isinstance(embeddings, Tensor)  # noqa: S101 - of a language model they are a matrix
+    return PETPool(LoRABlocks.for_backbone(backbone, pet), embeddings.shape[1], attention)
 
 
 def store_block(pool: PETPool, store: BlobStore) -> str:
@@ -144,6 +176,41 @@ def store_router(pool: PETPool, store: BlobStore) -> str | None:
     if pool.attention is None:
         return None
     return store.put(save_tensors(_on_cpu({"keys": pool.keys.detach(), **pool.attention.state_dict()})))
+
+
+def export_block(manifest: Manifest, index: int, store: BlobStore, folder: Path) -> None:
+    """Write one block as a plain PEFT adapter: ``adapter_model.safetensors`` and ``adapter_config.json``.
+
+    PEFT applies it with weight 1, as the pool does an input that attends to nothing else.
+
+    Args:
+        manifest: the version.
+        index: of the block, oldest first from 0.
+        store: holds its blobs.
+        folder: is made; must be empty or not there yet.
+
+    Raises:
+        SnapshotError: no such block, or the folder holds something.
+        StoreError: the block's blob is missing or damaged.
+    """
+    from peft import LoraConfig  # noqa: PLC0415  seconds, and for exports alone
+
+    if not 0 <= index < len(manifest.blocks):
+        raise SnapshotError(f"There is no block {index}; the version has blocks 0 to {len(manifest.blocks) - 1}")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise SnapshotError(f"{folder} is not an empty folder; give one that is empty or not there yet")
+    folder.mkdir(parents=True, exist_ok=True)
+    store.fetch_to(manifest.blocks[index], folder / "adapter_model.safetensors")
+    pet = manifest.pet
+    LoraConfig(
+        r=pet.r,
+        lora_alpha=pet.lora_alpha,  # type: ignore[arg-type]  # a fraction does as well
+        lora_dropout=pet.lora_dropout,
+        target_modules=list(pet.target_modules),
+        base_model_name_or_path=manifest.backbone.path,
+        revision=manifest.backbone.revision,
+        inference_mode=True,
+    ).save_pretrained(str(folder))
 
 
 def require_backbone(manifest: Manifest, ref: BackboneRef) -> None:

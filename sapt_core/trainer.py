@@ -1,11 +1,12 @@
 """One task's training loop, on Accelerate, resumable to the bit.
 
-Everything random in a step is a pure function of (seed, step, rank): the order of the rows, dropout
-and the pseudo-samples drawn. A checkpoint therefore holds weights, optimizer state and the number of
-steps done, and a run that goes on from it equals one that was never interrupted.
+Everything random in a step is a pure function of the seed and the step: the order of the rows, the
+pseudo-samples drawn and, for each rank, dropout. A checkpoint therefore holds weights, optimizer state
+and the number of steps done, and a run that goes on from it equals one that was never interrupted.
 
-Batches are counted over all workers and the loss is normalised by the label tokens of the whole
-batch, so neither the number of workers nor gradient accumulation changes what is learnt.
+Batches are counted over all workers, the loss is normalised by the label tokens of the whole batch,
+and the reflection term is evaluated once a step on rows that all workers draw alike, so neither the
+number of workers nor gradient accumulation changes what is learnt.
 """
 
 from __future__ import annotations
@@ -67,15 +68,16 @@ class _Step(nn.Module):
         self.model = model
         self.reflection = reflection
 
-    def forward(self, batch: Batch, ce_scale: float, kl_scale: float, drawn: list[Tensor]) -> tuple[Tensor, ...]:
+    def forward(self, batch: Batch, scale: float, drawn: Sequence[Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss to minimise, cross-entropy summed over label tokens and KL; ``drawn`` None leaves the KL out."""
         assert batch.labels is not None  # noqa: S101 - a training batch has labels
         logits = self.model(batch.input_ids, batch.attention_mask, batch.query_mask, batch.labels)
         summed = self.model.token_loss(logits, batch.labels)
-        loss = summed * ce_scale
+        loss = summed * scale
         divergence = summed.new_zeros(())
-        if self.reflection is not None:
+        if self.reflection is not None and drawn is not None:
             divergence = self.reflection.loss(self.model.pool, drawn)
-            loss = loss + kl_scale * self.reflection.weight * divergence
+            loss = loss + self.reflection.weight * divergence
         return loss, summed.detach(), divergence.detach()
 
 
@@ -118,11 +120,11 @@ def train(
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(), kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)]
     )
-    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
+    device, rank = accelerator.device, accelerator.process_index
     model.to(device)
     reflection = None if objective.reflection is None else objective.reflection.to(device)
     if config.gradient_checkpointing:
-        model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        model.backbone.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
     trainable = {name: parameter for name, parameter in model.pool.named_parameters() if parameter.requires_grad}
     optimizer = torch.optim.AdamW(
         [
@@ -148,9 +150,11 @@ def train(
         model.train()
         model.pool.hold = max(0.0, 1 - position.step / (objective.hold * total)) if objective.hold else 0.0
         torch.manual_seed(step_seed(seed, "dropout", position.step, rank))
-        entry = _step(
-            accelerator, step_module, [rows[i] for i in batches[within]], collator, config, seed, position.step
-        )
+        drawn = None
+        if reflection is not None:
+            drawn = reflection.draw(torch.Generator().manual_seed(step_seed(seed, "reflection", position.step)))
+        batch = [rows[i] for i in batches[within]]
+        entry = {"step": position.step + 1, **_step(accelerator, step_module, batch, collator, config, drawn=drawn)}
         if config.max_grad_norm is not None:
             accelerator.clip_grad_norm_(list(trainable.values()), config.max_grad_norm)
         optimizer.step()
@@ -159,8 +163,10 @@ def train(
         model.pool.hold = 0.0
 
         done = position.step == total
-        if config.eval_every_epochs and score_dev is not None and (
-            done or position.step % (config.eval_every_epochs * steps_an_epoch) == 0
+        if (
+            config.eval_every_epochs
+            and score_dev is not None
+            and (done or position.step % (config.eval_every_epochs * steps_an_epoch) == 0)
         ):
             model.eval()
             entry["dev"] = score_dev()
@@ -176,7 +182,7 @@ def train(
         for name, value in best.items():
             trainable[name].copy_(value)
     if config.gradient_checkpointing:
-        model.backbone.gradient_checkpointing_disable()
+        model.backbone.gradient_checkpointing_disable()  # type: ignore[no-untyped-call]
     model.eval()
     return position.curve
 
@@ -187,36 +193,34 @@ def _step(
     rows: Sequence[Row],
     collator: Collator,
     config: TrainConfig,
-    seed: int,
-    step: int,
+    *,
+    drawn: Sequence[Tensor] | None,
 ) -> dict[str, float]:
-    """Gradients of one optimizer step over all workers."""
+    """Gradients of one optimizer step over all workers, and its figures over all workers."""
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     inner: _Step = accelerator.unwrap_model(module)
     tokens = sum(len(row["answer_ids"]) for row in rows)
     # A worker without rows in a short last batch runs one that counts nothing, to take part in the reduction.
     mine, counts = (rows[rank::world], 1.0) if rank < len(rows) else (rows[:1], 0.0)
     size = config.micro_batch_size or len(mine)
-    micro = [mine[start : start + size] for start in range(0, len(mine), size)]
-    generator = torch.Generator().manual_seed(step_seed(seed, "reflection", step, rank))
-    loss = kl = gate = 0.0
-    for index, part in enumerate(micro):
+    loss, kl, gate = torch.zeros(3, device=device).unbind()
+    for start in range(0, len(mine), size):
+        part = mine[start : start + size]
+        last = start + size >= len(mine)
         batch = collator(part).to(device)
-        drawn = [] if inner.reflection is None else inner.reflection.draw(generator)
-        last = index == len(micro) - 1
         with nullcontext() if last else accelerator.no_sync(module):
             with autocast(device, config.precision):
-                # DistributedDataParallel averages over workers: undo it for the sum over tokens,
-                # let it stand for the KL, whose every draw is an estimate of the same term.
-                total, summed, divergence = module(batch, counts * world / tokens, 1 / len(micro), drawn)
+                # DistributedDataParallel averages over workers: undone for the cross-entropy, which is
+                # a sum over them; the KL is the same on all.
+                total, summed, divergence = module(batch, counts * world / tokens, drawn if last else None)
             accelerator.backward(total)
         weights = inner.model.weights
         assert weights is not None  # noqa: S101 - set by the forward above
-        loss += float(summed)
-        kl += float(divergence) / len(micro)
-        gate += float(weights[:, -1].detach().mean()) * len(part) / len(mine)
-    mine_tokens = sum(len(row["answer_ids"]) for row in mine)
-    return {"step": step + 1, "loss": loss / mine_tokens, "kl": kl, "gate": gate}
+        loss = loss + counts * summed / tokens
+        gate = gate + counts * weights[:, -1].detach().sum() / len(rows)
+        kl = kl + divergence
+    loss, gate = accelerator.reduce(torch.stack([loss, gate]), reduction="sum").tolist()
+    return {"loss": loss, "kl": float(kl), "gate": gate}
 
 
 def _state(

@@ -175,9 +175,7 @@ class LoRABlocks(nn.Module):
         """
         self._check(state)
         for name, site in self._named_sites():
-            site.append_frozen(
-                state[f"{PEFT_PREFIX}{name}.lora_A.weight"], state[f"{PEFT_PREFIX}{name}.lora_B.weight"]
-            )
+            site.append_frozen(state[f"{PEFT_PREFIX}{name}.lora_A.weight"], state[f"{PEFT_PREFIX}{name}.lora_B.weight"])
         self.frozen_blocks += 1
 
     def _check(self, state: Mapping[str, Tensor]) -> None:
