@@ -72,7 +72,8 @@ def check_resources(config: ClusterConfig) -> None:
     from ray._private.state import state  # noqa: PLC0415  the only place that knows an autoscaler's limits
 
     limits = state.get_max_resources_from_cluster_config() or {}
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    alive = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    nodes = [node["Resources"] for node in alive]
     faults = []
     for name, field, each in (
         ("CPU", "cpus_per_worker", config.cpus_per_worker),

@@ -1,0 +1,215 @@
+"""Stages on a local Ray: tasks, training workers, deaths and errors."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.session import check_resources, connect
+from cluster.stages import Stage, StageContext, StageEvent, StageRecord, StageResult, plan, run_graph
+from cluster.store import open_store
+from cluster.store.s3 import S3Store
+from sapt_core.config import ClusterConfig, StoreConfig
+from sapt_core.errors import ClusterError, DataError
+
+pytestmark = pytest.mark.integration
+
+CLUSTER = ClusterConfig(max_failures=1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def local_ray() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):  # workers get the environment of the start
+            patch.setenv(name, "nobody")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        with connect(ClusterConfig(), num_cpus=4):
+            yield
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> StoreConfig:
+    return StoreConfig(uri=str(tmp_path / "store"))
+
+
+def run(stages: list[Stage], config: StoreConfig, events: list[StageEvent] | None = None) -> dict[str, StageRecord]:
+    from cluster.ray_executor import RayExecutor
+
+    on_event = events.append if events is not None else (lambda _: None)
+    done = run_graph(stages, open_store(config), RayExecutor(config, CLUSTER), on_event)
+    return {stage.name: record for stage, record in done.items()}
+
+
+def leaf(context: StageContext) -> StageResult:
+    return StageResult({"text": context.store.put(context.reads["text"].encode())})
+
+
+def train(context: StageContext) -> StageResult:
+    """Sums ranks through the process group, checkpoints every step, and dies or is refused where told."""
+    import torch
+    from torch import distributed
+
+    state = context.checkpoints.load()
+    first = int(state["step"]) if state else 0
+    for step in range(first, context.reads["steps"]):
+        if context.reads.get("refuse_at") == step and context.rank == context.world_size - 1:
+            with Path(context.reads["log"]).open("a") as log:
+                log.write("refused\n")
+            raise DataError("The rows are broken:", ["row 1"])
+        if context.reads.get("die_at") == step and context.is_main and not Path(context.reads["log"]).exists():
+            Path(context.reads["log"]).write_text("died\n")
+            os.kill(os.getpid(), signal.SIGKILL)
+        context.checkpoints.save({"step": b"%d" % (step + 1)} if context.is_main else {})
+    total = torch.tensor([float(context.rank + 1)])
+    distributed.all_reduce(total)
+    texts = [context.store.get(record.outputs["text"]) for record in context.inputs.values()]
+    return StageResult(
+        {"pool": context.store.put(b"+".join(texts))},
+        {"sum": total.item(), "world_size": context.world_size},
+        {"first_step": first, "threads": os.environ.get("OMP_NUM_THREADS")},
+    )
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_graph_with_a_training_stage(config: StoreConfig, workers: int) -> None:
+    leaves = [Stage(f"prepare[{name}]", "prepare", leaf, {"text": name}) for name in ("a", "b")]
+    stages = [
+        *leaves,
+        Stage("train", "train", train, {"steps": 2}, dict(zip("xy", leaves, strict=True)), workers=workers),
+    ]
+    start = time.monotonic()
+    done = run(stages, config)
+    print(f"graph with {workers} workers: {time.monotonic() - start:.1f} s, fit {done['train'].seconds:.1f} s")
+    store = open_store(config)
+    assert store.get(done["train"].outputs["pool"]) == b"a+b"
+    assert done["train"].values == {"sum": workers * (workers + 1) / 2, "world_size": workers}
+    assert done["train"].metrics == {"first_step": 0, "threads": "1"}
+    assert done["train"].world_size == workers
+    left = Path(config.uri)
+    assert list((left / "train").iterdir()) == []  # Ray Train's folder goes when the record is there
+    events: list[StageEvent] = []
+    assert run(stages, config, events) == done
+    assert {event.kind for event in events} == {"planned", "cached"}
+    assert set(plan(stages, store).values()) == {"done"}
+
+
+def test_user_error_comes_out_clean_and_is_not_retried(config: StoreConfig, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    reads = {"steps": 3, "refuse_at": 1, "log": str(log)}
+    with pytest.raises(DataError) as caught:
+        run([Stage("train", "train", train, reads, workers=2)], config)
+    assert type(caught.value) is DataError
+    assert str(caught.value) == "The rows are broken:\n  - row 1"
+    assert log.read_text() == "refused\n"
+
+
+def refuse(context: StageContext) -> StageResult:
+    raise DataError("Not these:", ["b.json"])
+
+
+def defect(context: StageContext) -> StageResult:
+    raise KeyError("lost_field")
+
+
+def slow(context: StageContext) -> StageResult:
+    time.sleep(2)
+    return StageResult()
+
+
+def test_plain_task_errors(config: StoreConfig) -> None:
+    events: list[StageEvent] = []
+    with pytest.raises(DataError, match=r"b\.json") as caught:
+        run([Stage("bad", "bad", refuse), Stage("slow", "slow", slow)], config, events)
+    assert type(caught.value) is DataError
+    assert [event.stage.name for event in events if event.kind == "finished"] == ["slow"]  # in flight, so kept
+    with pytest.raises(KeyError, match="defect"):  # Ray's error names the function and its trace
+        run([Stage("defect", "defect", defect)], config)
+
+
+def die(context: StageContext) -> StageResult:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+@pytest.mark.chaos
+def test_plain_task_whose_worker_dies(config: StoreConfig) -> None:
+    with pytest.raises(ClusterError, match="Stage mortal lost its worker 2 times"):
+        run([Stage("mortal", "mortal", die)], config)
+
+
+@pytest.mark.chaos
+def test_killed_training_worker_resumes_from_its_checkpoint(config: StoreConfig, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    reads = {"steps": 4, "die_at": 2, "log": str(log)}
+    done = run([Stage("train", "train", train, reads, workers=2)], config)
+    assert log.read_text() == "died\n"
+    # The newest report counts from the controller's next poll on, so the death may cost one step more.
+    assert done["train"].metrics["first_step"] in {1, 2}
+    assert list(Path(config.uri, "train").iterdir()) == []
+
+
+def wait_for_the_file(context: StageContext) -> StageResult:
+    deadline = time.monotonic() + 60
+    while not Path(context.reads["file"]).exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return StageResult()
+
+
+def hang(context: StageContext) -> StageResult:
+    Path(context.reads["file"]).touch()
+    time.sleep(600)
+    raise AssertionError
+
+
+def test_interrupt_frees_the_cluster(config: StoreConfig, tmp_path: Path) -> None:
+    import ray
+
+    from cluster.ray_executor import RayExecutor
+
+    def interrupt(event: StageEvent) -> None:
+        if event.kind == "finished":
+            raise KeyboardInterrupt
+
+    reads = {"file": str(tmp_path / "training")}
+    stages = [Stage("wait", "wait", wait_for_the_file, reads), Stage("train", "train", hang, reads, workers=2)]
+    with pytest.raises(KeyboardInterrupt):
+        run_graph(stages, open_store(config), RayExecutor(config, CLUSTER), interrupt)
+    assert Path(reads["file"]).exists()
+    deadline = time.monotonic() + 60
+    while ray.available_resources().get("CPU", 0) < 4 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert ray.available_resources()["CPU"] == 4
+
+
+def test_training_stage_on_s3(s3_endpoint: str, aws_environment: None) -> None:
+    config = StoreConfig(uri="s3://ray-stages/some/prefix", endpoint_url=s3_endpoint)
+    store = open_store(config)
+    assert isinstance(store, S3Store)
+    store.client.create_bucket(Bucket=store.bucket)
+    prepared = Stage("prepare", "prepare", leaf, {"text": "a"})
+    done = run([prepared, Stage("train", "train", train, {"steps": 2}, {"x": prepared}, workers=1)], config)
+    assert store.get(done["train"].outputs["pool"]) == b"a"
+    listed = store.client.list_objects_v2(Bucket=store.bucket)["Contents"]
+    assert {item["Key"].split("/")[2] for item in listed if not item["Key"].endswith("/")} == {"blobs", "records"}
+
+
+def test_more_workers_than_the_cluster_has() -> None:
+    check_resources(ClusterConfig(train_workers=4))
+    with pytest.raises(ClusterError, match=r"train_workers=5 .* need 5 CPUs, the cluster has 4"):
+        check_resources(ClusterConfig(train_workers=5))
+    with pytest.raises(ClusterError, match=r"need 2 GPUs, the cluster has 0"):
+        check_resources(ClusterConfig(train_workers=2, gpus_per_worker=1))
+
+
+def test_nobody_answers() -> None:
+    from cluster.session import _answer
+
+    with pytest.raises(ClusterError, match=r"No Ray cluster answers at 127\.0\.0\.1:1"):
+        _answer("127.0.0.1:1")
