@@ -8,7 +8,7 @@ forgets, while the definition and the words of an input tell which task is meant
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from random import Random
@@ -152,8 +152,8 @@ TASKS = {
 }
 
 ORDERS = {
-    1: ("animal", "ticket", "place", "basket", "review", "stock", "loan"),
-    2: ("loan", "review", "animal", "stock", "place", "basket", "ticket"),
+    1: ("animal", "basket", "ticket", "place", "stock", "loan", "review"),
+    2: ("loan", "ticket", "place", "stock", "animal", "basket", "review"),
 }
 
 
@@ -226,5 +226,5 @@ def _nearest(name: str) -> str:
     return f"; did you mean {close[0]}? known: {_listed(TASKS)}" if close else f"; known: {_listed(TASKS)}"
 
 
-def _listed(names: dict[str, SyntheticTask] | dict[int, tuple[str, ...]]) -> str:
+def _listed(names: Iterable[object]) -> str:
     return ", ".join(str(name) for name in names)
