@@ -124,7 +124,9 @@ def train(
     model.to(device)
     reflection = None if objective.reflection is None else objective.reflection.to(device)
     if config.gradient_checkpointing:
-        model.backbone.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
+        model.backbone.activation_checkpointing_enable({"use_reentrant": False})
+        # Needed by re-entrant checkpointing alone, and left on the embeddings it would cost every later task.
+        model.backbone.disable_input_require_grads()  # type: ignore[no-untyped-call]
     trainable = {name: parameter for name, parameter in model.pool.named_parameters() if parameter.requires_grad}
     optimizer = torch.optim.AdamW(
         [
@@ -150,9 +152,7 @@ def train(
         model.train()
         model.pool.hold = max(0.0, 1 - position.step / (objective.hold * total)) if objective.hold else 0.0
         torch.manual_seed(step_seed(seed, "dropout", position.step, rank))
-        drawn = None
-        if reflection is not None:
-            drawn = reflection.draw(torch.Generator().manual_seed(step_seed(seed, "reflection", position.step)))
+        drawn = _draw(reflection, step_seed(seed, "reflection", position.step))
         batch = [rows[i] for i in batches[within]]
         entry = {"step": position.step + 1, **_step(accelerator, step_module, batch, collator, config, drawn=drawn)}
         if config.max_grad_norm is not None:
@@ -182,9 +182,13 @@ def train(
         for name, value in best.items():
             trainable[name].copy_(value)
     if config.gradient_checkpointing:
-        model.backbone.gradient_checkpointing_disable()  # type: ignore[no-untyped-call]
+        model.backbone.activation_checkpointing_disable()  # type: ignore[no-untyped-call]
     model.eval()
     return position.curve
+
+
+def _draw(reflection: Reflection | None, seed: int) -> list[Tensor] | None:
+    return None if reflection is None else reflection.draw(torch.Generator().manual_seed(seed))
 
 
 def _step(
