@@ -35,44 +35,61 @@ def max_pool(embeddings: Tensor, mask: Tensor) -> Tensor:
     return embeddings.float().masked_fill(~visible.unsqueeze(-1), -math.inf).amax(dim=1)
 
 
+def vocabulary_centre(embedding: Tensor, *, draws: int = 2048, length: int = 128) -> Tensor:
+    """Mean pooled embedding (D) of ``draws`` inputs of ``length`` random tokens.
+
+    The maximum over many tokens lies far from the origin in the same direction for all inputs, so
+    queries made of it nearly coincide. Taking this part off needs the embedding matrix (V, D) alone,
+    no task's data, and is the same for every task.
+    """
+    generator = torch.Generator().manual_seed(0)
+    total = torch.zeros(embedding.shape[1])
+    for _ in range(draws):
+        tokens = torch.randint(len(embedding), (length,), generator=generator)
+        total += embedding[tokens.to(embedding.device)].float().amax(dim=0).cpu()
+    return total / draws
+
+
 class SharedAttention(nn.Module):
     """Query projection and attention over the keys of a pool.
 
     ``q = LN(W_up SiLU(W_down e))`` and ``a = softmax(K q / (τ √D))``; with ``silu="after"``
     ``q = LN(SiLU(W_up W_down e))``, as the published code has it. No biases but LayerNorm's.
+    With ``residual``, ``q = LN(e + W_up SiLU(W_down e))`` and W_up starts at zero; the pooled
+    embedding tells tasks apart better than a random projection of it does.
     Always computed in float32: the weights steer every layer, and the projection is tiny.
+
+    Attributes:
+        centre: taken off every pooled embedding (D); zero unless set.
     """
 
     centre: Tensor
-    scale: Tensor
 
     def __init__(self, width: int, config: AttentionConfig) -> None:
         """
         Args:
             width: D, the width of the token embeddings.
-            config: bottleneck, temperature and the place of the SiLU.
+            config: bottleneck, temperature, residual and the place of the SiLU.
         """
         super().__init__()
         self.silu = config.silu
+        self.residual = config.residual
         self.divisor = config.temperature * math.sqrt(width)
         self.down = nn.Linear(width, config.bottleneck, bias=False)
         self.up = nn.Linear(config.bottleneck, width, bias=False)
         self.norm = nn.LayerNorm(width)
         self.register_buffer("centre", torch.zeros(width))
-        self.register_buffer("scale", torch.ones(width))
-
-    def standardise_by(self, pooled: Tensor) -> None:
-        """Fix centre and scale to the statistics of ``pooled`` (N, D), once and for the whole sequence."""
-        self.centre.copy_(pooled.mean(dim=0))
-        self.scale.copy_(pooled.std(dim=0, correction=0).clamp_min(1e-2))
+        if config.residual:
+            nn.init.zeros_(self.up.weight)
 
     def query(self, pooled: Tensor) -> Tensor:
         """Queries (B, D) of pooled embeddings (B, D)."""
         with torch.autocast(pooled.device.type, enabled=False):
-            hidden = self.down((pooled.float() - self.centre) / self.scale)
+            centred = pooled.float() - self.centre
+            hidden = self.down(centred)
             hidden = self.up(F.silu(hidden)) if self.silu == "between" else F.silu(self.up(hidden))
-            queries: Tensor = self.norm(hidden)
-            return queries
+            query: Tensor = self.norm(centred + hidden if self.residual else hidden)
+            return query
 
     def forward(self, pooled: Tensor, keys: Tensor) -> Tensor:
         """Attention logits (B, T) of pooled embeddings (B, D) over keys (T, D), oldest block first."""

@@ -112,8 +112,13 @@ class AttentionConfig(Section):
     key_init: Literal["uniform", "task_mean"] = Field(
         "uniform", description="Paper: U(-1, 1); task_mean: mean query of the task's own train inputs."
     )
-    standardise: bool = Field(
-        False, description="Centre and scale pooled embeddings by the first task's statistics before the projection."
+    centre: Literal["none", "vocabulary"] = Field(
+        "none",
+        description="What is taken off a pooled embedding: nothing (paper), or what random tokens pool to, "
+        "which all inputs share and which hides how they differ.",
+    )
+    residual: bool = Field(
+        False, description="Add the projection to the pooled embedding, starting from it alone (W_up zero)."
     )
     hold: float = Field(
         0.0, ge=0, le=1, description="Share of a task's steps over which the new block's weight is let go from 1."

@@ -33,6 +33,7 @@ from sapt_core.reflection import Memory, Reflection
 from sapt_core.snapshot import (
     LearntTask,
     Manifest,
+    embedding_matrix,
     load_blob,
     load_pool,
     new_pool,
@@ -156,7 +157,7 @@ def _kind(method: str, pet: LoRAConfig, attention: AttentionConfig | None) -> di
     kind = {"method.name": method}
     kind |= {f"pet.{name}": value for name, value in pet.model_dump(exclude={"lora_dropout"}).items()}
     if attention is not None:
-        read = attention.model_dump(include={"bottleneck", "temperature", "silu"})
+        read = attention.model_dump(include={"bottleneck", "temperature", "silu", "residual"})
         kind |= {f"attention.{name}": value for name, value in read.items()}
     return kind
 
@@ -186,8 +187,7 @@ def _start_routing(model: SaptModel, pooled: Tensor, config: AttentionConfig, *,
         return
     with torch.no_grad():
         if first and config.centre == "vocabulary":
-            embedding = model.backbone.get_input_embeddings()
-            pool.attention.centre.copy_(vocabulary_centre(embedding.weight))
+            pool.attention.centre.copy_(vocabulary_centre(embedding_matrix(model.backbone)))
         if config.key_init == "task_mean":
             pool.key.copy_(pool.attention.query(pooled).mean(dim=0))
 

@@ -161,9 +161,14 @@ def load_blob(digest: str, store: BlobStore) -> dict[str, Tensor]:
 
 def new_pool(backbone: PreTrainedModel, pet: LoRAConfig, attention: AttentionConfig | None) -> PETPool:
     """An empty pool for ``backbone``."""
-    embeddings = backbone.get_input_embeddings().weight
-    assert isinstance(embeddings, Tensor)  # noqa: S101 - of a language model they are a matrix
-    return PETPool(LoRABlocks.for_backbone(backbone, pet), embeddings.shape[1], attention)
+    return PETPool(LoRABlocks.for_backbone(backbone, pet), embedding_matrix(backbone).shape[1], attention)
+
+
+def embedding_matrix(backbone: PreTrainedModel) -> Tensor:
+    """The frozen token embeddings (V, D)."""
+    matrix = backbone.get_input_embeddings().weight
+    assert isinstance(matrix, Tensor)  # noqa: S101 - of a language model they are a matrix
+    return matrix
 
 
 def store_block(pool: PETPool, store: BlobStore) -> str:
