@@ -276,9 +276,10 @@ def pretrain(out: Path, seed: int = 0, copy_steps: int = COPY_STEPS, mix_steps: 
     model.train()
     for step in range(copy_steps):
         train(COPY_BATCH, 0.0, min(1.0, (step + 1) / WARMUP))
-        if (step + 1) % 50 == 0:
+        learnt = (step + 1) % 20 == 0 and mean(losses) < LEARNT and not exercises.grow()
+        if learnt or (step + 1) % 50 == 0:
             report("copying", step + 1, copy_steps)
-        if (step + 1) % 20 == 0 and mean(losses) < LEARNT and not exercises.grow():
+        if learnt:
             break
     for step in range(mix_steps):
         decay = max(0.0, (step - RAMP) / max(1, mix_steps - RAMP))
