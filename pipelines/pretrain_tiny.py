@@ -228,7 +228,7 @@ def _pad(rows: list[list[int]], value: int) -> torch.Tensor:
 
 
 class Optimizer:
-    """Muon for the matrices, which makes copying appear in half the steps, and AdamW for the rest."""
+    """Muon for the matrices, whose copying loss falls faster than under AdamW alone, and AdamW for the rest."""
 
     def __init__(self, model: T5ForConditionalGeneration) -> None:
         matrices: list[torch.nn.Parameter] = []
