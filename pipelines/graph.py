@@ -89,7 +89,7 @@ def build_graph(config: ExperimentConfig, tasks: Sequence[Task], ref: BackboneRe
             inputs={"task": prepared},
             **learner.workers,
         )
-        for label, task, prepared in zip(labels, tasks[:-1], prepare[:-1], strict=True)
+        for label, task, prepared in zip(labels[:-1], tasks[:-1], prepare[:-1], strict=True)
         if reflects
     )
     train: list[Stage] = []

@@ -10,6 +10,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,12 +30,18 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from sapt_core.benchmarks.prepare import check_fits
+from sapt_core.benchmarks.task import Task
 from sapt_core.blobs import BlobStore
-from sapt_core.config import BackboneConfig, canonical_hash
+from sapt_core.blocks.lora import find_sites
+from sapt_core.config import BackboneConfig, ExperimentConfig, canonical_hash
 from sapt_core.errors import BackboneError
 
 # What transformers may read of a model folder; pickled weights are not among it.
 FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+
+# One of them holds a vocabulary; without any, transformers makes up an empty tokenizer.
+TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab.*")
 
 
 class BackboneRef(BaseModel):
@@ -65,7 +73,7 @@ def identify(config: BackboneConfig) -> BackboneRef:
 
     Raises:
         BackboneError: neither a model folder nor a hub model that can be reached, pickled weights
-            only, or a class that is neither encoder-decoder nor causal.
+            only, no tokenizer, or a class that is neither encoder-decoder nor causal.
     """
     folder = Path(config.path).expanduser()
     if folder.is_dir():
@@ -74,13 +82,17 @@ def identify(config: BackboneConfig) -> BackboneRef:
                 f"backbone.path {config.path}: no *.safetensors there; "
                 "give a folder saved by save_pretrained (pickled weights are not loaded)"
             )
+        if not any(path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)):
+            raise BackboneError(
+                f"backbone.path {config.path}: no tokenizer there; save the model's own beside it by save_pretrained"
+            )
         files = {path.name: _sha256(path) for pattern in FILES for path in sorted(folder.glob(pattern))}
         ref = BackboneRef(path=folder.resolve().name, files=files, dtype=config.dtype)
     elif folder.exists() or (os.sep in config.path.removeprefix("~") and not _looks_like_hub_id(config.path)):
         raise BackboneError(f"backbone.path {config.path}: not a folder; give a model folder or a hub id (owner/name)")
     else:
         ref = BackboneRef(path=config.path, revision=config.revision, dtype=config.dtype)
-    model_config = load_model_config(str(folder) if folder.is_dir() else config.path, config.revision)
+    model_config = load_model_config(_location(config), config.revision)
     if ref.files is None:
         ref = ref.model_copy(update={"revision": getattr(model_config, "_commit_hash", None) or config.revision})
     model_class(model_config)
@@ -111,7 +123,9 @@ def model_class(config: PretrainedConfig) -> type[AutoModelForSeq2SeqLM] | type[
     """
     if config.is_encoder_decoder and type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
         return AutoModelForSeq2SeqLM
-    if not config.is_encoder_decoder and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+    # BERT and its kind have a causal head too, but their configuration decides whether they look ahead.
+    looks_ahead = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    if not config.is_encoder_decoder and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not looks_ahead:
         return AutoModelForCausalLM
     raise BackboneError(
         f"backbone of type {config.model_type!r} is neither an encoder-decoder nor a causal language model; "
@@ -131,6 +145,38 @@ def store_backbone(config: BackboneConfig, ref: BackboneRef, store: BlobStore) -
     for name, digest in (ref.files or {}).items():
         if not store.has(digest):
             store.put_file(Path(config.path).expanduser() / name)
+
+
+def check_backbone(config: ExperimentConfig, tasks: Sequence[Task]) -> None:
+    """Refuse, without loading weights, a backbone that cannot carry the configured blocks and prompts.
+
+    Raises:
+        BackboneError: target modules that match nothing, prompts and answers longer than the model's
+            positions, or a tokenizer that cannot be loaded.
+        DataError: tasks whose template leaves no room for an input.
+    """
+    path, revision = _location(config.backbone), config.backbone.revision
+    model_config = load_model_config(path, revision)
+    model = skeleton(model_config)
+    for pet in (config.pet, config.generator.pet):
+        find_sites(model, pet.target_modules)
+    longest = max(config.benchmark.max_source_tokens + config.benchmark.max_target_tokens, config.generator.max_tokens)
+    positions = getattr(model_config, "max_position_embeddings", None)
+    if positions is not None and not model_config.is_encoder_decoder and longest > positions:
+        raise BackboneError(
+            f"backbone {path} has {positions} positions, but benchmark.max_source_tokens, max_target_tokens and "
+            f"generator.max_tokens ask for up to {longest}: lower them"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise BackboneError(f"the tokenizer of {path} cannot be loaded: {_first_line(error)}") from error
+    check_fits(
+        tasks,
+        tokenizer,
+        max_source_tokens=config.benchmark.max_source_tokens,
+        is_encoder_decoder=bool(model_config.is_encoder_decoder),
+    )
 
 
 @lru_cache(maxsize=1)
@@ -183,6 +229,12 @@ def _materialise(ref: BackboneRef, store: BlobStore) -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _location(config: BackboneConfig) -> str:
+    """What transformers loads from: the folder, with a home folder's ~ written out, or the hub id."""
+    folder = Path(config.path).expanduser()
+    return str(folder) if folder.is_dir() else config.path
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,70 @@
+"""An experiment that is known to be runnable: config, tasks and backbone, checked before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.store import ArtifactStore
+from pipelines.graph import SequenceGraph, build_graph
+from sapt_core.backbone import BackboneRef, check_backbone, identify, store_backbone
+from sapt_core.benchmarks import load_sequence
+from sapt_core.benchmarks.task import Task
+from sapt_core.config import ExperimentConfig, canonical_hash, load_config
+from sapt_core.errors import FaultsError, SaptError
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What a run needs to know. ``key`` names it: the same science has the same key anywhere."""
+
+    config: ExperimentConfig
+    tasks: tuple[Task, ...]
+    backbone: BackboneRef
+    graph: SequenceGraph
+
+    @property
+    def key(self) -> str:
+        """sha256 over config, data and backbone."""
+        return canonical_hash([self.config.digest(), self.data_digest, self.backbone.digest])
+
+    @property
+    def data_digest(self) -> str:
+        """sha256 over all tasks' text."""
+        return canonical_hash([task.digest for task in self.tasks])
+
+    def upload(self, store: ArtifactStore) -> None:
+        """Put what the stages start from into the store: the tasks' text and the backbone's files."""
+        for task in self.tasks:
+            store.put(task.to_json())
+        store_backbone(self.config.backbone, self.backbone, store)
+
+
+def load_experiment(path: Path, overrides: Sequence[str]) -> Experiment:
+    """Read and check an experiment without starting or writing anything.
+
+    Raises:
+        ConfigError: with all faults of the config.
+        SaptError: with all faults of the task files and of the backbone.
+    """
+    config = load_config(path, overrides)
+    faults: list[SaptError] = []
+
+    def attempt(check: Callable[[], Any]) -> Any:
+        try:
+            return check()
+        except SaptError as error:
+            faults.append(error)
+            return None
+
+    tasks = attempt(lambda: load_sequence(config.benchmark))
+    ref = attempt(lambda: identify(config.backbone))
+    if ref is not None:
+        attempt(lambda: check_backbone(config, tasks or ()))
+    if len(faults) > 1:
+        raise FaultsError(f"{path} cannot be run:", [str(fault) for fault in faults])
+    if faults:
+        raise faults[0]
+    return Experiment(config, tasks, ref, build_graph(config, tasks, ref))

@@ -1,0 +1,97 @@
+"""A sequence in MLflow: parent run, a child a training stage, and a model version a task."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from cluster.registry import PoolRegistry
+from cluster.stages import StageRecord
+from cluster.store import resolved
+from cluster.tracking import Tracker
+from pipelines.experiment import Experiment
+from pipelines.reporter import git_commit
+from sapt_core.config import TrackingConfig
+from sapt_core.snapshot import Manifest
+
+
+class MLflowPublisher:
+    """Publishes one experiment; see ``pipelines.reporter.Publisher``.
+
+    Args:
+        experiment: the sequence.
+        tracking: as ``cluster.tracking.check`` returned it.
+    """
+
+    def __init__(self, experiment: Experiment, tracking: TrackingConfig) -> None:
+        config = experiment.config
+        self._experiment = experiment
+        self._tracker = Tracker(tracking)
+        self._registry = PoolRegistry(tracking)
+        self._store = resolved(config.store)
+        self._tags = {
+            "method": config.method.name,
+            "backbone": experiment.backbone.path,
+            "config_hash": config.digest(),
+            "data_digest": experiment.data_digest,
+            "git_commit": git_commit(),
+        }
+        name = f"{config.method.name} {config.benchmark.suite} {len(experiment.tasks)} tasks seed {config.seed}"
+        params = _flat(config.model_dump(mode="json", exclude={"store", "tracking", "cluster"}))
+        self.run_id = self._tracker.start_sequence(name, key=experiment.key, params=params, tags=self._tags)
+
+    def stage(self, record: StageRecord, curve: list[dict[str, float]] | None) -> None:
+        """Log a stage as a child run, once."""
+        curves: dict[str, list[tuple[int, float]]] = {}
+        for entry in curve or []:
+            for name, value in entry.items():
+                if name != "step":
+                    curves.setdefault(name, []).append((int(entry["step"]), value))
+        figures = {
+            name: float(value)
+            for name, value in record.metrics.items()
+            if isinstance(value, int | float) and name not in curves
+        }
+        self._tracker.log_stage(
+            self.run_id,
+            record.name,
+            key=record.key,
+            metrics=figures,
+            curves=curves,
+            seconds=record.seconds,
+            tags={"kind": record.kind, "world_size": str(record.world_size)},
+        )
+
+    def version(self, manifest: Manifest, index: int, metrics: Mapping[str, float]) -> int:
+        """Log the scores and publish the version, once."""
+        self._tracker.log_scores(self.run_id, index + 1, metrics)
+        return self._registry.publish(
+            manifest.to_bytes(),
+            self._store,
+            digest=manifest.digest,
+            index=index + 1,
+            run_id=self.run_id,
+            tags={"task": manifest.tasks[-1].name, **self._tags},
+            metrics=metrics,
+        )
+
+    def finish(self, summary: Mapping[str, Any] | None) -> None:
+        """Close the parent run: finished with its summary, or failed without one."""
+        if summary is None:
+            self._tracker.finish(self.run_id, "FAILED")
+            return
+        figures = {name: summary[name] for name in ("ap", "f_ra", "fwt", "bwt") if summary[name] is not None}
+        self._tracker.log_scores(self.run_id, len(summary["tasks"]), figures)
+        self._tracker.log_artifacts(self.run_id, {"summary.json": json.dumps(summary, indent=1)})
+        self._tracker.finish(self.run_id, "FINISHED")
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat

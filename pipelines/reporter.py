@@ -1,0 +1,193 @@
+"""News of a running sequence: to the console, to MLflow, and each finished version to the registry."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping
+from itertools import takewhile
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.table import Table
+
+from cluster.stages import Stage, StageEvent, StageRecord
+from cluster.store import ArtifactStore
+from pipelines.experiment import Experiment
+from sapt_core.metrics import ScoreMatrix
+from sapt_core.snapshot import Manifest
+
+
+class Publisher(Protocol):
+    """Where stages, scores and versions are published; ``cluster.publishing`` does it in MLflow."""
+
+    def stage(self, record: StageRecord, curve: list[dict[str, float]] | None) -> None:
+        """A finished stage with its training curve."""
+        ...
+
+    def version(self, manifest: Manifest, index: int, metrics: Mapping[str, float]) -> int:
+        """A version with its scores; returns its number. Publishing it again gives the same number."""
+        ...
+
+
+class Reporter:
+    """Follows the stages of one sequence.
+
+    Args:
+        experiment: the sequence.
+        store: holds what the stages gave.
+        publisher: MLflow, or None without it.
+    """
+
+    def __init__(self, experiment: Experiment, store: ArtifactStore, publisher: Publisher | None) -> None:
+        self.experiment = experiment
+        # Where there is no terminal to wrap for, a table is as wide as it needs to be.
+        self.console = Console(highlight=False, width=None if sys.stdout.isatty() else 240)
+        self.records: dict[Stage, StageRecord] = {}
+        self.versions: list[int | None] = []
+        self._store = store
+        self._publisher = publisher
+
+    def on_event(self, event: StageEvent) -> None:
+        """Take news of one stage."""
+        stage = event.stage
+        if event.kind == "started" and stage.kind != "evaluate":
+            self._say(f"{stage.name} started")
+        elif event.kind == "failed":
+            self._say(f"{stage.name} failed")
+        if event.record is None:
+            return
+        self.records[stage] = event.record
+        if event.kind == "finished" and stage.kind != "evaluate":
+            self._say(f"{stage.name} finished in {event.record.seconds:.0f} s")
+        if self._publisher is not None and "curve" in event.record.metrics:
+            self._publisher.stage(event.record, json.loads(self._store.get(event.record.metrics["curve"])))
+        self._publish_rows()
+
+    def matrix(self) -> ScoreMatrix:
+        """Scores so far: the rows that are complete, without gaps."""
+        graph = self.experiment.graph
+        complete_rows = takewhile(lambda row: all(stage in self.records for stage in row), graph.evaluate)
+        rows = tuple(tuple(self.records[stage].metrics["score"] for stage in row) for row in complete_rows)
+        single = tuple(self.records[stage].metrics["score"] for stage in graph.single if stage in self.records)
+        return ScoreMatrix(graph.tasks, rows, single if len(single) == len(graph.tasks) else None)
+
+    def manifest(self, index: int) -> Manifest:
+        """Version ``index`` (from 0) of the pool."""
+        record = self.records[self.experiment.graph.train[index]]
+        return Manifest.from_bytes(self._store.get(record.outputs["manifest"]))
+
+    def summary(self) -> dict[str, Any]:
+        """The figures of the end, for scripts."""
+        matrix = self.matrix()
+        config = self.experiment.config
+        return {
+            "tasks": list(matrix.tasks),
+            "scores": [list(row) for row in matrix.rows],
+            "single": None if matrix.single is None else list(matrix.single),
+            "ap": matrix.ap(),
+            "f_ra": matrix.f_ra(),
+            "fwt": matrix.fwt(),
+            "bwt": matrix.bwt(),
+            "bwt_over_t": matrix.bwt_over_t(),
+            "model": config.tracking.model if self._publisher is not None else None,
+            "version": self.versions[-1] if self.versions else None,
+            "snapshot": self.manifest(len(matrix.tasks) - 1).digest,
+            "method": config.method.name,
+            "seed": config.seed,
+            "key": self.experiment.key,
+            "seconds": self.stage_seconds(),
+        }
+
+    def stage_seconds(self) -> dict[str, float]:
+        """Seconds of every kind of stage, as their records state them, whichever run did the work."""
+        total: Counter[str] = Counter()
+        for stage, record in self.records.items():
+            total[_group(stage)] += record.seconds
+        return {group: round(seconds, 1) for group, seconds in sorted(total.items())}
+
+    def show_plan(self, states: Mapping[Stage, str]) -> None:
+        """Print what a run would do, a line a kind of stage."""
+        table = Table(title=f"Plan: {len(states)} stages, experiment {self.experiment.key[:12]}", title_justify="left")
+        for column in ("stage", "done", "to run", "depends on others"):
+            table.add_column(column, justify="left" if column == "stage" else "right")
+        counts = Counter((_group(stage), state) for stage, state in states.items())
+        for group in dict.fromkeys(_group(stage) for stage in states):
+            table.add_row(group, *(str(counts[group, state]) for state in ("done", "to run", "unknown")))
+        self.console.print(table)
+
+    def show_end(self) -> None:
+        """Print the score matrix, its summaries and what to type next."""
+        matrix, config = self.matrix(), self.experiment.config
+        table = Table(title=f"Scores of {config.method.name}, row i after task i", title_justify="left")
+        table.add_column("after")
+        for index, name in enumerate(matrix.tasks):
+            table.add_column(f"{index} {_short(name)}", justify="right")
+        for index, row in enumerate(matrix.rows):
+            table.add_row(f"{index} {_short(matrix.tasks[index])}", *(f"{score:.1f}" for score in row))
+        if matrix.single is not None:
+            table.add_row("alone", *(f"{score:.1f}" for score in matrix.single))
+        self.console.print(table)
+        fwt = matrix.fwt()
+        self.console.print(
+            f"AP {matrix.ap():.2f}  F.Ra {matrix.f_ra():.2f}  "
+            f"FWT {'not measured' if fwt is None else f'{fwt:.2f}'}  "
+            f"BWT {matrix.bwt():.2f} (over T: {matrix.bwt_over_t():.2f})"
+        )
+        if self._publisher is not None:
+            version = self.versions[-1]
+            self.console.print(f"registered: {config.tracking.model} version {version}")
+            uri = "" if "@" in config.tracking.uri else f" tracking.uri={config.tracking.uri}"
+            self.console.print(
+                f"next: python pipelines/predict.py --version {version} --task {matrix.tasks[0]} "
+                f"--input 'your text'{uri} tracking.model={config.tracking.model}"
+            )
+        else:
+            self.console.print(
+                f"next: python pipelines/predict.py --snapshot {self.manifest(len(matrix.tasks) - 1).digest} "
+                f"--task {matrix.tasks[0]} --input 'your text' store.uri={config.store.uri}"
+            )
+
+    def _publish_rows(self) -> None:
+        """Publish every version whose scores are complete, in the order of the tasks."""
+        graph = self.experiment.graph
+        while len(self.versions) < len(graph.tasks):
+            index = len(self.versions)
+            if not all(stage in self.records for stage in (graph.train[index], *graph.evaluate[index])):
+                return
+            matrix = self.matrix()
+            row = matrix.rows[index]
+            version = None
+            if self._publisher is not None:
+                scores = {f"score/{name}": score for name, score in zip(graph.tasks, row, strict=False)}
+                figures = {"ap": matrix.ap(index), "f_ra": matrix.f_ra(index), "bwt": matrix.bwt(index)}
+                version = self._publisher.version(self.manifest(index), index, {**scores, **figures})
+            self.versions.append(version)
+            name = "" if version is None else f"version {version}: "
+            self._say(
+                f"after {graph.tasks[index]}: {name}AP {matrix.ap(index):.1f}, F.Ra {matrix.f_ra(index):.1f} | "
+                + " ".join(f"{score:.1f}" for score in row)
+            )
+
+    def _say(self, text: str) -> None:
+        self.console.print(f"{time.strftime('%H:%M:%S')} {text}", markup=False)
+
+
+def git_commit() -> str:
+    """The commit of the code that runs, ``unknown`` outside a checkout."""
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)  # noqa: S607
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return found.stdout.strip()
+
+
+def _group(stage: Stage) -> str:
+    return stage.name.partition("[")[0]
+
+
+def _short(name: str) -> str:
+    return name.partition("_")[0] if name.startswith("task") else name
