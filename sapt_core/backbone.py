@@ -7,6 +7,7 @@ bytes the run was started with; a hub model is named by its commit.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -200,7 +201,8 @@ def load_backbone(ref: BackboneRef, store: BlobStore) -> tuple[PreTrainedModel, 
     """
     folder = ref.path if ref.files is None else str(_materialise(ref, store))
     try:
-        model, tokenizer = _load_cached(ref.model_dump_json(), folder)
+        # Sorted: a manifest names the same files in another order.
+        model, tokenizer = _load_cached(json.dumps(ref.model_dump(mode="json"), sort_keys=True), folder)
     except (OSError, ValueError) as error:
         raise BackboneError(f"backbone {ref.path} cannot be loaded: {_first_line(error)}") from error
     if tokenizer.pad_token_id is None:
