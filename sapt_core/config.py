@@ -12,9 +12,9 @@ import json
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import (
     BaseModel,
@@ -75,7 +75,9 @@ class BenchmarkConfig(Section):
         if self.suite == "folder" and not self.tasks:
             raise ValueError("suite folder has no numbered orders: name its task folders in tasks")
         if self.suite == "folder" and (self.template is None or self.metric is None):
-            raise ValueError("suite folder needs template (superni or long_sequence) and metric (rouge_l or exact_match)")
+            raise ValueError(
+                "suite folder needs template (superni or long_sequence) and metric (rouge_l or exact_match)"
+            )
         if self.tasks is not None:
             twice = sorted({name for name in self.tasks if self.tasks.count(name) > 1})
             if not self.tasks:
@@ -223,7 +225,14 @@ class TrackingConfig(Section):
     model: str = Field("sapt", pattern=MODEL_NAME, description="Registered model that gets a version a task.")
 
 
-class ExperimentConfig(Section):
+class PlacesConfig(Section):
+    """Where versions of the pool are kept: all that reading one needs."""
+
+    store: StoreConfig = StoreConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+
+class ExperimentConfig(PlacesConfig):
     """A whole experiment. Relative paths count from the working directory."""
 
     seed: int = Field(0, ge=0)
@@ -237,12 +246,21 @@ class ExperimentConfig(Section):
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     cluster: ClusterConfig = ClusterConfig()
-    store: StoreConfig = StoreConfig()
-    tracking: TrackingConfig = TrackingConfig()
 
     def digest(self) -> str:
-        """sha256 of what decides the science: everything but where it runs and where it is kept."""
-        return canonical_hash(self.model_dump(mode="json", exclude={"cluster", "store", "tracking"}))
+        """sha256 of what decides the science, whatever it runs on and wherever it lies.
+
+        Paths are left out: data and backbone count by their content, which this does not see.
+        """
+        unread: Any = {
+            "cluster": True,
+            "store": True,
+            "tracking": True,
+            "benchmark": {"data_dir"},
+            "backbone": {"path", "revision"},
+            "train": {"checkpoint_every_steps"},
+        }
+        return canonical_hash(self.model_dump(mode="json", exclude=unread))
 
 
 def canonical_hash(value: Any) -> str:
@@ -257,46 +275,77 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> ExperimentCo
         ConfigError: with every fault and its dotted path.
     """
     path = Path(path)
-    malformed = [item for item in overrides if "=" not in item or item.startswith("=")]
-    if malformed:
-        raise ConfigError(
-            "Overrides have the form key=value, for example train.epochs=3:",
-            [f"{item!r}: give a dotted key, '=' and a value" for item in malformed],
-        )
+    changes = _parsed(overrides)
     try:
         loaded = OmegaConf.load(path)
-        if not OmegaConf.is_dict(loaded):
-            raise ConfigError(f"{path} is not an experiment:", ["the file must hold a YAML mapping of sections"])
-        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
-        values = OmegaConf.to_container(merged, resolve=True)
     except FileNotFoundError as error:
         raise ConfigError("The config cannot be read:", [f"{path}: no such file; see pipelines/configs"]) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError("The config cannot be read:", [f"{path}: {error}"]) from error
     except (YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{path} with its overrides is not valid YAML:", [str(error)]) from error
+        raise ConfigError(f"{path} is not valid YAML:", [str(error)]) from error
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(f"{path} is not an experiment:", ["the file must hold a YAML mapping of sections"])
+    return _validated(ExperimentConfig, [loaded, *changes], f"{path} with its overrides")
+
+
+def load_places(overrides: Sequence[str]) -> PlacesConfig:
+    """Store and tracking from their defaults and dotted ``key=value`` overrides alone.
+
+    Raises:
+        ConfigError: with every fault and its dotted path.
+    """
+    return _validated(PlacesConfig, _parsed(overrides), "What the command line gives")
+
+
+def _parsed(overrides: Sequence[str]) -> list[DictConfig]:
+    parsed, faults = [], []
+    for item in overrides:
+        key, separator, _ = item.partition("=")
+        if not separator or not key:
+            faults.append(f"{item!r}: give a dotted key, '=' and a value")
+            continue
+        try:
+            parsed.append(OmegaConf.from_dotlist([item]))
+        except (YAMLError, OmegaConfBaseException) as error:
+            faults.append(f"{key}: the value is not valid YAML: {' '.join(str(error).split())}")
+    if faults:
+        raise ConfigError("Overrides have the form key=value, for example train.epochs=3:", faults)
+    return parsed
+
+
+Values = TypeVar("Values", bound=BaseModel)
+
+
+def _validated(model: type[Values], layers: Sequence[DictConfig], what: str) -> Values:
+    """The layers merged, the later over the earlier, as a ``model``."""
     try:
-        return ExperimentConfig.model_validate(values)
+        values = OmegaConf.to_container(OmegaConf.merge({}, *layers), resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{what} cannot be read:", [str(error)]) from error
+    try:
+        return model.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{path} with its overrides is not a valid experiment:", _faults(error)) from error
+        raise ConfigError(f"{what} is not valid:", _faults(error, model)) from error
 
 
-def _faults(error: ValidationError) -> list[str]:
+def _faults(error: ValidationError, root: type[BaseModel]) -> list[str]:
     faults = []
     for item in error.errors():
         location = tuple(str(part) for part in item["loc"])
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
-            message = "no such field" + _nearest(location)
+            message = "no such field" + _nearest(location, root)
+        elif item["type"] == "model_type":
+            message = f"is a section; give its fields, for example in YAML or as {'.'.join(location)}.NAME=VALUE"
         elif item["type"] not in {"missing", "value_error"}:
             message += f" (given: {item['input']!r})"
         faults.append(f"{'.'.join(location) or 'config'}: {message}")
     return faults
 
 
-def _nearest(location: tuple[str, ...]) -> str:
+def _nearest(location: tuple[str, ...], section: type[BaseModel]) -> str:
     """The known names beside an unknown one, nearest first."""
-    section: type[BaseModel] = ExperimentConfig
     for part in location[:-1]:
         annotation = section.model_fields[part].annotation
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
