@@ -108,6 +108,25 @@ def check(config: TrackingConfig) -> TrackingConfig:
     return config
 
 
+def check_readable(config: TrackingConfig) -> TrackingConfig:
+    """Reach MLflow to read from it; nothing is made there.
+
+    Returns:
+        The ``resolved`` config.
+
+    Raises:
+        TrackingError: MLflow cannot be reached within seconds, refuses the credentials, or the sqlite file is missing.
+    """
+    config = resolved(config)
+    if _sqlite_folder(config.uri) is not None and not Path(config.uri.removeprefix("sqlite:///")).is_file():
+        raise TrackingError(
+            f"tracking.uri is {config.uri}: there is no such file. Give the URI that pipelines/continual.py ran with."
+        )
+    with reported(config.uri), _environment(_IMPATIENT):
+        client_of(config.uri).search_registered_models(max_results=1)
+    return config
+
+
 @lru_cache(maxsize=8)
 def client_of(uri: str) -> MlflowClient:
     """The client of a ``resolved`` URI; its registry is the same server or file."""

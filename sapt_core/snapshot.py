@@ -91,6 +91,11 @@ class Manifest(BaseModel):
         """sha256 of the canonical JSON: the name of this version's content."""
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
+    @property
+    def block_names(self) -> tuple[str, ...]:
+        """The task that made each block, oldest first; a block that all tasks share is named so."""
+        return tuple(task.name for task in self.tasks) if self.attention else ("all tasks",)
+
     @classmethod
     def from_bytes(cls, data: bytes) -> Manifest:
         """Read a manifest.
