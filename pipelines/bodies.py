@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
+from transformers.utils.logging import disable_progress_bar
 
 from cluster.stages import StageContext, StageRecord, StageResult
 from pipelines.progress import progress
@@ -34,11 +35,16 @@ from sapt_core.evaluation import answer, pooled_embeddings
 from sapt_core.generator import encode_pseudo_samples, generate_pseudo_samples
 from sapt_core.learning import learn_task
 from sapt_core.model import SaptModel
-from sapt_core.snapshot import LearntTask, Manifest, load_pool, new_pool
+from sapt_core.snapshot import LearntTask, Manifest, embedding_matrix, load_pool, new_pool
+
+disable_progress_bar()  # of loading weights: a stage has a bar of its own
 
 
 def prepare(context: StageContext) -> StageResult:
-    """Tokenise a task. Reads ``task`` (blob of its text), ``backbone``, ``max_source_tokens``, ``max_target_tokens``."""
+    """Tokenise a task.
+
+    Reads ``task`` (blob of its text), ``backbone``, ``max_source_tokens``, ``max_target_tokens``.
+    """
     reads = context.reads
     task = Task.from_json(context.store.get(reads["task"]))
     model, tokenizer = load_backbone(BackboneRef(**reads["backbone"]), context.store)
@@ -79,15 +85,16 @@ def pseudo_samples(context: StageContext) -> StageResult:
         is_encoder_decoder=bool(model.config.is_encoder_decoder),
     )
     rows = encode_pseudo_samples(samples, task, encoder)
-    width = model.get_input_embeddings().weight.shape[1]
-    pooled = torch.empty(0, width)
+    pooled = torch.empty(0, embedding_matrix(model).shape[1])
     if rows:
         bare = SaptModel(model, new_pool(model, GeneratorConfig(**reads["generator"]).pet, None))
         try:
             pooled = pooled_embeddings(bare, tokenizer, rows)
         finally:
             bare.detach()
-    counts = {name: getattr(samples, name) for name in ("wanted", "generated", "malformed", "empty", "duplicate", "copied")}
+    counts = {
+        name: getattr(samples, name) for name in ("wanted", "generated", "malformed", "empty", "duplicate", "copied")
+    }
     return StageResult(
         outputs={
             "samples": context.store.put(json.dumps(samples.inputs).encode()),

@@ -1,4 +1,4 @@
-"""What the entry points share: arguments, and errors that people can read."""
+"""What the entry points share: arguments, result files, and errors that people can read."""
 
 from __future__ import annotations
 
@@ -6,21 +6,56 @@ import argparse
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from sapt_core.errors import SaptError
+from transformers.utils import logging as transformers_logging
+
+from sapt_core.errors import EnvironmentFault, SaptError
 
 
-def parser(description: str, example: str) -> argparse.ArgumentParser:
+def parser(description: str, example: str, *, needs_config: bool = True) -> argparse.ArgumentParser:
     """An argument parser with ``--config`` and dotted ``key=value`` overrides."""
     made = argparse.ArgumentParser(
         description=description, epilog=f"example: {example}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("--config", type=Path, required=True, help="experiment YAML, see pipelines/configs")
-    made.add_argument("overrides", nargs="*", metavar="key=value", help="dotted field of the config, e.g. train.epochs=3")
-    made.add_argument("--summary", type=Path, metavar="FILE", help="write the figures of the end as JSON")
+    made.add_argument("--config", type=Path, required=needs_config, help="experiment YAML, see pipelines/configs")
+    made.add_argument("overrides", nargs="*", metavar="key=value", help="dotted field of the config, e.g. seed=3")
     return made
+
+
+def check_output(path: Path | None) -> None:
+    """Refuse a result file that could not be written, before the work that would be lost.
+
+    Raises:
+        SaptError: it is a folder, or lies where this user cannot write.
+    """
+    if path is None:
+        return
+    nearest = next(folder for folder in path.absolute().parents if folder.exists())
+    if path.is_dir() or not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise SaptError(f"{path} cannot be written: give a file in a folder that this user can write to")
+
+
+def write_output(path: Path, text: str) -> None:
+    """Write a result file, whole or not at all; its folder is made.
+
+    Raises:
+        EnvironmentFault: no space, or the folder has become read-only.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as part:
+            try:
+                part.write(text)
+                part.close()
+                Path(part.name).chmod(0o644)
+                Path(part.name).replace(path)
+            finally:
+                Path(part.name).unlink(missing_ok=True)
+    except OSError as error:
+        raise EnvironmentFault(f"{path} cannot be written: {error.strerror}") from error
 
 
 def run(main: Callable[[], None]) -> None:
@@ -29,8 +64,8 @@ def run(main: Callable[[], None]) -> None:
     Exit codes: 0 done, 2 bad input, 3 a service cannot be used, 130 interrupted, 1 a defect.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         main()
     except SaptError as error:

@@ -8,9 +8,10 @@ Submitted again after any interruption, the same command goes on where it stoppe
 from __future__ import annotations
 
 import json
-from argparse import Namespace
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
 
 from cluster.stages import Executor, InlineExecutor, plan, run_graph
 from cluster.store import ArtifactStore, open_store
@@ -25,8 +26,10 @@ def main() -> None:
         __doc__ or "", "python pipelines/continual.py --config pipelines/configs/superni_mini.yaml seed=1"
     )
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
-    parser.add_argument("--inline", action="store_true", help="one process: no Ray, no MLflow, a local store")
+    parser.add_argument("--inline", action="store_true", help="one process: no Ray, no MLflow")
+    parser.add_argument("--summary", type=Path, metavar="FILE", help="write the figures of the end as JSON")
     arguments = parser.parse_intermixed_args()
+    cli.check_output(arguments.summary)
     experiment = load_experiment(arguments.config, arguments.overrides)
     store = open_store(experiment.config.store)
     if arguments.dry_run:
@@ -39,7 +42,8 @@ def main() -> None:
     else:
         reporter = _run_published(experiment, store)
     reporter.show_end()
-    _write_summary(arguments, reporter)
+    if arguments.summary is not None:
+        cli.write_output(arguments.summary, json.dumps(reporter.summary(), indent=1))
 
 
 def _run_published(experiment: Experiment, store: ArtifactStore) -> Reporter:
@@ -59,7 +63,7 @@ def _run_published(experiment: Experiment, store: ArtifactStore) -> Reporter:
     return reporter
 
 
-def _executor(experiment: Experiment, store: ArtifactStore, stack: ExitStack, all_done: bool) -> Executor[object]:
+def _executor(experiment: Experiment, store: ArtifactStore, stack: ExitStack, all_done: bool) -> Executor[Any]:
     """Ray, unless nothing is left to run."""
     if all_done:
         return InlineExecutor(store)
@@ -77,19 +81,13 @@ def _run(
     experiment: Experiment,
     store: ArtifactStore,
     reporter: Reporter,
-    executor: Callable[[bool], Executor[object]],
+    executor: Callable[[bool], Executor[Any]],
 ) -> None:
     states = plan(experiment.graph.stages, store)
     reporter.show_plan(states)
     running = executor(all(state == "done" for state in states.values()))
     experiment.upload(store)
     run_graph(experiment.graph.stages, store, running, reporter.on_event)
-
-
-def _write_summary(arguments: Namespace, reporter: Reporter) -> None:
-    if arguments.summary is not None:
-        arguments.summary.parent.mkdir(parents=True, exist_ok=True)
-        arguments.summary.write_text(json.dumps(reporter.summary(), indent=1))
 
 
 if __name__ == "__main__":

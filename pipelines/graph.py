@@ -100,9 +100,7 @@ def build_graph(config: ExperimentConfig, tasks: Sequence[Task], ref: BackboneRe
             learner.stage(f"train[{label}]", task, config.method, {"task": prepare[index], **parent, **earlier})
         )
     evaluate = tuple(
-        tuple(
-            learner.evaluation(f"evaluate[v{i:02d} on {labels[j]}]", version, prepare[j]) for j in range(i + 1)
-        )
+        tuple(learner.evaluation(f"evaluate[v{i:02d} on {labels[j]}]", version, prepare[j]) for j in range(i + 1))
         for i, version in enumerate(train)
     )
     single: tuple[Stage, ...] = ()
@@ -128,7 +126,9 @@ class _Learner:
     @property
     def workers(self) -> dict[str, Any]:
         cluster = self.config.cluster
-        return {"workers": cluster.train_workers, "cpus": cluster.cpus_per_worker, "gpus": cluster.gpus_per_worker}
+        # One worker needs no process group: a plain task starts in no time, a Ray Train run in ten seconds.
+        workers = cluster.train_workers if cluster.train_workers > 1 else 0
+        return {"workers": workers, "cpus": cluster.cpus_per_worker, "gpus": cluster.gpus_per_worker}
 
     def stage(self, name: str, task: Task, method: MethodConfig, inputs: dict[str, Stage]) -> Stage:
         config = self.config

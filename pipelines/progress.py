@@ -25,15 +25,19 @@ def progress(name: str, shown: bool) -> Iterator[Callable[[int, int], None] | No
         return
     with tqdm(desc=name, unit="step", disable=not sys.stderr.isatty(), leave=False) as bar:
         start = last = time.monotonic()
+        resumed: int | None = None
 
         def on_step(done: int, total: int) -> None:
-            nonlocal last
+            nonlocal last, resumed
+            if resumed is None:
+                # Steps that an earlier process did are no measure of how fast this one is.
+                resumed = bar.initial = done - 1
             bar.total = total
             bar.update(done - bar.n)
             now = time.monotonic()
             if bar.disable and now - last >= SECONDS_BETWEEN_LINES:
                 last = now
-                rate = done / (now - start)
+                rate = (done - resumed) / (now - start)
                 left = tqdm.format_interval((total - done) / rate)
                 print(f"{name}: step {done}/{total}, {rate:.1f} steps/s, {left} left", flush=True)
 

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from itertools import takewhile
 from typing import Any, Protocol
@@ -22,7 +22,7 @@ from sapt_core.snapshot import Manifest
 
 
 class Publisher(Protocol):
-    """Where stages, scores and versions are published; ``cluster.publishing`` does it in MLflow."""
+    """Where stages, scores and versions are published; ``pipelines.publishing`` does it in MLflow."""
 
     def stage(self, record: StageRecord, curve: list[dict[str, float]] | None) -> None:
         """A finished stage with its training curve."""
@@ -44,8 +44,7 @@ class Reporter:
 
     def __init__(self, experiment: Experiment, store: ArtifactStore, publisher: Publisher | None) -> None:
         self.experiment = experiment
-        # Where there is no terminal to wrap for, a table is as wide as it needs to be.
-        self.console = Console(highlight=False, width=None if sys.stdout.isatty() else 240)
+        self.console = wide_console()
         self.records: dict[Stage, StageRecord] = {}
         self.versions: list[int | None] = []
         self._store = store
@@ -104,7 +103,7 @@ class Reporter:
 
     def stage_seconds(self) -> dict[str, float]:
         """Seconds of every kind of stage, as their records state them, whichever run did the work."""
-        total: Counter[str] = Counter()
+        total: defaultdict[str, float] = defaultdict(float)
         for stage, record in self.records.items():
             total[_group(stage)] += record.seconds
         return {group: round(seconds, 1) for group, seconds in sorted(total.items())}
@@ -146,9 +145,10 @@ class Reporter:
                 f"--input 'your text'{uri} tracking.model={config.tracking.model}"
             )
         else:
+            endpoint = f" store.endpoint_url={config.store.endpoint_url}" if config.store.endpoint_url else ""
             self.console.print(
                 f"next: python pipelines/predict.py --snapshot {self.manifest(len(matrix.tasks) - 1).digest} "
-                f"--task {matrix.tasks[0]} --input 'your text' store.uri={config.store.uri}"
+                f"--task {matrix.tasks[0]} --input 'your text' store.uri={config.store.uri}{endpoint}"
             )
 
     def _publish_rows(self) -> None:
@@ -174,6 +174,11 @@ class Reporter:
 
     def _say(self, text: str) -> None:
         self.console.print(f"{time.strftime('%H:%M:%S')} {text}", markup=False)
+
+
+def wide_console() -> Console:
+    """Where there is no terminal to wrap for, a table is as wide as it needs to be."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 240)
 
 
 def git_commit() -> str:
