@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from sapt_core.backbone import load_backbone
-from sapt_core.benchmarks.prepare import PromptEncoder
-from sapt_core.benchmarks.templates import TEMPLATES
+from sapt_core.benchmarks.prepare import EncodedPrompt, PromptEncoder
 from sapt_core.blobs import BlobStore
 from sapt_core.config import EvaluationConfig
 from sapt_core.device import default_device
 from sapt_core.errors import SaptError
 from sapt_core.evaluation import answer
 from sapt_core.model import SaptModel
-from sapt_core.snapshot import Manifest, load_pool
+from sapt_core.snapshot import LearntTask, Manifest, load_pool
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,6 @@ class Predictor:
         self.manifest = manifest
         self._model = model
         self._tokenizer = tokenizer
-        tasks = [task.name for task in manifest.tasks]
-        # A method that goes on training one block has no block of any one task.
-        self._blocks = tasks if len(tasks) == len(manifest.blocks) else ["all tasks"]
 
     @classmethod
     def load(cls, manifest: bytes, store: BlobStore) -> Predictor:
@@ -52,37 +49,67 @@ class Predictor:
         model = SaptModel(backbone, load_pool(parsed, store, backbone))
         return cls(parsed, model.to(default_device()), tokenizer)
 
-    def prompt(self, task: str, text: str) -> str:
-        """The full prompt of an input of a task that the version has learnt.
+    def predict(
+        self, texts: Sequence[str], tasks: Sequence[LearntTask | None] | None = None, batch_size: int = 32
+    ) -> list[Prediction]:
+        """Answer texts; the shared attention chooses the mix by itself, whether a task is named or not.
 
-        Raises:
-            SaptError: it has learnt no such task.
+        Prompts that are longer than what the version was trained on lose tokens from the middle of their input,
+        as they did in training.
+
+        Args:
+            texts: full prompts, or inputs of tasks.
+            tasks: one a text: whose definition and template to put around it; None for a full prompt.
+            batch_size: texts in one forward.
+
+        Returns:
+            A prediction a text, in the same order.
         """
-        for learnt in self.manifest.tasks:
-            if learnt.name == task or learnt.name.startswith(f"{task}_"):
-                return "".join(TEMPLATES[learnt.template].pieces(learnt.definition, text))
-        known = ", ".join(learnt.name for learnt in self.manifest.tasks)
-        raise SaptError(f"The version has not learnt task {task!r}; it knows: {known}")
-
-    def predict(self, prompts: Sequence[str], batch_size: int = 32) -> list[Prediction]:
-        """Answer full prompts; no task is named, the shared attention chooses the mix."""
-        learnt = self.manifest.tasks
-        encoder = PromptEncoder(
-            self._tokenizer,
-            max_source_tokens=max(task.max_source_tokens for task in learnt),
-            is_encoder_decoder=self._model.is_encoder_decoder,
-        )
-        if not prompts:
+        if not texts:
             return []
-        texts, weights = answer(
+        groups: dict[LearntTask | None, list[int]] = {}
+        for index, task in enumerate(tasks or [None] * len(texts)):
+            groups.setdefault(task, []).append(index)
+        rows: dict[int, dict[str, Any]] = {}
+        for task, indices in groups.items():
+            for index, prompt in zip(indices, self._encode([texts[index] for index in indices], task), strict=True):
+                rows[index] = {"prompt_ids": prompt.prompt_ids}
+        answers, weights = answer(
             self._model,
             self._tokenizer,
-            [{"prompt_ids": encoder.text(prompt)} for prompt in prompts],
+            [rows[index] for index in range(len(texts))],
             EvaluationConfig(batch_size=batch_size),
-            max_new_tokens=max(task.max_target_tokens for task in learnt),
+            max_new_tokens=max(task.max_target_tokens for task in self.manifest.tasks),
             precision="auto",
         )
         return [
-            Prediction(text, dict(zip(self._blocks, row.tolist(), strict=True)))
-            for text, row in zip(texts, weights, strict=True)
+            Prediction(text, dict(zip(self.manifest.block_names, row.tolist(), strict=True)))
+            for text, row in zip(answers, weights, strict=True)
         ]
+
+    def _encode(self, texts: Sequence[str], task: LearntTask | None) -> list[EncodedPrompt]:
+        longest = max(learnt.max_source_tokens for learnt in self.manifest.tasks)
+        encoder = PromptEncoder(
+            self._tokenizer,
+            max_source_tokens=longest if task is None else task.max_source_tokens,
+            is_encoder_decoder=self._model.is_encoder_decoder,
+        )
+        if task is None:
+            return encoder.prompts("none", "", texts)
+        return encoder.prompts(task.template, task.definition, texts)
+
+
+def find_task(manifest: Manifest, name: str) -> LearntTask:
+    """A task that the version has learnt, by its name or by what comes before the name's first underscore.
+
+    Raises:
+        SaptError: it has learnt no such task, or several that begin so.
+    """
+    found = [task for task in manifest.tasks if task.name == name]
+    found = found or [task for task in manifest.tasks if task.name.startswith(f"{name}_")]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise SaptError(f"task {name!r} fits several, give one in full: {', '.join(task.name for task in found)}")
+    known = ", ".join(task.name for task in manifest.tasks)
+    raise SaptError(f"the version has not learnt task {name!r}; it knows: {known}")

@@ -34,4 +34,6 @@ TEMPLATES = {
     "superni": Template("Definition: ", "\n\nNow complete the following example -\nInput: ", "\nOutput: "),
     # O-LoRA's prompt for the Long Sequence benchmark.
     "long_sequence": Template("", "\n", "\nOutput: "),
+    # A prompt that somebody wrote in full.
+    "none": Template("", "", ""),
 }

@@ -1,0 +1,107 @@
+"""Score any version of a pool on any tasks, learnt or not, in this process.
+
+python pipelines/evaluate.py --config pipelines/configs/quickstart.yaml --version 3 benchmark.tasks=animal,loan
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from pipelines import cli, versions
+from pipelines.bodies import score_version
+from pipelines.experiment import load_experiment
+from pipelines.reporter import wide_console
+from sapt_core.backbone import load_backbone
+from sapt_core.benchmarks.prepare import prepare_task
+from sapt_core.benchmarks.task import Task
+from sapt_core.blobs import BlobStore
+from sapt_core.config import ExperimentConfig
+from sapt_core.snapshot import Manifest, require_backbone
+
+BLOCKS_SHOWN = 3
+
+
+def main() -> None:
+    """Parse the command line, score and print."""
+    parser = cli.parser(
+        __doc__ or "", "python pipelines/evaluate.py --config pipelines/configs/quickstart.yaml --version latest"
+    )
+    versions.add_arguments(parser)
+    parser.add_argument("--summary", type=Path, metavar="FILE", help="write the figures as JSON")
+    arguments = parser.parse_intermixed_args()
+    cli.check_output(arguments.summary)
+    experiment = load_experiment(arguments.config, arguments.overrides)
+    manifest, store = versions.open_version(arguments, experiment.config)
+    require_backbone(manifest, experiment.backbone)
+    figures = evaluate(manifest, store, experiment.tasks, experiment.config)
+    _show(figures)
+    if arguments.summary is not None:
+        cli.write_output(arguments.summary, json.dumps(figures, indent=1))
+
+
+def evaluate(manifest: Manifest, store: BlobStore, tasks: Sequence[Task], config: ExperimentConfig) -> dict[str, Any]:
+    """Scores (0 to 100) and mean mixture weights of a version on the test rows of ``tasks``.
+
+    Args:
+        manifest: the version.
+        store: holds its blobs and those of its backbone.
+        tasks: as text; those that the version has not learnt are scored all the same.
+        config: lengths, decoding and precision.
+    """
+    model, tokenizer = load_backbone(manifest.backbone, store)
+    learnt = [task.name for task in manifest.tasks]
+    rows = []
+    for task in tasks:
+        prepared = prepare_task(
+            task,
+            tokenizer,
+            max_source_tokens=config.benchmark.max_source_tokens,
+            max_target_tokens=config.benchmark.max_target_tokens,
+            is_encoder_decoder=bool(model.config.is_encoder_decoder),
+        )
+        score, weights, predictions = score_version(
+            manifest,
+            prepared,
+            store,
+            config.evaluation,
+            precision=config.train.precision,
+            max_target_tokens=config.benchmark.max_target_tokens,
+        )
+        rows.append(
+            {
+                "task": task.name,
+                "learnt": task.name in learnt,
+                "rows": len(predictions),
+                "metric": task.metric,
+                "score": score,
+                "weights": dict(zip(manifest.block_names, weights.mean(dim=0).tolist(), strict=True)),
+            }
+        )
+    return {"snapshot": manifest.digest, "method": manifest.method, "learnt": learnt, "tasks": rows}
+
+
+def _show(figures: dict[str, Any]) -> None:
+    title = f"Version {figures['snapshot'][:12]} of {figures['method']}, {len(figures['learnt'])} tasks learnt"
+    table = Table(title=title, title_justify="left")
+    for column in ("task", "learnt", "rows", "metric", "score", "mean weight of blocks"):
+        table.add_column(column, justify="right" if column in {"rows", "score"} else "left")
+    for row in figures["tasks"]:
+        heaviest = sorted(row["weights"].items(), key=lambda item: -item[1])[:BLOCKS_SHOWN]
+        table.add_row(
+            row["task"],
+            "yes" if row["learnt"] else "unseen",
+            str(row["rows"]),
+            row["metric"],
+            f"{row['score']:.1f}",
+            ", ".join(f"{block} {weight:.0%}" for block, weight in heaviest),
+        )
+    wide_console().print(table)
+
+
+if __name__ == "__main__":
+    cli.run(main)
