@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from cluster.session import capacity
 from cluster.stages import Outcome, Stage, StageRecord, run_alone
 from cluster.store import open_store, resolved
 from sapt_core.config import ClusterConfig, StoreConfig
@@ -18,19 +19,26 @@ Ref: TypeAlias = "ray.ObjectRef[StageRecord]"
 
 
 class RayExecutor:
-    """Submits every stage at once and lets Ray queue, place and repeat them.
+    """Submits as many stages as the cluster holds, and lets Ray place and repeat them.
+
+    Ray queues what it cannot start in the order it came, and a group of training workers waits until
+    all its places are free at once. So nothing is queued there: the first of the ready stages waits here.
 
     Args:
         store: where the workers find the store; a relative folder counts from this process's.
         cluster: restarts of stages whose worker died.
     """
 
-    slots: int | None = None
-
     def __init__(self, store: StoreConfig, cluster: ClusterConfig) -> None:
         self._store = resolved(store)
         self._cluster = cluster
-        self._names: dict[Ref, str] = {}
+        self._running: dict[Ref, Stage] = {}
+
+    def has_room(self, stage: Stage) -> bool:
+        there = capacity()
+        return not self._running or all(
+            sum(_needs(each)[name] for each in (*self._running.values(), stage)) <= there[name] for name in there
+        )
 
     def submit(self, stage: Stage, key: str, inputs: Mapping[str, StageRecord]) -> Ref:
         alone = replace(stage, inputs={})  # their records travel, not the graph behind them
@@ -43,7 +51,7 @@ class RayExecutor:
         else:
             run = _run.options(**options, num_cpus=stage.cpus, num_gpus=stage.gpus)
             handle = run.remote(alone, key, dict(inputs), self._store)
-        self._names[handle] = stage.name
+        self._running[handle] = alone
         return handle
 
     def wait(self, handles: Sequence[Ref]) -> list[tuple[Ref, Outcome]]:
@@ -56,7 +64,7 @@ class RayExecutor:
             ray.cancel(handle, recursive=True)
 
     def _outcome(self, handle: Ref) -> Outcome:
-        name = self._names.pop(handle)
+        name = self._running.pop(handle).name
         try:
             record: StageRecord = ray.get(handle)
             return record
@@ -68,6 +76,12 @@ class RayExecutor:
                 f"Stage {name} lost its worker {self._cluster.max_failures + 1} times: {error} "
                 "Look at the node's memory in the Ray dashboard; the same command goes on where it stopped."
             )
+
+
+def _needs(stage: Stage) -> dict[str, float]:
+    """What a stage takes of the cluster while it runs."""
+    workers = max(stage.workers, 1)
+    return {"CPU": workers * stage.cpus, "GPU": workers * stage.gpus}
 
 
 @ray.remote

@@ -31,6 +31,9 @@ def connect(config: ClusterConfig, *, num_cpus: int | None = None) -> Iterator[N
     address = config.address or os.environ.get("RAY_ADDRESS") or "local"
     # Ray's own default differs between its commands and versions, and is read when Ray is imported.
     os.environ.setdefault("RAY_AUTH_MODE", "token" if address == "local" or _has_token() else "disabled")
+    # What the workers print reaches the console: line by line, none held back as a repetition.
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     import ray  # noqa: PLC0415
 
     if ray.is_initialized():
@@ -42,7 +45,7 @@ def connect(config: ClusterConfig, *, num_cpus: int | None = None) -> Iterator[N
         ray.init(
             # "local" and never None, which joins whatever Ray this host started last.
             address=address,
-            log_to_driver=False,  # the dashboard and the session's log folder have the workers' output
+            log_to_driver=True,  # the stages' progress
             logging_level=logging.WARNING,
             **options,
         )
@@ -68,23 +71,17 @@ def check_resources(config: ClusterConfig) -> None:
     Raises:
         ClusterError: with what was asked and what is there.
     """
-    import ray  # noqa: PLC0415
-    from ray._private.state import state  # noqa: PLC0415  the only place that knows an autoscaler's limits
-
-    limits = state.get_max_resources_from_cluster_config() or {}
-    alive = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    nodes = [node["Resources"] for node in alive]
+    there, limits, nodes = capacity(), _limits(), _nodes()
     faults = []
     for name, field, each in (
         ("CPU", "cpus_per_worker", config.cpus_per_worker),
         ("GPU", "gpus_per_worker", config.gpus_per_worker),
     ):
-        total = max(sum(node.get(name, 0) for node in nodes), limits.get(name, 0))
         largest = max((node.get(name, 0) for node in nodes), default=0)
-        if config.train_workers * each > total:
+        if config.train_workers * each > there[name]:
             faults.append(
                 f"cluster.train_workers={config.train_workers} with cluster.{field}={each:g} need "
-                f"{config.train_workers * each:g} {name}s, the cluster has {total:g}"
+                f"{config.train_workers * each:g} {name}s, the cluster has {there[name]:g}"
             )
         elif each > largest and not limits:
             faults.append(f"cluster.{field}={each:g}, but no node has more than {largest:g} {name}s")
@@ -94,6 +91,24 @@ def check_resources(config: ClusterConfig) -> None:
             f"The Ray cluster is too small{grown}: {'; '.join(faults)}. "
             "Ask for less in the cluster section, or connect to a larger cluster."
         )
+
+
+def capacity() -> dict[str, float]:
+    """CPUs and GPUs of the connected cluster; of one that autoscales, as many as it may grow to."""
+    nodes, limits = _nodes(), _limits()
+    return {name: max(sum(node.get(name, 0) for node in nodes), limits.get(name, 0)) for name in ("CPU", "GPU")}
+
+
+def _nodes() -> list[dict[str, float]]:
+    import ray  # noqa: PLC0415
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+
+
+def _limits() -> dict[str, float]:
+    from ray._private.state import state  # noqa: PLC0415  the only place that knows an autoscaler's limits
+
+    return dict(state.get_max_resources_from_cluster_config() or {})
 
 
 def _has_token() -> bool:

@@ -130,12 +130,14 @@ Outcome: TypeAlias = StageRecord | Exception
 
 
 class Executor(Protocol[Handle]):
-    """Runs stages somewhere. ``slots`` is how many it takes at once, None for any number."""
+    """Runs stages somewhere."""
 
-    slots: int | None
+    def has_room(self, stage: Stage) -> bool:
+        """Whether the stage would start at once. Always true while nothing runs."""
+        ...
 
     def submit(self, stage: Stage, key: str, inputs: Mapping[str, StageRecord]) -> Handle:
-        """Start a stage, or queue it."""
+        """Start a stage."""
         ...
 
     def wait(self, handles: Sequence[Handle]) -> list[tuple[Handle, Outcome]]:
@@ -215,11 +217,12 @@ def run_alone(stage: Stage, key: str, inputs: Mapping[str, StageRecord], store: 
 class InlineExecutor:
     """Runs stages in this process, one after another, whatever number of workers they ask for."""
 
-    slots: int | None = 1
-
     def __init__(self, store: ArtifactStore) -> None:
         self._store = store
         self._waiting: dict[str, tuple[Stage, Mapping[str, StageRecord]]] = {}
+
+    def has_room(self, stage: Stage) -> bool:
+        return not self._waiting
 
     def submit(self, stage: Stage, key: str, inputs: Mapping[str, StageRecord]) -> str:
         self._waiting[key] = (stage, inputs)
@@ -245,8 +248,10 @@ def run_graph(
 ) -> dict[Stage, StageRecord]:
     """Run all stages and the stages they depend on, as wide as the executor allows, and skip what is done.
 
-    Stages that are ready start in the order of ``stages``. When one fails nothing new starts; what is
-    in flight finishes and keeps its records. An interrupt cancels what is in flight.
+    Of the stages that are ready, the first in the order of ``stages`` starts first, and none starts
+    before it, so that a chain put first never waits behind work that could wait itself. When one fails
+    nothing new starts; what is in flight finishes and keeps its records. An interrupt cancels what is
+    in flight.
 
     Raises:
         ValueError: two stages of one name, or a cycle.
@@ -257,41 +262,50 @@ def run_graph(
     for stage in order:
         on_event(StageEvent("planned", stage))
     records: dict[Stage, StageRecord] = {}
-    ready: list[tuple[int, Stage]] = []
-    in_flight: dict[Any, tuple[str, list[Stage]]] = {}
+    ready: list[tuple[int, str]] = []
+    to_do: dict[str, list[Stage]] = {}  # by key, until the work has ended: the stages it is done for
+    in_flight: dict[Any, str] = {}
     failure: Exception | None = None
+
+    def inputs_of(stage: Stage) -> dict[str, StageRecord]:
+        return {name: records[source] for name, source in stage.inputs.items()}
 
     def finish(stage: Stage, kind: Literal["cached", "finished"], record: StageRecord) -> None:
         records[stage] = record
         graph.done(stage)
         on_event(StageEvent(kind, stage, record.key, record))
 
-    def start(stage: Stage) -> None:
-        inputs = {name: records[source] for name, source in stage.inputs.items()}
-        key = stage_key(stage, inputs)
-        same = next((twins for flying, twins in in_flight.values() if flying == key), None)
-        if same is not None:  # the same work under another name: one run serves both
-            same.append(stage)
+    def admit(stage: Stage) -> None:
+        key = stage_key(stage, inputs_of(stage))
+        if key in to_do:  # the same work under another name: one run serves both
+            to_do[key].append(stage)
             return
         record = _valid_record(store, key, stage)
         if record is not None:
             finish(stage, "cached", record)
             return
-        on_event(StageEvent("started", stage, key))
-        in_flight[executor.submit(stage, key, inputs)] = (key, [stage])
+        to_do[key] = [stage]
+        heapq.heappush(ready, (order[stage], key))
 
     try:
         while (graph.is_active() and failure is None) or in_flight:
-            for stage in graph.get_ready():
-                heapq.heappush(ready, (order[stage], stage))
-            if ready and failure is None and (executor.slots is None or len(in_flight) < executor.slots):
-                start(heapq.heappop(ready)[1])  # one at a time: a cached stage makes others ready
+            new = graph.get_ready() if failure is None else ()
+            for stage in sorted(new, key=order.__getitem__):
+                admit(stage)
+            if new:
+                continue  # a stage that was done already makes others ready
+            if ready and failure is None and executor.has_room(to_do[ready[0][1]][0]):
+                _, key = heapq.heappop(ready)
+                stage = to_do[key][0]
+                on_event(StageEvent("started", stage, key))
+                in_flight[executor.submit(stage, key, inputs_of(stage))] = key
                 continue
             for handle, outcome in executor.wait(list(in_flight)):
-                key, twins = in_flight.pop(handle)
-                for stage in twins:
+                key = in_flight.pop(handle)
+                first, *twins = to_do.pop(key)
+                for stage in (first, *twins):
                     if isinstance(outcome, StageRecord):
-                        finish(stage, "finished" if stage is twins[0] else "cached", outcome)
+                        finish(stage, "finished" if stage is first else "cached", outcome)
                     else:
                         failure = failure or outcome
                         on_event(StageEvent("failed", stage, key, error=outcome))

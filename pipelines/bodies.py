@@ -37,7 +37,7 @@ from sapt_core.learning import learn_task
 from sapt_core.model import SaptModel
 from sapt_core.snapshot import LearntTask, Manifest, embedding_matrix, load_pool, new_pool
 
-disable_progress_bar()  # of loading weights: a stage has a bar of its own
+disable_progress_bar()  # type: ignore[no-untyped-call]  # of loading weights: a stage has its own
 
 
 def prepare(context: StageContext) -> StageResult:

@@ -170,6 +170,43 @@ def test_equal_work_under_two_names_runs_once(graph: Graph) -> None:
     assert done[left] == done[twin]
 
 
+class TwoPlaces(InlineExecutor):
+    """Room for two stages at once, or for one that is wide."""
+
+    def has_room(self, stage: Stage) -> bool:
+        taken = [self._waiting[key][0] for key in self._waiting]
+        return not taken or sum(max(each.workers, 1) for each in (*taken, stage)) <= 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_chain_put_first_never_waits_behind_work_that_can_wait(tmp_path: Path, workers: int) -> None:
+    def nothing(context: StageContext) -> StageResult:
+        return StageResult()
+
+    first = Stage("first", "chain", nothing, {"n": 1}, workers=workers)
+    second = Stage("second", "chain", nothing, {"n": 2}, {"parent": first}, workers=workers)
+    others = [Stage(f"other {number}", "other", nothing, {"n": number}) for number in range(4)]
+    events: list[StageEvent] = []
+    store = LocalStore(tmp_path)
+    run_graph([first, second, *others], store, TwoPlaces(store), events.append)
+    told = [event.stage.name for event in events if event.kind == "started"]
+    if workers:
+        assert told == ["first", "second", "other 0", "other 1", "other 2", "other 3"]
+    else:
+        assert told == ["first", "other 0", "second", "other 1", "other 2", "other 3"]
+
+
+def test_what_is_done_needs_no_room(tmp_path: Path) -> None:
+    """A resumed run tells of all earlier results before it waits for new ones."""
+    store = LocalStore(tmp_path)
+    stages = [Stage(f"s{number}", "s", lambda _: StageResult(), {"n": number}) for number in range(3)]
+    run_graph(stages[1:], store, InlineExecutor(store))
+    events: list[StageEvent] = []
+    run_graph(stages, store, InlineExecutor(store), events.append)
+    told = [(event.kind, event.stage.name) for event in events[3:]]
+    assert told == [("cached", "s1"), ("cached", "s2"), ("started", "s0"), ("finished", "s0")]
+
+
 def test_cycle_and_equal_names_are_refused(graph: Graph) -> None:
     left, right, *_ = graph.stages()
     left.inputs["loop"] = replace(right, inputs={"back": left})  # type: ignore[index]
