@@ -26,6 +26,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -180,6 +181,10 @@ def check_backbone(config: ExperimentConfig, tasks: Sequence[Task]) -> None:
     )
 
 
+# Folders whose files this process has hashed.
+_verified: set[Path] = set()
+
+
 @lru_cache(maxsize=1)
 def _load_cached(ref: str, folder: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     reference = BackboneRef.model_validate_json(ref)
@@ -189,6 +194,14 @@ def _load_cached(ref: str, folder: str) -> tuple[PreTrainedModel, PreTrainedToke
         folder, dtype=reference.dtype, use_safetensors=True, **source
     )
     model.requires_grad_(False).train(False)
+    # A checkpoint's own taste in decoding (penalties, top_p) must not leak into scores: only its tokens stay.
+    own = model.generation_config
+    model.generation_config = GenerationConfig(
+        bos_token_id=own.bos_token_id,
+        eos_token_id=own.eos_token_id,
+        pad_token_id=own.pad_token_id,
+        decoder_start_token_id=own.decoder_start_token_id,
+    )
     return model, AutoTokenizer.from_pretrained(folder, **source)
 
 
@@ -216,12 +229,18 @@ def _materialise(ref: BackboneRef, store: BlobStore) -> Path:
     """The folder's files on this machine, complete or not at all."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sapt" / "backbones"
     folder = cache / ref.digest
-    if folder.is_dir():
+    files = ref.files or {}
+    if folder in _verified:
         return folder
+    if folder.is_dir():
+        if all((folder / name).is_file() and _sha256(folder / name) == digest for name, digest in files.items()):
+            _verified.add(folder)
+            return folder
+        shutil.rmtree(folder)  # damaged since it was fetched
     cache.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=cache, prefix=".partial-"))
     try:
-        for name, digest in (ref.files or {}).items():
+        for name, digest in files.items():
             store.fetch_to(digest, partial / name)
         try:
             partial.rename(folder)
@@ -230,6 +249,7 @@ def _materialise(ref: BackboneRef, store: BlobStore) -> Path:
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    _verified.add(folder)
     return folder
 
 

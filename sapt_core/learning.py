@@ -75,7 +75,7 @@ def learn_task(  # noqa: PLR0917 - the inputs, in the order they are named in th
         learnt: what the manifest keeps of the task.
         parent: the version before; None for the first task.
         pseudo: pooled embeddings (N_i, D) of every earlier task's pseudo-samples, oldest first;
-            a task whose N_i is 0 is not reflected on.
+            a task whose N_i is 0 is not reflected on. Not looked at if the reflection's weight is 0.
         seed: of the sequence; the task's place in it is mixed in, so that no two blocks and keys start alike.
         store: receives the block, the router and the manifest.
 
@@ -200,12 +200,14 @@ def _objective(
 ) -> Objective:
     if attention is None or parent is None:
         return Objective()
-    memories = [
-        Memory(pooled, torch.tensor(target))
-        for pooled, target in zip(pseudo, parent.targets, strict=True)
-        if len(pooled)
-    ]
-    term = Reflection(memories, reflection.batch_size, reflection.weight) if memories and reflection.weight else None
+    term = None
+    if reflection.weight:
+        memories = [
+            Memory(pooled, torch.tensor(target))
+            for pooled, target in zip(pseudo, parent.targets, strict=True)
+            if len(pooled)
+        ]
+        term = Reflection(memories, reflection.batch_size, reflection.weight) if memories else None
     return Objective(term, attention.learning_rate, attention.hold)
 
 

@@ -178,6 +178,38 @@ def test_a_damaged_store_leaves_nothing_half_written(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "cache" / "sapt" / "backbones").iterdir()] == [ref.digest]
 
 
+def test_a_file_that_changed_on_this_machine_is_fetched_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = DictStore()
+    given = config(saved(tmp_path / "model"))
+    ref = identify(given)
+    store_backbone(given, ref, store)
+    load_backbone(ref, store)
+    (weights,) = (tmp_path / "cache").rglob("model.safetensors")
+    intact = weights.read_bytes()
+    weights.write_bytes(intact[:-1] + b"x")
+    # Another process, which has hashed nothing yet.
+    monkeypatch.setattr(backbone, "_verified", set())
+    backbone._load_cached.cache_clear()
+    load_backbone(ref, store)
+    assert weights.read_bytes() == intact
+
+
+def test_a_checkpoints_own_decoding_settings_do_not_leak_into_answers(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "model")
+    settings = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**settings, "repetition_penalty": 9.0, "top_p": 0.1}))
+    store = DictStore()
+    given = config(folder)
+    store_backbone(given, identify(given), store)
+    model, _ = load_backbone(identify(given), store)
+    assert model.generation_config.repetition_penalty in (None, 1.0)
+    assert model.generation_config.top_p in (None, 1.0)
+    assert model.generation_config.decoder_start_token_id == settings["decoder_start_token_id"]
+    assert model.generation_config.eos_token_id == settings["eos_token_id"]
+
+
 def test_tokenizers_without_padding_pad_with_the_end_and_without_both_are_refused(tmp_path: Path) -> None:
     for changes, pad in (({"pad_token": None}, 1), ({"pad_token": None, "eos_token": None}, None)):
         folder, store = saved(tmp_path / str(pad), tokenizer=False), DictStore()
