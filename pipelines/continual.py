@@ -8,8 +8,7 @@ Submitted again after any interruption, the same command goes on where it stoppe
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,8 @@ from cluster.store import ArtifactStore, open_store
 from pipelines import cli
 from pipelines.experiment import Experiment, load_experiment
 from pipelines.reporter import Reporter
+from sapt_core.config import ExperimentConfig
+from sapt_core.errors import TrackingError
 
 
 def main() -> None:
@@ -32,44 +33,45 @@ def main() -> None:
     cli.check_output(arguments.summary)
     experiment = load_experiment(arguments.config, arguments.overrides)
     store = open_store(experiment.config.store)
+    if not arguments.dry_run:
+        store.check()
+    states = plan(experiment.graph.stages, store)
+    Reporter(experiment, store, None).show_plan(states)
     if arguments.dry_run:
-        Reporter(experiment, store, None).show_plan(plan(experiment.graph.stages, store))
         return
-    store.check()
     if arguments.inline:
         reporter = Reporter(experiment, store, None)
-        _run(experiment, store, reporter, lambda _: InlineExecutor(store))
+        _run(experiment, store, InlineExecutor(store), reporter)
     else:
-        reporter = _run_published(experiment, store)
+        reporter = _run_published(experiment, store, all_done=set(states.values()) == {"done"})
     reporter.show_end()
     if arguments.summary is not None:
         cli.write_output(arguments.summary, json.dumps(reporter.summary(), indent=1))
 
 
-def _run_published(experiment: Experiment, store: ArtifactStore) -> Reporter:
-    """Run on Ray and publish to MLflow."""
+def _run_published(experiment: Experiment, store: ArtifactStore, *, all_done: bool) -> Reporter:
+    """Run on Ray, unless nothing is left to run, and publish to MLflow."""
     from cluster import tracking  # noqa: PLC0415  not with --inline
     from pipelines.publishing import MLflowPublisher  # noqa: PLC0415
 
-    publisher = MLflowPublisher(experiment, tracking.check(experiment.config.tracking))
-    reporter = Reporter(experiment, store, publisher)
-    summary = None
-    try:
-        with ExitStack() as stack:
-            _run(experiment, store, reporter, lambda all_done: _executor(experiment, store, stack, all_done))
-        summary = reporter.summary()
-    finally:
-        publisher.finish(summary)
+    checked = tracking.check(experiment.config.tracking)
+    with ExitStack() as stack:
+        executor = InlineExecutor(store) if all_done else _ray(experiment.config, stack)
+        publisher = MLflowPublisher(experiment, checked)  # MLflow sees the run once nothing forbids it
+        reporter = Reporter(experiment, store, publisher)
+        try:
+            _run(experiment, store, executor, reporter)
+        except BaseException as error:
+            with suppress(TrackingError):  # the first error is the one to tell
+                publisher.abandon(killed=not isinstance(error, Exception))
+            raise
+        publisher.finish(reporter.summary())
     return reporter
 
 
-def _executor(experiment: Experiment, store: ArtifactStore, stack: ExitStack, all_done: bool) -> Executor[Any]:
-    """Ray, unless nothing is left to run."""
-    if all_done:
-        return InlineExecutor(store)
+def _ray(config: ExperimentConfig, stack: ExitStack) -> Executor[Any]:
     from cluster.session import check_resources, connect  # noqa: PLC0415  not with --inline
 
-    config = experiment.config
     stack.enter_context(connect(config.cluster))
     check_resources(config.cluster)
     from cluster.ray_executor import RayExecutor  # noqa: PLC0415
@@ -77,17 +79,9 @@ def _executor(experiment: Experiment, store: ArtifactStore, stack: ExitStack, al
     return RayExecutor(config.store, config.cluster)
 
 
-def _run(
-    experiment: Experiment,
-    store: ArtifactStore,
-    reporter: Reporter,
-    executor: Callable[[bool], Executor[Any]],
-) -> None:
-    states = plan(experiment.graph.stages, store)
-    reporter.show_plan(states)
-    running = executor(all(state == "done" for state in states.values()))
+def _run(experiment: Experiment, store: ArtifactStore, executor: Executor[Any], reporter: Reporter) -> None:
     experiment.upload(store)
-    run_graph(experiment.graph.stages, store, running, reporter.on_event)
+    run_graph(experiment.graph.stages, store, executor, reporter.on_event)
 
 
 if __name__ == "__main__":

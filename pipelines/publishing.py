@@ -76,15 +76,16 @@ class MLflowPublisher:
             metrics=metrics,
         )
 
-    def finish(self, summary: Mapping[str, Any] | None) -> None:
-        """Close the parent run: finished with its summary, or failed without one."""
-        if summary is None:
-            self._tracker.finish(self.run_id, "FAILED")
-            return
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Close the parent run with the figures of the end."""
         figures = {name: summary[name] for name in ("ap", "f_ra", "fwt", "bwt") if summary[name] is not None}
         self._tracker.log_scores(self.run_id, len(summary["tasks"]), figures)
         self._tracker.log_artifacts(self.run_id, {"summary.json": json.dumps(summary, indent=1)})
         self._tracker.finish(self.run_id, "FINISHED")
+
+    def abandon(self, *, killed: bool) -> None:
+        """Close the parent run of a sequence that failed or, ``killed``, that somebody stopped."""
+        self._tracker.finish(self.run_id, "KILLED" if killed else "FAILED")
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -182,7 +183,12 @@ def wide_console() -> Console:
 
 
 def git_commit() -> str:
-    """The commit of the code that runs, ``unknown`` outside a checkout."""
+    """The commit of the code that runs: GIT_COMMIT, else the checkout's, else ``unknown``.
+
+    A submitted job runs in a copy without its history, so its runtime environment has to say.
+    """
+    if stated := os.environ.get("GIT_COMMIT"):
+        return stated
     try:
         found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)  # noqa: S607
     except (OSError, subprocess.CalledProcessError):
