@@ -1,0 +1,59 @@
+"""The tiny sequence that the tests run, and how."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICKSTART = str(ROOT / "pipelines/configs/quickstart.yaml")
+TINY = (
+    f"backbone.path={ROOT / 'pipelines/backbones/tiny'}",
+    "benchmark.tasks=animal,basket",
+    "benchmark.train_rows=24",
+    "benchmark.test_rows=12",
+    "benchmark.metric=rouge_l",
+    "train.epochs=4",
+    "train.batch_size=4",
+    "generator.steps=2",
+    "generator.max_tokens=24",
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left."""
+
+    code: int
+    out: str
+    err: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A tiny sequence that has run to its end, inline, in a process without Ray, MLflow and boto3."""
+
+    store: Path
+    summary: dict[str, Any]
+    outcome: Outcome
+
+    @property
+    def snapshot(self) -> str:
+        return str(self.summary["snapshot"])
+
+
+def command(store: Path, *arguments: str) -> list[str]:
+    """Run the tiny sequence inline."""
+    script = str(ROOT / "pipelines/continual.py")
+    return [sys.executable, script, "--config", QUICKSTART, "--inline", *TINY, f"store.uri={store}", *arguments]
+
+
+def records(store: Path) -> dict[str, tuple[str, int]]:
+    """Name and time of every stage record, by file name."""
+    found = {}
+    for path in (store / "records").glob("*.json"):
+        found[path.name] = (json.loads(path.read_text())["name"], path.stat().st_mtime_ns)
+    return found

@@ -1,0 +1,91 @@
+"""A tiny sequence that was run once, and entry points called in this process."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipelines import cli
+from tests.pipelines.commands import Finished, Outcome, command
+
+# As if they were not installed: accelerate asks for boto3 and uses it where it is there.
+BLOCKER = """
+import sys
+from importlib.machinery import PathFinder
+
+class Blocker(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name.partition(".")[0] in {"ray", "mlflow", "boto3", "botocore"}:
+            return None
+        return super().find_spec(name, path, target)
+
+sys.meta_path[:] = [Blocker if finder is PathFinder else finder for finder in sys.meta_path]
+"""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _small_and_apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    # One thread: tiny matrices. Its own cache: nothing of the machine's decides a test.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        yield
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "blocker").mkdir()
+    (folder / "blocker/sitecustomize.py").write_text(BLOCKER)
+    environment = {**os.environ, "PYTHONPATH": str(folder / "blocker")}
+    summary = folder / "new/summary.json"
+    ended = subprocess.run(
+        command(folder / "store", "--summary", str(summary)),
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    outcome = Outcome(ended.returncode, ended.stdout, ended.stderr)
+    return Finished(folder / "store", json.loads(summary.read_text()), outcome)
+
+
+@pytest.fixture
+def copied(finished: Finished, tmp_path: Path) -> Finished:
+    """The finished sequence with a store of the test's own, to change."""
+    shutil.copytree(finished.store, tmp_path / "store")
+    return Finished(tmp_path / "store", finished.summary, finished.outcome)
+
+
+@pytest.fixture
+def call(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[[Callable[[], None], list[str]], Outcome]:
+    """Call an entry point's main in this process, as its script does."""
+
+    def called(main: Callable[[], None], arguments: list[str]) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["script", *arguments])
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.run(main)
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return called

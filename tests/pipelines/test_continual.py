@@ -1,0 +1,182 @@
+"""The tiny sequence end to end in one process: what it gives, what it does not do twice, and what a kill costs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipelines import continual
+from tests.pipelines.commands import QUICKSTART, TINY, Finished, Outcome, command, records
+
+KINDS = {"prepare", "pseudo_samples", "train", "evaluate", "single"}
+
+
+def test_inline_runs_where_ray_mlflow_and_boto3_are_not_installed(finished: Finished) -> None:
+    assert finished.outcome.code == 0
+    assert finished.outcome.err == ""
+
+
+@pytest.mark.parametrize("module", ["ray", "mlflow", "boto3"])
+def test_the_proof_above_could_fail(module: str, finished: Finished) -> None:
+    blocker = finished.store.parent / "blocker"
+    ended = subprocess.run(
+        [sys.executable, "-c", f"import {module}"],
+        env={**os.environ, "PYTHONPATH": str(blocker)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert f"No module named '{module}'" in ended.stderr
+
+
+def test_summary_has_the_figures_of_the_end(finished: Finished) -> None:
+    summary = finished.summary
+    promised = {"tasks", "scores", "single", "ap", "f_ra", "fwt", "bwt", "model", "version", "seconds"}
+    assert set(summary) == promised | {"bwt_over_t", "snapshot", "method", "seed", "key"}
+    assert summary["tasks"] == ["animal", "basket"]
+    (first,), (forgot, second) = summary["scores"]
+    alone = summary["single"]
+    assert max(first, second, forgot) > 0
+    assert summary["ap"] == pytest.approx((forgot + second) / 2)
+    assert summary["f_ra"] == pytest.approx(first - forgot)
+    assert summary["bwt"] == pytest.approx(forgot - first)
+    assert summary["bwt_over_t"] == pytest.approx((forgot - first) / 2)
+    assert summary["fwt"] == pytest.approx((first - alone[0] + second - alone[1]) / 2)
+    assert summary["model"] is None
+    assert summary["version"] is None
+    assert (summary["method"], summary["seed"]) == ("sapt", 0)
+    assert set(summary["seconds"]) == KINDS
+
+
+def test_plain_lines_where_there_is_no_terminal(finished: Finished) -> None:
+    out = finished.outcome.out
+    assert "\r" not in out + finished.outcome.err
+    assert "\x1b" not in out
+    assert "train[00 animal] started" in out
+    assert "after basket: AP" in out
+    assert f"--snapshot {finished.snapshot}" in out
+    assert f"store.uri={finished.store}" in out
+
+
+def contents(store: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in store.rglob("*") if path.is_file()}
+
+
+def test_a_second_run_does_no_work(
+    copied: Finished, tmp_path: Path, call: Callable[[Callable[[], None], list[str]], Outcome]
+) -> None:
+    before = contents(copied.store)
+    summary = tmp_path / "again.json"
+    again = call(continual.main, [*command(copied.store)[2:], "--summary", str(summary)])
+    assert again.code == 0, again.err
+    assert " started" not in again.out
+    assert contents(copied.store) == before
+    assert json.loads(summary.read_text()) == copied.summary
+
+
+def test_a_record_that_is_gone_is_made_again_and_no_other(
+    copied: Finished, call: Callable[[Callable[[], None], list[str]], Outcome]
+) -> None:
+    before = records(copied.store)
+    (gone,) = [file for file, (name, _) in before.items() if name == "train[00 animal]"]
+    (copied.store / "records" / gone).unlink()
+    again = call(continual.main, command(copied.store)[2:])
+    assert again.code == 0, again.err
+    after = records(copied.store)
+    # Its result is equal, so that what depends on it stays valid.
+    assert after.keys() == before.keys()
+    assert [file for file in after if after[file] != before[file]] == [gone]
+    assert [line.split()[1] for line in again.out.splitlines() if line.endswith(" started")] == ["train[00"]
+    assert copied.snapshot in again.out
+
+
+def test_a_blob_that_is_gone_is_made_again(
+    copied: Finished, call: Callable[[Callable[[], None], list[str]], Outcome]
+) -> None:
+    blob = copied.store / "blobs" / copied.snapshot[:2] / copied.snapshot
+    blob.unlink()
+    again = call(continual.main, command(copied.store)[2:])
+    assert again.code == 0, again.err
+    assert [line.split()[1:3] for line in again.out.splitlines() if line.endswith(" started")] == [
+        ["train[01", "basket]"]
+    ]
+    assert blob.is_file()
+
+
+def test_another_weight_of_reflection_shares_what_it_does_not_reach(
+    copied: Finished, call: Callable[[Callable[[], None], list[str]], Outcome]
+) -> None:
+    before = set(records(copied.store))
+    again = call(continual.main, [*command(copied.store)[2:], "reflection.weight=2"])
+    assert again.code == 0, again.err
+    new = {name for file, (name, _) in records(copied.store).items() if file not in before}
+    assert "train[01 basket]" in new
+    assert new <= {"train[01 basket]", "evaluate[v01 on 00 animal]", "evaluate[v01 on 01 basket]"}
+
+
+def test_dry_run_writes_nothing(
+    tmp_path: Path, call: Callable[[Callable[[], None], list[str]], Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for extra in ([], ["--inline"]):
+        arguments = ["--config", QUICKSTART, "--dry-run", *extra, *TINY, "--summary", "new/summary.json"]
+        shown = call(continual.main, arguments)
+        assert shown.code == 0, shown.err
+        assert "12 stages" in shown.out
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_shows_what_is_done(
+    finished: Finished, call: Callable[[Callable[[], None], list[str]], Outcome]
+) -> None:
+    before = contents(finished.store)
+    shown = call(continual.main, [*command(finished.store)[2:], "--dry-run", "evaluation.batch_size=3"])
+    rows = {line.split("│")[1].strip(): line.split("│")[2:5] for line in shown.out.splitlines() if "│" in line}
+    counts = {kind: [int(cell) for cell in cells] for kind, cells in rows.items()}
+    assert counts == {
+        "prepare": [2, 0, 0],
+        "train": [2, 0, 0],
+        "pseudo_samples": [1, 0, 0],
+        "single": [2, 0, 0],
+        "evaluate": [0, 5, 0],
+    }
+    assert contents(finished.store) == before
+
+
+@pytest.mark.chaos
+def test_a_run_that_was_killed_while_it_trained_ends_in_the_same_snapshot(tmp_path: Path) -> None:
+    longer = ["train.epochs=6", "train.checkpoint_every_steps=1", "train.batch_size=2"]
+    longer.append("evaluation.single_task=false")
+
+    def run(store: Path) -> str:
+        summary = store.with_suffix(".json")
+        started = [*command(store, *longer), "--summary", str(summary)]
+        ended = subprocess.run(started, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        return str(json.loads(summary.read_text())["snapshot"])
+
+    store = tmp_path / "killed"
+    victim = subprocess.Popen(
+        command(store, *longer), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 120
+        # Checkpoint 5 of the first train stage.
+        while not list(store.glob("checkpoints/*/00000005/manifest.json")):
+            assert victim.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+    finally:
+        victim.send_signal(signal.SIGKILL)
+        victim.wait()
+    assert not any(name.startswith("train") for name, _ in records(store).values())
+    assert run(store) == run(tmp_path / "whole")
+    assert not list(store.glob("checkpoints/*/*/*")), "checkpoints are dropped once the stage is done"

@@ -1,0 +1,220 @@
+"""Which stages a sequence has, and which config fields reach which of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.stages import Stage
+from pipelines.experiment import Experiment, load_experiment
+from pipelines.graph import SequenceGraph
+from sapt_core.config import canonical_hash
+from tests.pipelines.commands import QUICKSTART, TINY
+
+THREE = "benchmark.tasks=animal,basket,ticket"
+
+
+def experiment(*overrides: str) -> Experiment:
+    return load_experiment(Path(QUICKSTART), [*TINY, THREE, *overrides])
+
+
+def identity(stage: Stage) -> str:
+    """The stage's key, with the identities of its inputs in place of what they will give."""
+    inputs = {name: identity(source) for name, source in stage.inputs.items()}
+    return canonical_hash([stage.kind, stage.version, dict(stage.reads), inputs])
+
+
+def identities(graph: SequenceGraph) -> dict[str, list[str]]:
+    groups: dict[str, tuple[Stage, ...]] = {
+        "prepare": graph.prepare,
+        "pseudo": graph.pseudo,
+        "train": graph.train,
+        "evaluate": tuple(stage for row in graph.evaluate for stage in row),
+        "single": tuple(stage.inputs["version"] for stage in graph.single),
+        "single score": graph.single,
+    }
+    return {group: [identity(stage) for stage in stages] for group, stages in groups.items()}
+
+
+@pytest.fixture(scope="module")
+def base() -> dict[str, list[str]]:
+    return identities(experiment().graph)
+
+
+def test_every_stage_is_there_once_and_reads_what_it_needs() -> None:
+    graph = experiment().graph
+    names = [stage.name for stage in graph.stages]
+    assert len(names) == len(set(names)) == 3 + 3 + 2 + 6 + 3
+    assert graph.tasks == ("animal", "basket", "ticket")
+    assert [stage.name for stage in graph.train] == ["train[00 animal]", "train[01 basket]", "train[02 ticket]"]
+    first, second, third = graph.train
+    assert first.inputs == {"task": graph.prepare[0]}
+    assert second.inputs == {"task": graph.prepare[1], "parent": first, "pseudo 00": graph.pseudo[0]}
+    assert third.inputs == {
+        "task": graph.prepare[2],
+        "parent": second,
+        "pseudo 00": graph.pseudo[0],
+        "pseudo 01": graph.pseudo[1],
+    }
+    assert [stage.inputs for stage in graph.pseudo] == [{"task": graph.prepare[0]}, {"task": graph.prepare[1]}]
+    for i, row in enumerate(graph.evaluate):
+        assert [stage.inputs for stage in row] == [
+            {"version": graph.train[i], "task": graph.prepare[j]} for j in range(i + 1)
+        ]
+    for index, scored in enumerate(graph.single):
+        assert scored.inputs["task"] is graph.prepare[index]
+        assert scored.inputs["version"].inputs == {"task": graph.prepare[index]}
+
+
+def test_only_training_and_pseudo_samples_take_train_workers() -> None:
+    graph = experiment("cluster.train_workers=3", "cluster.cpus_per_worker=2", "cluster.gpus_per_worker=1").graph
+    for stage in (*graph.train, *graph.pseudo, *(scored.inputs["version"] for scored in graph.single)):
+        assert (stage.workers, stage.cpus, stage.gpus) == (3, 2, 1)
+    for stage in (*(s for row in graph.evaluate for s in row), *graph.single):
+        assert (stage.workers, stage.cpus, stage.gpus) == (0, 2, 1)
+    assert {(stage.workers, stage.gpus) for stage in graph.prepare} == {(0, 0)}
+
+
+def changed(base: dict[str, list[str]], *overrides: str) -> dict[str, list[bool]]:
+    now = identities(experiment(*overrides).graph)
+    return {group: [a != b for a, b in zip(base[group], now[group], strict=True)] for group in base}
+
+
+def expected(**groups: list[bool]) -> dict[str, list[bool]]:
+    sizes = {"prepare": 3, "pseudo": 2, "train": 3, "evaluate": 6, "single": 3, "single score": 3}
+    return {group: groups.get(group.replace(" ", "_"), [False] * size) for group, size in sizes.items()}
+
+
+AFTER_FIRST = {"train": [False, True, True], "evaluate": [False, *[True] * 5]}
+
+
+def test_reflection_reaches_no_task_before_there_is_something_to_reflect_on(base: dict[str, list[str]]) -> None:
+    assert changed(base, "reflection.weight=0.25") == expected(**AFTER_FIRST)
+    assert changed(base, "reflection.batch_size=3") == expected(**AFTER_FIRST)
+
+
+def test_where_the_target_comes_from_counts_from_the_first_task_on(base: dict[str, list[str]]) -> None:
+    assert changed(base, "reflection.target_split=dev") == expected(train=[True] * 3, evaluate=[True] * 6)
+
+
+def test_the_generator_reaches_no_first_task_and_no_task_alone(base: dict[str, list[str]]) -> None:
+    assert changed(base, "generator.steps=3") == expected(pseudo=[True] * 2, **AFTER_FIRST)
+
+
+def test_the_attention_does_not_reach_a_task_alone(base: dict[str, list[str]]) -> None:
+    assert changed(base, "attention.temperature=0.7") == expected(train=[True] * 3, evaluate=[True] * 6)
+
+
+@pytest.mark.parametrize("override", ["evaluation.batch_size=7", "evaluation.num_beams=2"])
+def test_decoding_retrains_nothing(base: dict[str, list[str]], override: str) -> None:
+    assert changed(base, override) == expected(evaluate=[True] * 6, single_score=[True] * 3)
+
+
+def test_decoding_counts_in_training_where_dev_chooses_the_weights() -> None:
+    base = identities(experiment("train.eval_every_epochs=1").graph)
+    found = changed(base, "train.eval_every_epochs=1", "evaluation.num_beams=2")
+    assert found == expected(train=[True] * 3, evaluate=[True] * 6, single=[True] * 3, single_score=[True] * 3)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["store.uri=elsewhere"],
+        ["store.uri=s3://bucket/prefix", "store.endpoint_url=http://127.0.0.1:9"],
+        ["tracking.uri=http://127.0.0.1:9", "tracking.model=other", "tracking.experiment=other"],
+        ["cluster.train_workers=4", "cluster.cpus_per_worker=2", "cluster.gpus_per_worker=1"],
+        ["cluster.max_failures=9", "cluster.address=127.0.0.1:6379"],
+        ["train.checkpoint_every_steps=1"],
+    ],
+)
+def test_where_it_runs_changes_no_key(base: dict[str, list[str]], overrides: list[str]) -> None:
+    assert changed(base, *overrides) == expected()
+    assert experiment(*overrides).key == experiment().key
+
+
+def test_a_seed_reaches_all_that_is_random_and_no_preparation(base: dict[str, list[str]]) -> None:
+    found = changed(base, "seed=1")
+    assert found["prepare"] == [False] * 3
+    assert all(all(flags) for group, flags in found.items() if group != "prepare")
+    assert experiment("seed=1").key != experiment().key
+
+
+def test_sequential_shares_its_first_task_with_the_task_alone(base: dict[str, list[str]]) -> None:
+    graph = experiment("method.name=sequential").graph
+    keys = identities(graph)
+    assert graph.pseudo == ()
+    assert keys["train"][0] == keys["single"][0] == base["single"][0]
+    assert keys["single"] == base["single"]
+    assert graph.train[1].inputs == {"task": graph.prepare[1], "parent": graph.train[0]}
+
+
+@pytest.mark.parametrize("override", ["reflection.weight=0.1", "attention.temperature=0.7", "generator.steps=9"])
+def test_what_only_sapt_reads_changes_nothing_of_sequential(override: str) -> None:
+    plain = identities(experiment("method.name=sequential").graph)
+    assert identities(experiment("method.name=sequential", override).graph) == plain
+
+
+def test_without_reflection_there_are_no_pseudo_samples() -> None:
+    graph = experiment("reflection.weight=0").graph
+    assert graph.pseudo == ()
+    assert not any(name.startswith("pseudo") for stage in graph.train for name in stage.inputs)
+
+
+def test_tasks_are_not_learnt_alone_unless_asked_for() -> None:
+    graph = experiment("evaluation.single_task=false").graph
+    assert graph.single == ()
+    assert len(graph.stages) == 3 + 3 + 2 + 6
+
+
+def test_a_task_more_changes_nothing_before_it(base: dict[str, list[str]]) -> None:
+    two = identities(experiment("benchmark.tasks=animal,basket").graph)
+    assert all(base[group][: len(keys)] == keys for group, keys in two.items())
+
+
+def write_tasks(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        for split in ("train", "test"):
+            rows = [{"input": f"{split} {name} {number}", "output": [f"answer {number}"]} for number in range(6)]
+            content: dict[str, Any] = {"Definition": [f"About {name}."], "Instances": rows}
+            (folder / name / f"{split}.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_moving_data_and_backbone_changes_no_key(tmp_path: Path) -> None:
+    data = write_tasks(tmp_path / "data", "a", "b")
+    shutil.copytree(TINY[0].partition("=")[2], tmp_path / "tiny")
+    shutil.copytree(data, tmp_path / "elsewhere" / "corpus")
+    shutil.copytree(tmp_path / "tiny", tmp_path / "elsewhere" / "tiny")
+    base = (
+        "benchmark.suite=folder",
+        "benchmark.tasks=a,b",
+        "benchmark.template=superni",
+        "benchmark.train_rows=null",
+        "benchmark.test_rows=null",
+    )
+
+    def at(data_dir: Path, backbone: Path) -> Experiment:
+        overrides = [*TINY, *base, f"benchmark.data_dir={data_dir}", f"backbone.path={backbone}"]
+        return load_experiment(Path(QUICKSTART), overrides)
+
+    here = at(data, tmp_path / "tiny")
+    there = at(tmp_path / "elsewhere/corpus", tmp_path / "elsewhere/tiny")
+    assert identities(here.graph) == identities(there.graph)
+    assert here.key == there.key
+
+    content = json.loads((data / "b/train.json").read_text())
+    content["Instances"][0]["input"] += "!"
+    (data / "b/train.json").write_text(json.dumps(content))
+    edited = at(data, tmp_path / "tiny")
+    assert edited.key != here.key
+    differing = {
+        group: [x != y for x, y in zip(identities(here.graph)[group], keys, strict=True)]
+        for group, keys in identities(edited.graph).items()
+    }
+    assert differing["prepare"] == differing["train"] == differing["single"] == [False, True]
+    assert differing["pseudo"] == [False]
