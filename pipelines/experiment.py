@@ -64,7 +64,7 @@ def load_experiment(path: Path, overrides: Sequence[str]) -> Experiment:
     if ref is not None:
         attempt(lambda: check_backbone(config, tasks or ()))
     if len(faults) > 1:
-        raise FaultsError(f"{path} cannot be run:", [str(fault) for fault in faults])
+        raise FaultsError(f"{path} cannot be run:", [str(fault).replace("\n", "\n  ") for fault in faults])
     if faults:
         raise faults[0]
     return Experiment(config, tasks, ref, build_graph(config, tasks, ref))

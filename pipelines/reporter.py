@@ -10,6 +10,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from itertools import takewhile
+from pathlib import Path
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -190,7 +191,13 @@ def git_commit() -> str:
     if stated := os.environ.get("GIT_COMMIT"):
         return stated
     try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)  # noqa: S607
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"],  # noqa: S607
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return found.stdout.strip()

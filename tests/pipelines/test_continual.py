@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from pipelines import continual
+from pipelines.reporter import git_commit
 from tests.pipelines.commands import QUICKSTART, TINY, Finished, Outcome, command, records
 
 KINDS = {"prepare", "pseudo_samples", "train", "evaluate", "single"}
@@ -149,6 +150,16 @@ def test_dry_run_shows_what_is_done(
         "evaluate": [0, 5, 0],
     }
     assert contents(finished.store) == before
+
+
+def test_the_commit_is_that_of_the_code_and_not_of_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = git_commit()
+    monkeypatch.chdir(tmp_path)
+    subprocess.run(["git", "init", "-q"], check=True)
+    subprocess.run([*"git -c user.name=a -c user.email=a@example.org commit -q --allow-empty -m a".split()], check=True)
+    assert git_commit() == here
 
 
 @pytest.mark.chaos

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -252,3 +253,12 @@ def test_a_tracking_file_that_is_not_there_is_not_made(
     outcome = call(predict.main, ["--version", "latest", "--input", "x", "tracking.uri=sqlite:///runs/mlflow.db"])
     refused(outcome, "no such file", code=3)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_server_that_does_not_answer_is_told_of_in_seconds(call: Call, unused_port: int) -> None:
+    start = time.monotonic()
+    uri = f"http://user:secret@127.0.0.1:{unused_port}"
+    outcome = call(predict.main, ["--version", "latest", "--input", "x", f"tracking.uri={uri}"])
+    refused(outcome, "cannot be reached", code=3)
+    assert "secret" not in outcome.err
+    assert time.monotonic() - start < 30
