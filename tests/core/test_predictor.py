@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sapt_core.backbone import identify, store_backbone
+from sapt_core.backbone import identify, load_backbone, store_backbone
 from sapt_core.benchmarks.templates import TEMPLATES
 from sapt_core.config import AttentionConfig, BackboneConfig
 from sapt_core.errors import SaptError, SnapshotError, StoreError
@@ -130,6 +130,13 @@ def test_a_prompt_that_is_too_long_loses_its_middle(store: DictStore, tmp_path: 
 def test_a_method_with_one_block_answers_with_it_alone(store: DictStore, tmp_path: Path) -> None:
     predictor = Predictor.load(version(store, tmp_path / "t5", attention=None).to_bytes(), store)
     assert [dict(prediction.weights) for prediction in predictor.predict(TEXTS)] == [{"all tasks": 1.0}] * 4
+
+
+def test_a_manifest_that_was_read_back_names_the_backbone_that_is_loaded(store: DictStore, tmp_path: Path) -> None:
+    made = version(store, tmp_path / "t5")
+    read = Manifest.from_bytes(made.to_bytes())
+    assert list(made.backbone.files or ()) != list(read.backbone.files or ()), "the order differs, the content does not"
+    assert load_backbone(made.backbone, store)[0] is load_backbone(read.backbone, store)[0]
 
 
 def test_nothing_asked_nothing_answered(store: DictStore, tmp_path: Path) -> None:
