@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
-from sapt_core.errors import EnvironmentFault, SaptError
+from sapt_core.errors import SaptError, ServiceError
 
 
 def parser(description: str, example: str, *, needs_config: bool = True) -> argparse.ArgumentParser:
@@ -42,7 +42,7 @@ def write_output(path: Path, text: str) -> None:
     """Write a result file, whole or not at all; its folder is made.
 
     Raises:
-        EnvironmentFault: no space, or the folder has become read-only.
+        ServiceError: no space, or the folder has become read-only.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ def write_output(path: Path, text: str) -> None:
             finally:
                 Path(part.name).unlink(missing_ok=True)
     except OSError as error:
-        raise EnvironmentFault(f"{path} cannot be written: {error.strerror}") from error
+        raise ServiceError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def run(main: Callable[[], None]) -> None:

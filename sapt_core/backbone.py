@@ -196,7 +196,7 @@ def _load_cached(ref: str, folder: str) -> tuple[PreTrainedModel, PreTrainedToke
     model.requires_grad_(False).train(False)
     # A checkpoint's own taste in decoding (penalties, top_p) must not leak into scores: only its tokens stay.
     own = model.generation_config
-    model.generation_config = GenerationConfig(
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         bos_token_id=own.bos_token_id,
         eos_token_id=own.eos_token_id,
         pad_token_id=own.pad_token_id,

@@ -49,19 +49,19 @@ class SnapshotError(SaptError):
     """A pool snapshot is damaged, too new, or belongs to another backbone."""
 
 
-class EnvironmentFault(SaptError):
+class ServiceError(SaptError):
     """A service the run needs cannot be used. Exit code 3: mend the surroundings, not the input."""
 
     exit_code = 3
 
 
-class StoreError(EnvironmentFault):
+class StoreError(ServiceError):
     """The artifact store cannot be reached, read or written."""
 
 
-class TrackingError(EnvironmentFault):
+class TrackingError(ServiceError):
     """The MLflow server or its registry cannot be used."""
 
 
-class ClusterError(EnvironmentFault):
+class ClusterError(ServiceError):
     """Ray cannot be reached or has not what the run asks for."""

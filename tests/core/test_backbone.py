@@ -178,9 +178,7 @@ def test_a_damaged_store_leaves_nothing_half_written(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "cache" / "sapt" / "backbones").iterdir()] == [ref.digest]
 
 
-def test_a_file_that_changed_on_this_machine_is_fetched_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_changed_on_this_machine_is_fetched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = DictStore()
     given = config(saved(tmp_path / "model"))
     ref = identify(given)
