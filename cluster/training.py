@@ -5,13 +5,22 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import ray.train
 from ray.exceptions import RayActorError
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train import (
+    Checkpoint,
+    CheckpointConfig,
+    FailureConfig,
+    LoggingConfig,
+    RunConfig,
+    ScalingConfig,
+    UserCallback,
+)
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
@@ -28,6 +37,8 @@ _SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    # It would log every print as well, even one into a string.
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
 }
 
 
@@ -58,6 +69,8 @@ def fit(
     start = time.monotonic()
 
     def work() -> StageResult | None:
+        # What accelerate has to change in its call of torch is nothing that a user could mend.
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"accelerate\.")
         context = ray.train.get_context()
         rank = context.get_world_rank()
         result = stage.body(
@@ -83,13 +96,14 @@ def fit(
             use_gpu=stage.gpus > 0,
             resources_per_worker={"CPU": stage.cpus, **({"GPU": stage.gpus} if stage.gpus else {})},
         ),
-        run_config=RunConfig(
+        run_config=cast(Any, RunConfig)(
             name=run,
             storage_path=path,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=cluster_config.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=CHECKPOINTS_KEPT),
-            callbacks=cast(Any, [_RaiseUserErrors()]),
+            callbacks=[_RaiseUserErrors()],
+            logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
     try:
