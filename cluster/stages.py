@@ -42,6 +42,7 @@ class Stage:
         body: the work. With ``workers`` every worker runs it, and rank 0's result counts.
         reads: the config fields and other JSON facts the body uses; nothing else may change its result.
         inputs: stages whose results it uses.
+        uses: for an input, the outputs that can change the result, where that is not all of them.
         version: raised when the body changes what it computes.
         workers: 0 is a plain task; 1 or more are that many training workers in one process group.
         cpus, gpus: what a plain task takes, or each worker.
@@ -52,6 +53,7 @@ class Stage:
     body: Callable[[StageContext], StageResult]
     reads: Mapping[str, Json] = field(default_factory=dict)
     inputs: Mapping[str, Stage] = field(default_factory=dict)
+    uses: Mapping[str, frozenset[str]] = field(default_factory=dict)
     version: int = 1
     workers: int = 0
     cpus: float = 1
@@ -109,9 +111,10 @@ class StageRecord(BaseModel):
     finished_at: datetime
     world_size: int
 
-    def content(self) -> dict[str, Json]:
-        """What later stages depend on."""
-        return {"outputs": self.outputs, "values": self.values}
+    def content(self, used: frozenset[str] | None) -> dict[str, Json]:
+        """What a later stage depends on that uses these outputs; None is all of them."""
+        outputs = {name: digest for name, digest in self.outputs.items() if used is None or name in used}
+        return {"outputs": outputs, "values": self.values}
 
 
 @dataclass(frozen=True)
@@ -151,7 +154,7 @@ class Executor(Protocol[Handle]):
 
 def stage_key(stage: Stage, inputs: Mapping[str, StageRecord]) -> str:
     """sha256 (hex) of everything the stage's result depends on."""
-    contents = {name: canonical_hash(record.content()) for name, record in inputs.items()}
+    contents = {name: canonical_hash(record.content(stage.uses.get(name))) for name, record in inputs.items()}
     return canonical_hash([RECORD_SCHEMA, stage.kind, stage.version, dict(stage.reads), contents])
 
 

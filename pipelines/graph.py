@@ -19,6 +19,13 @@ from sapt_core.config import ExperimentConfig, MethodConfig
 from sapt_core.snapshot import LearntTask
 from sapt_core.trainer import step_seed
 
+# Outputs of ``prepare`` and ``pseudo_samples`` that can change what a later stage gives. Prompts hold
+# definition and template, so a split's tokens stand for them.
+GENERATED_FROM = frozenset({"train.arrow"})
+LEARNT_FROM = frozenset({"train.arrow", "dev.arrow"})
+SCORED_ON = frozenset({"test.arrow", "meta.json"})
+POOLED = frozenset({"pooled"})
+
 
 @dataclass(frozen=True)
 class SequenceGraph:
@@ -87,6 +94,7 @@ def build_graph(config: ExperimentConfig, tasks: Sequence[Task], ref: BackboneRe
                 "max_source_tokens": config.benchmark.max_source_tokens,
             },
             inputs={"task": prepared},
+            uses={"task": GENERATED_FROM},
             **learner.workers,
         )
         for label, task, prepared in zip(labels[:-1], tasks[:-1], prepare[:-1], strict=True)
@@ -141,6 +149,8 @@ class _Learner:
             # Nothing to reflect on yet, but the split that the target comes from counts.
             reflection = unread["reflection"].default.model_copy(update={"target_split": reflection.target_split})
         evaluation = config.evaluation if config.train.eval_every_epochs else unread["evaluation"].default
+        # Other test rows retrain nothing, nor do other pseudo-samples that pool to the same.
+        uses = {name: POOLED for name in inputs if name.startswith("pseudo")} | {"task": LEARNT_FROM}
         return Stage(
             name=name,
             kind="train",
@@ -151,7 +161,7 @@ class _Learner:
                 "attention": attention.model_dump(mode="json"),
                 "reflection": reflection.model_dump(mode="json"),
                 "train": config.train.model_dump(mode="json", exclude={"checkpoint_every_steps"}),
-                "evaluation": evaluation.model_dump(mode="json"),
+                "evaluation": evaluation.model_dump(mode="json", exclude={"single_task"}),
                 "seed": step_seed(config.seed, task.name),
                 "backbone": self.backbone,
                 "learnt": LearntTask(
@@ -164,6 +174,7 @@ class _Learner:
                 ).model_dump(mode="json"),
             },
             inputs=inputs,
+            uses=uses,
             **self.workers,
         )
 
@@ -179,6 +190,7 @@ class _Learner:
                 "max_target_tokens": config.benchmark.max_target_tokens,
             },
             inputs={"version": version, "task": task},
+            uses={"task": SCORED_ON},
             cpus=config.cluster.cpus_per_worker,
             gpus=config.cluster.gpus_per_worker,
         )

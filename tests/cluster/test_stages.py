@@ -119,6 +119,26 @@ def test_key_is_of_content_not_of_names(graph: Graph) -> None:
     assert len({key, *(stage_key(replace(stage, **change), {}) for change in ({"kind": "k"}, {"version": 2}))}) == 3
 
 
+def test_only_the_outputs_that_are_used_count(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+
+    def two(context: StageContext) -> StageResult:
+        return StageResult({name: store.put(text.encode()) for name, text in context.reads.items()})
+
+    def reader(below: Stage, *used: str) -> Stage:
+        return Stage("top", "top", lambda _: StageResult(), {}, {"below": below}, {"below": frozenset(used)})
+
+    def keys(*used: str) -> set[str]:
+        found = set()
+        for read, unread in (("a", "x"), ("a", "y")):
+            top = reader(Stage("below", "below", two, {"read": read, "unread": unread}), *used)
+            found.add(run_graph([top], store, InlineExecutor(store))[top].key)
+        return found
+
+    assert len(keys("read")) == 1
+    assert len(keys("read", "unread")) == 2
+
+
 def test_missing_blob_makes_a_record_void(graph: Graph, caplog: pytest.LogCaptureFixture) -> None:
     first = graph.run()
     digest = first["both"].outputs["text"]

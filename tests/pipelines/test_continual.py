@@ -123,6 +123,16 @@ def test_another_weight_of_reflection_shares_what_it_does_not_reach(
     assert new <= {"train[01 basket]", "evaluate[v01 on 00 animal]", "evaluate[v01 on 01 basket]"}
 
 
+def test_other_test_rows_retrain_nothing(
+    copied: Finished, call: Callable[[Callable[[], None], list[str]], Outcome]
+) -> None:
+    before = set(records(copied.store))
+    again = call(continual.main, [*command(copied.store)[2:], "benchmark.test_rows=6"])
+    assert again.code == 0, again.err
+    new = {name.partition("[")[0] for file, (name, _) in records(copied.store).items() if file not in before}
+    assert new == {"prepare", "evaluate"}
+
+
 def test_dry_run_writes_nothing(
     tmp_path: Path, call: Callable[[Callable[[], None], list[str]], Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
