@@ -25,7 +25,7 @@ run: env
 	@echo "run: SAPT over the quickstart's tasks"
 	@$(QUICKSTART)
 	@echo "run: the same tasks with one LoRA trained on in sequence, for comparison"
-	@$(QUICKSTART) method.name=sequential
+	@$(QUICKSTART) method.name=sequential tracking.model=quickstart-sequential
 
 lint: env
 	@$(BIN)/ruff check

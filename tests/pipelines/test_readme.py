@@ -1,0 +1,132 @@
+"""Every command of the README does what it says."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import requests
+
+from cluster.registry import PoolRegistry
+from cluster.store import open_store
+from cluster.tracking import Tracker
+from pipelines import continual, evaluate, predict
+from sapt_core.benchmarks.synthetic import synthetic_sequence
+from sapt_core.config import BenchmarkConfig, StoreConfig, TrackingConfig, load_config
+from sapt_core.snapshot import Manifest
+from tests.pipelines.commands import ROOT, TINY, Finished, Outcome
+
+pytest_plugins = ["tests.mlflow_servers"]
+
+Call = Callable[[Callable[[], None], list[str]], Outcome]
+
+BLOCKS = re.findall(r"(?:^    .*\n)+", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+COMMANDS = [
+    shlex.split(line, comments=True)
+    for block in BLOCKS
+    for line in block.replace("\\\n", " ").splitlines()
+    if line.strip()
+]
+RUNS = {"make", "mlflow", "python", "ray"}
+
+
+def commands(program: str, script: str = "") -> list[list[str]]:
+    return [words for words in COMMANDS if words[0] == program and script in words[1]]
+
+
+def test_the_tests_below_see_every_command() -> None:
+    said = [words for words in COMMANDS if words[0] in RUNS]
+    scripts = [words[1] for words in said if words[0] == "python"]
+    assert sorted(scripts) == [f"pipelines/{name}.py" for name in ("continual", "evaluate", "predict")]
+    assert [len(commands(program)) for program in ("make", "mlflow", "ray")] == [2, 1, 1]
+
+
+@pytest.mark.parametrize("words", commands("make"), ids=" ".join)
+def test_make_targets_are_there(words: list[str]) -> None:
+    # That they work is what runs this test, and the quickstart's own tests.
+    subprocess.run([*words, "--dry-run"], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_own_tasks(call: Call, tmp_path: Path) -> None:
+    (words,) = commands("python", "continual")
+    config = BenchmarkConfig(suite="synthetic", tasks=("animal", "stock", "place"), train_rows=12, test_rows=4)
+    for name, task in zip(("first", "second", "third"), synthetic_sequence(config), strict=True):
+        (tmp_path / name).mkdir()
+        for split in ("train", "test"):
+            rows = [{"input": row.input, "output": list(row.references)} for row in getattr(task, split)]
+            content = {"Definition": [task.definition], "Instances": rows}
+            (tmp_path / name / f"{split}.json").write_text(json.dumps(content))
+    given = [
+        word.replace("DIR_OR_HUB_ID", str(ROOT / "pipelines/backbones/tiny"))
+        .replace("=DIR", f"={tmp_path}")
+        .replace("pipelines/configs", str(ROOT / "pipelines/configs"))
+        for word in words[2:]
+    ]
+    small = ["train.epochs=1", "generator.epochs=1", "generator.max_tokens=24", "benchmark.max_source_tokens=96"]
+    ended = call(continual.main, [*given, *small, "--inline", f"store.uri={tmp_path}/store"])
+    assert ended.code == 0, ended.err
+    assert "after third: AP" in ended.out
+
+
+def test_the_job_asks_for_what_there_is() -> None:
+    (words,) = commands("ray")
+    inner = words[words.index("--") + 1 :]
+    assert inner[:2] == ["python", "pipelines/continual.py"]
+    path, *overrides = inner[inner.index("--config") + 1 :]
+    config = load_config(ROOT / path, overrides)
+    assert config.store.uri == "s3://BUCKET/PREFIX"
+
+
+@pytest.fixture
+def published(finished: Finished, sqlite_tracking: TrackingConfig) -> TrackingConfig:
+    """The tiny sequence as version 1 of the model that the quickstart registers."""
+    tracking = sqlite_tracking.model_copy(update={"model": "quickstart"})
+    run = Tracker(tracking).start_sequence("tiny", key="ab", params={}, tags={})
+    places = StoreConfig(uri=str(finished.store))
+    manifest = open_store(places).get(finished.snapshot)
+    digest = Manifest.from_bytes(manifest).digest
+    PoolRegistry(tracking).publish(manifest, places, digest=digest, index=2, run_id=run, tags={}, metrics={})
+    return tracking
+
+
+@pytest.mark.parametrize("script", ["evaluate", "predict"])
+def test_versions_are_scored_and_asked(
+    script: str, published: TrackingConfig, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (words,) = commands("python", script)
+    monkeypatch.chdir(ROOT)
+    small = [TINY[2], TINY[3]] if script == "evaluate" else []
+    main = {"evaluate": evaluate.main, "predict": predict.main}[script]
+    ended = call(main, [*words[2:], *small, f"tracking.uri={published.uri}"])
+    assert ended.code == 0, ended.err
+    assert "animal" in ended.out
+
+
+@pytest.mark.integration
+def test_the_ui_starts(migrated_database: Path, unused_port: int) -> None:
+    (words,) = commands("mlflow")
+    given = [word.replace("sqlite:///runs/mlflow.db", f"sqlite:///{migrated_database}") for word in words[1:]]
+    command = [sys.executable, "-m", "mlflow", *given, "--port", str(unused_port)]
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as process:
+        try:
+            answered = False
+            for _ in range(240):
+                try:
+                    answered = requests.get(f"http://127.0.0.1:{unused_port}/health", timeout=5).ok
+                    break
+                except requests.ConnectionError:
+                    time.sleep(0.25)
+            assert answered
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)  # the server's own workers too
