@@ -136,7 +136,8 @@ def client_of(uri: str) -> MlflowClient:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # files here are small
     from mlflow import MlflowClient  # noqa: PLC0415
 
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # "Creating initial MLflow tables..."
+    # "Creating initial MLflow tables...", "Waiting up to 300 seconds for model version..."
+    logging.getLogger("mlflow.store").setLevel(logging.WARNING)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 import time
@@ -71,6 +72,11 @@ def fit(
     def work() -> StageResult | None:
         # What accelerate has to change in its call of torch is nothing that a user could mend.
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"accelerate\.")
+        # Ray Train shows its own and all libraries' INFO on the console; its log files keep it.
+        for name in ("", "ray.train"):
+            for handler in logging.getLogger(name).handlers:
+                if isinstance(handler, logging.StreamHandler):
+                    handler.setLevel(logging.WARNING)
         context = ray.train.get_context()
         rank = context.get_world_rank()
         result = stage.body(
