@@ -78,10 +78,11 @@ def check_resources(config: ClusterConfig) -> None:
         ("GPU", "gpus_per_worker", config.gpus_per_worker),
     ):
         largest = max((node.get(name, 0) for node in nodes), default=0)
-        if config.train_workers * each > there[name]:
+        asked = max(config.train_workers, 1) * each
+        if asked > there[name]:
             faults.append(
                 f"cluster.train_workers={config.train_workers} with cluster.{field}={each:g} need "
-                f"{config.train_workers * each:g} {name}s, the cluster has {there[name]:g}"
+                f"{asked:g} {name}s, the cluster has {there[name]:g}"
             )
         elif each > largest and not limits:
             faults.append(f"cluster.{field}={each:g}, but no node has more than {largest:g} {name}s")

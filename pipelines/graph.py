@@ -134,9 +134,7 @@ class _Learner:
     @property
     def workers(self) -> dict[str, Any]:
         cluster = self.config.cluster
-        # One worker needs no process group: a plain task starts in no time, a Ray Train run in ten seconds.
-        workers = cluster.train_workers if cluster.train_workers > 1 else 0
-        return {"workers": workers, "cpus": cluster.cpus_per_worker, "gpus": cluster.gpus_per_worker}
+        return {"workers": cluster.train_workers, "cpus": cluster.cpus_per_worker, "gpus": cluster.gpus_per_worker}
 
     def stage(self, name: str, task: Task, method: MethodConfig, inputs: dict[str, Stage]) -> Stage:
         config = self.config

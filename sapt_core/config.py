@@ -196,7 +196,12 @@ class ClusterConfig(Section):
     """What Ray gives each stage."""
 
     address: str | None = Field(None, description="Ray address; default: RAY_ADDRESS, else a local Ray.")
-    train_workers: int = Field(1, ge=1)
+    train_workers: int = Field(
+        1,
+        ge=0,
+        description="Ray Train workers of a training stage; 0 trains in the stage's own Ray task, which saves "
+        "Ray Train's start (some ten seconds) where stages are short.",
+    )
     cpus_per_worker: float = Field(1, gt=0)
     gpus_per_worker: float = Field(0, ge=0)
     max_failures: int = Field(2, ge=0, description="Restarts of a training stage whose worker died.")

@@ -151,7 +151,13 @@ def test_a_change_runs_what_depends_on_it(finished: Finished, ray_cluster: Clust
 def test_submitted_job(
     ray_cluster: Cluster, mlflow_on_sqlite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script = command(str(tmp_path / "store"), mlflow_on_sqlite, "evaluation.single_task=false", "tracking.model=job")
+    script = command(
+        str(tmp_path / "store"),
+        mlflow_on_sqlite,
+        "evaluation.single_task=false",
+        "tracking.model=job",
+        "cluster.train_workers=1",
+    )
     submit = ["job", "submit", "--address", ray_cluster.dashboard, "--working-dir", ".", "--submission-id", "tiny"]
     commit = ["--runtime-env-json", '{"env_vars": {"GIT_COMMIT": "of the job"}}']
     ray = str(Path(sys.executable).with_name("ray"))
