@@ -49,9 +49,11 @@ class SequenceGraph:
 
     @property
     def stages(self) -> list[Stage]:
-        """All of them, the chain first, so that it never waits for work that could wait itself."""
-        scores = [stage for row in self.evaluate for stage in row]
-        return [*self.train, *self.pseudo, *self.prepare, *scores, *self.single]
+        """All of them, most urgent first: the chain, then task by task what the chain and the versions wait for."""
+        found = list(self.train)
+        for index, row in enumerate(self.evaluate):
+            found += [self.prepare[index], *self.pseudo[index : index + 1], *row]
+        return [*found, *self.single]
 
 
 def build_graph(config: ExperimentConfig, tasks: Sequence[Task], ref: BackboneRef) -> SequenceGraph:
