@@ -25,10 +25,9 @@ class PoolModel(PythonModel):
 
     def load_context(self, context: PythonModelContext) -> None:
         """Read the manifest and build the model from the store's verified blobs."""
-        from sapt_core.predictor import Predictor  # noqa: PLC0415
-
         from cluster.registry import read_pool  # noqa: PLC0415
         from cluster.store import open_store  # noqa: PLC0415
+        from sapt_core.predictor import Predictor  # noqa: PLC0415
 
         manifest, store = read_pool(Path(context.artifacts["manifest"]), Path(context.artifacts["pool"]))
         self.predictor = Predictor.load(manifest, open_store(store))
