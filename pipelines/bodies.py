@@ -79,6 +79,13 @@ def pseudo_samples(context: StageContext) -> StageResult:
             checkpoints=context.checkpoints,
             on_step=on_step,
         )
+    if context.is_main and len(samples.inputs) < samples.wanted:
+        print(
+            f"{context.name}: {len(samples.inputs)} of {samples.wanted} pseudo-samples, from {samples.generated} "
+            f"generated texts ({samples.malformed} malformed, {samples.empty} empty, {samples.duplicate} duplicates)"
+            + ("" if samples.inputs else ": the task is NOT reflected on; raise generator.epochs or generator.steps"),
+            flush=True,
+        )
     encoder = PromptEncoder(
         tokenizer,
         max_source_tokens=reads["max_source_tokens"],

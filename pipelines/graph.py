@@ -87,6 +87,7 @@ def build_graph(config: ExperimentConfig, tasks: Sequence[Task], ref: BackboneRe
         Stage(
             name=f"pseudo_samples[{label}]",
             kind="pseudo_samples",
+            version=2,
             body=bodies.pseudo_samples,
             reads={
                 "generator": config.generator.model_dump(mode="json"),

@@ -150,7 +150,9 @@ class GeneratorConfig(Section):
     max_attempts: int = Field(4, ge=1, description="Generations tried for each sample to keep.")
     top_k: int = Field(20, ge=1)
     repetition_penalty: float = Field(2.5, ge=1)
-    max_tokens: int = Field(512, ge=8, description="Longest text it learns and generates.")
+    max_tokens: int = Field(
+        512, ge=16, description="Longest text it learns and generates; over-long ones are cut as prompts are."
+    )
 
     @model_validator(mode="after")
     def _one_length(self) -> GeneratorConfig:

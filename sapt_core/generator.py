@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sapt_core.benchmarks.prepare import PreparedTask, PromptEncoder
+from sapt_core.benchmarks.templates import PSEUDO_SAMPLE_MARKER
 from sapt_core.blobs import Checkpoints
 from sapt_core.collate import Collator
 from sapt_core.config import GeneratorConfig, TrainConfig
@@ -24,7 +25,6 @@ from sapt_core.snapshot import new_pool
 from sapt_core.trainer import Objective, step_seed, train
 
 SOURCE = "__gen__"
-MARKER = "__inp__"
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ def generate_pseudo_samples(
     encoder = PromptEncoder(tokenizer, max_source_tokens=64, is_encoder_decoder=is_encoder_decoder)
     source = encoder.text(SOURCE)
     inputs = [str(text) for text in task.train["input"]]
-    targets = encoder.answers([f"{task.definition}{MARKER}{text}" for text in inputs], config.max_tokens)
-    rows = [{"prompt_ids": source, "answer_ids": ids} for ids, _ in targets]
+    targets = encoder.targets("pseudo_sample", task.definition, inputs, config.max_tokens)
+    rows = [{"prompt_ids": source, "answer_ids": ids} for ids in targets]
     torch.manual_seed(step_seed(seed, "init"))
     pool = new_pool(backbone, config.pet, None)
     pool.add()
@@ -153,7 +153,7 @@ def clean(text: str) -> tuple[str | None, str]:
     Returns:
         (None, input) for a clean text, or (fault, "") with fault ``malformed`` or ``empty``.
     """
-    parts = text.split(MARKER)
+    parts = text.split(PSEUDO_SAMPLE_MARKER)
     if len(parts) != 2:
         return "malformed", ""
     cleaned = parts[1].strip()

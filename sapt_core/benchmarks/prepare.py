@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,6 +104,18 @@ class PromptEncoder:
     def text(self, text: str) -> list[int]:
         """Ids of a text that is no prompt of a task, with the special tokens that a prompt has."""
         return [*self._prefix, *self._ids([text])[0], *self._suffix]
+
+    def targets(self, template: str, definition: str, inputs: Sequence[str], max_tokens: int) -> list[list[int]]:
+        """Prompts as something to write: they end with EOS, and over-long ones are cut as prompts are.
+
+        Raises:
+            DataError: the words of the template alone leave no room in ``max_tokens``.
+        """
+        writer = copy(self)
+        writer.max_source_tokens = max_tokens
+        writer._prefix = self._prefix if self.is_encoder_decoder else []
+        writer._suffix = [self.eos_token_id]
+        return [prompt.prompt_ids for prompt in writer.prompts(template, definition, inputs)]
 
     def answers(self, texts: Sequence[str], max_target_tokens: int) -> list[tuple[list[int], bool]]:
         """For each answer its ids, at most ``max_target_tokens`` with the final EOS, and whether it was cut."""

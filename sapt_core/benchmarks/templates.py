@@ -29,6 +29,8 @@ class Template(NamedTuple):
         return PromptPieces(self.before_definition + definition, self.before_input, text, self.after_input)
 
 
+PSEUDO_SAMPLE_MARKER = "__inp__"
+
 TEMPLATES = {
     # SuperNI's zero-shot prompt, as SAPT uses it.
     "superni": Template("Definition: ", "\n\nNow complete the following example -\nInput: ", "\nOutput: "),
@@ -36,4 +38,6 @@ TEMPLATES = {
     "long_sequence": Template("", "\n", "\nOutput: "),
     # A prompt that somebody wrote in full.
     "none": Template("", "", ""),
+    # What a task's generator learns to write.
+    "pseudo_sample": Template("", PSEUDO_SAMPLE_MARKER, ""),
 }

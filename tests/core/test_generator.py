@@ -15,7 +15,7 @@ from sapt_core import generator
 from sapt_core.benchmarks.prepare import PromptEncoder
 from sapt_core.benchmarks.templates import TEMPLATES
 from sapt_core.config import GeneratorConfig
-from sapt_core.generator import MARKER, SOURCE, PseudoSamples, clean, encode_pseudo_samples, generate_pseudo_samples
+from sapt_core.generator import SOURCE, PseudoSamples, clean, encode_pseudo_samples, generate_pseudo_samples
 from sapt_core.model import SaptModel
 from tests.core.tiny import (
     EOS,
@@ -50,7 +50,7 @@ def test_clean(text: str, outcome: tuple[str | None, str]) -> None:
 
 @given(st.text(), st.text())
 def test_what_was_taught_is_read_back(definition: str, text: str) -> None:
-    fault, cleaned = clean(f"{definition}{MARKER}{text}")
+    fault, cleaned = clean(f"{definition}__inp__{text}")
     if (definition + text).count("_") == 0:
         assert (fault, cleaned) == ((None, text.strip()) if text.strip() else ("empty", ""))
 
@@ -62,7 +62,7 @@ def config(name: str, **changes: Any) -> GeneratorConfig:
         "batch_size": 5,
         "steps": 3,
         "share": 0.3,
-        "max_tokens": 10,
+        "max_tokens": 16,
     }
     return GeneratorConfig(**{**values, **changes})
 
@@ -109,7 +109,7 @@ def test_faults_are_counted_and_clean_texts_kept_once_in_order(name: str, monkey
     assert [len(request["input_ids"]) for request in asked] == [5, 5, 2]
     source = [SPECIAL.index(SOURCE), *([EOS] if name == "t5" else [])]
     assert asked[0]["input_ids"] == [source] * 5
-    settings = {"max_new_tokens": 10, "do_sample": True, "top_k": 20, "repetition_penalty": 2.5, "pad_token_id": PAD}
+    settings = {"max_new_tokens": 16, "do_sample": True, "top_k": 20, "repetition_penalty": 2.5, "pad_token_id": PAD}
     assert {key: value for key, value in asked[0].items() if key != "input_ids"} == settings
 
 
@@ -131,13 +131,13 @@ def test_it_learns_the_definition_the_marker_and_the_input_without_the_answer(mo
 
     monkeypatch.setattr(generator, "train", train)
     scripted(monkeypatch, ["w30 __inp__ w1"])
-    run("t5", max_tokens=8)
+    run("t5", max_tokens=16)
     tokenizer, task = tiny_tokenizer(), tiny_task(0)
     for row, text in zip(seen, task.train["input"], strict=True):
         assert tokenizer.decode(row["prompt_ids"]) == f"{SOURCE} </s>"
         # The word tokenizer does not part "w30__inp__w1"; real ones do, and ours has to see the same string.
-        whole = tokenizer(f"{task.definition}{MARKER}{text}")["input_ids"]
-        assert row["answer_ids"] == [*whole[:-1][:7], EOS]
+        whole = tokenizer(f"{task.definition}__inp__{text}")["input_ids"]
+        assert row["answer_ids"] == whole
 
 
 @pytest.mark.parametrize("name", ["t5", "llama"])

@@ -233,6 +233,20 @@ def test_long_definitions_lose_their_middle_when_the_input_is_down_to_a_quarter(
         assert rest.startswith("Now complete")
 
 
+@pytest.mark.parametrize("is_encoder_decoder", [True, False])
+def test_what_a_generator_writes_keeps_its_marker_however_long_the_definition(is_encoder_decoder: bool) -> None:
+    tokenizer = byte_bpe()
+    encoder = PromptEncoder(tokenizer, max_source_tokens=10, is_encoder_decoder=is_encoder_decoder)
+    long = "alpha " + "beta " * 200 + "gamma"
+    short, cut = (encoder.targets("pseudo_sample", text, ["kappa"], 60)[0] for text in ("alpha", long))
+    assert len(short) < len(cut) == 60
+    assert short[-1] == cut[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(short, skip_special_tokens=True) == "alpha__inp__kappa"
+    written = tokenizer.decode(cut, skip_special_tokens=True)
+    assert written.startswith("alpha beta")
+    assert written.endswith("beta gamma__inp__kappa")
+
+
 def test_templates_that_leave_no_room_are_refused_together(t5: PreTrainedTokenizerFast) -> None:
     tasks = [task("one"), task("two")]
     with pytest.raises(DataError) as caught:
