@@ -15,6 +15,9 @@ from cluster.store import open_store, resolved
 from sapt_core.config import ClusterConfig, StoreConfig
 from sapt_core.errors import ClusterError, SaptError
 
+# How long a stage may take to unwind before its process is killed.
+CANCEL_SECONDS = 10
+
 Ref: TypeAlias = "ray.ObjectRef[StageRecord]"
 
 
@@ -62,6 +65,10 @@ class RayExecutor:
     def cancel(self, handles: Sequence[Ref]) -> None:
         for handle in handles:
             ray.cancel(handle, recursive=True)
+        # The request is on its way only; a driver that leaves now could leave a busy worker behind.
+        _, left = ray.wait(list(handles), num_returns=len(handles), timeout=CANCEL_SECONDS) if handles else ([], [])
+        for handle in left:
+            ray.cancel(handle, force=True, recursive=True)
 
     def _outcome(self, handle: Ref) -> Outcome:
         name = self._running.pop(handle).name

@@ -148,7 +148,7 @@ class Executor(Protocol[Handle]):
         ...
 
     def cancel(self, handles: Sequence[Handle]) -> None:
-        """Stop stages as soon as possible, without waiting for them."""
+        """Stop stages; takes seconds at most, also where they do not unwind by themselves."""
         ...
 
 
