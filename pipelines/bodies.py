@@ -6,6 +6,8 @@ Plain functions of ``sapt_core``; they run the same inline, as a Ray task and on
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,24 +20,26 @@ from cluster.stages import StageContext, StageRecord, StageResult
 from pipelines.progress import progress
 from sapt_core import metrics
 from sapt_core.backbone import BackboneRef, load_backbone
-from sapt_core.benchmarks.prepare import PreparedTask, PromptEncoder, prepare_task
+from sapt_core.benchmarks.prepare import PreparedTask, prepare_task
 from sapt_core.benchmarks.task import Task
 from sapt_core.blobs import BlobStore
 from sapt_core.config import (
+    PET_TYPES,
     AttentionConfig,
     EvaluationConfig,
     GeneratorConfig,
-    LoRAConfig,
     MethodConfig,
+    PromptConfig,
     ReflectionConfig,
     TrainConfig,
 )
 from sapt_core.device import default_device
 from sapt_core.evaluation import answer, pooled_embeddings
-from sapt_core.generator import encode_pseudo_samples, generate_pseudo_samples
+from sapt_core.generator import generate_pseudo_samples
 from sapt_core.learning import learn_task
 from sapt_core.model import SaptModel
-from sapt_core.snapshot import LearntTask, Manifest, embedding_matrix, load_pool, new_pool
+from sapt_core.reflection import GaussianQueries
+from sapt_core.snapshot import LearntTask, Manifest, load_pool, new_pool
 
 disable_progress_bar()  # type: ignore[no-untyped-call]  # of loading weights: a stage has its own
 
@@ -61,9 +65,9 @@ def prepare(context: StageContext) -> StageResult:
 
 
 def pseudo_samples(context: StageContext) -> StageResult:
-    """Generate a task's pseudo-samples and pool their embeddings.
+    """Generate a task's pseudo-samples: what reflection source ``generated`` keeps of it.
 
-    Reads ``generator``, ``precision``, ``seed``, ``backbone``, ``max_source_tokens``; input ``task``.
+    Reads ``generator``, ``precision``, ``seed``, ``backbone``; input ``task``.
     """
     reads = context.reads
     task = _prepared(context.store, context.inputs["task"])
@@ -86,28 +90,44 @@ def pseudo_samples(context: StageContext) -> StageResult:
             + ("" if samples.inputs else ": the task is NOT reflected on; raise generator.epochs or generator.steps"),
             flush=True,
         )
-    encoder = PromptEncoder(
-        tokenizer,
-        max_source_tokens=reads["max_source_tokens"],
-        is_encoder_decoder=bool(model.config.is_encoder_decoder),
-    )
-    rows = encode_pseudo_samples(samples, task, encoder)
-    pooled = torch.empty(0, embedding_matrix(model).shape[1])
-    if rows:
-        bare = SaptModel(model, new_pool(model, GeneratorConfig(**reads["generator"]).pet, None))
-        try:
-            pooled = pooled_embeddings(bare, tokenizer, rows)
-        finally:
-            bare.detach()
     counts = {
         name: getattr(samples, name) for name in ("wanted", "generated", "malformed", "empty", "duplicate", "copied")
     }
+    kept = _keep_texts(context, samples.inputs)
+    return replace(kept, metrics={**kept.metrics, **counts, "curve": _store_curve(context, curve)})
+
+
+def given_samples(context: StageContext) -> StageResult:
+    """Take a task's samples as they were given. Reads ``inputs``, a blob of texts."""
+    return _keep_texts(context, json.loads(context.store.get(context.reads["inputs"])))
+
+
+def memory(context: StageContext) -> StageResult:
+    """Keep a random share of a task's real train inputs. Reads ``share``, ``seed``; input ``task``."""
+    texts = [str(text) for text in _prepared(context.store, context.inputs["task"]).train["input"]]
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(context.reads["seed"])).tolist()
+    wanted = max(1, round(context.reads["share"] * len(texts)))
+    return _keep_texts(context, [texts[index] for index in sorted(order[:wanted])])
+
+
+def statistics(context: StageContext) -> StageResult:
+    """Keep mean and covariance of the pooled embeddings of a task's train rows, and no text.
+
+    Reads ``rank``, ``attention`` (what a query is made of), ``backbone``; input ``task``.
+    """
+    reads = context.reads
+    task = _prepared(context.store, context.inputs["task"])
+    model, tokenizer = load_backbone(BackboneRef(**reads["backbone"]), context.store)
+    bare = SaptModel(model, new_pool(model, PromptConfig(length=1), AttentionConfig(**reads["attention"])))
+    kept = GaussianQueries.of(pooled_embeddings(bare, tokenizer, list(task.train)), reads["rank"])
+    data = save_tensors({name: value.contiguous() for name, value in vars(kept).items()})
+    return StageResult(outputs={"statistics": context.store.put(data)}, metrics={"bytes": len(data)})
+
+
+def _keep_texts(context: StageContext, texts: Sequence[str]) -> StageResult:
+    data = json.dumps(texts).encode()
     return StageResult(
-        outputs={
-            "samples": context.store.put(json.dumps(samples.inputs).encode()),
-            "pooled": context.store.put(save_tensors({"pooled": pooled})),
-        },
-        metrics={**counts, "kept": len(samples.inputs), "curve": _store_curve(context, curve)},
+        outputs={"samples": context.store.put(data)}, metrics={"kept": len(texts), "bytes": len(data) if texts else 0}
     )
 
 
@@ -115,17 +135,13 @@ def train(context: StageContext, *, checkpoint_every_steps: int) -> StageResult:
     """Learn one task: the next version of the pool.
 
     Reads ``method``, ``pet``, ``attention``, ``reflection``, ``train``, ``evaluation``, ``seed``,
-    ``backbone``, ``learnt``. Inputs: ``task``; ``parent``, the train stage before; ``pseudo 00`` and
-    on, the pseudo-samples of the earlier tasks.
+    ``backbone``, ``learnt``. Inputs: ``task``; ``parent``, the train stage before; ``kept 00`` and
+    on, what there is to reflect on of the earlier tasks.
     """
     reads, inputs = context.reads, context.inputs
     model, tokenizer = load_backbone(BackboneRef(**reads["backbone"]), context.store)
     parent = inputs.get("parent")
-    pseudo = [
-        load_tensors(context.store.get(record.outputs["pooled"]))["pooled"]
-        for name, record in sorted(inputs.items())
-        if name.startswith("pseudo")
-    ]
+    kept = [_kept(context.store, record) for name, record in sorted(inputs.items()) if name.startswith("kept")]
     with progress(context.name, context.is_main) as on_step:
         manifest, curve = learn_task(
             model,
@@ -133,10 +149,10 @@ def train(context: StageContext, *, checkpoint_every_steps: int) -> StageResult:
             _prepared(context.store, inputs["task"]),
             LearntTask(**reads["learnt"]),
             None if parent is None else Manifest.from_bytes(context.store.get(parent.outputs["manifest"])),
-            pseudo,
+            kept,
             ref=BackboneRef(**reads["backbone"]),
             method=MethodConfig(**reads["method"]),
-            pet=LoRAConfig(**reads["pet"]),
+            pet=PET_TYPES[reads["pet"]["type"]](**reads["pet"]),
             attention=AttentionConfig(**reads["attention"]),
             reflection=ReflectionConfig(**reads["reflection"]),
             config=TrainConfig(**reads["train"], checkpoint_every_steps=checkpoint_every_steps),
@@ -201,6 +217,13 @@ def score_version(
         for row, text, accepted in zip(rows, texts, references, strict=True)
     ]
     return metrics.score(task.metric, texts, references), weights, predictions
+
+
+def _kept(store: BlobStore, record: StageRecord) -> Sequence[str] | GaussianQueries:
+    if "statistics" in record.outputs:
+        return GaussianQueries(**load_tensors(store.get(record.outputs["statistics"])))
+    texts: list[str] = json.loads(store.get(record.outputs["samples"]))
+    return texts
 
 
 def _prepared(store: BlobStore, record: StageRecord) -> PreparedTask:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 from cluster.store import ArtifactStore
 from pipelines.graph import SequenceGraph, build_graph
 from sapt_core.backbone import BackboneRef, check_backbone, identify, store_backbone
-from sapt_core.benchmarks import load_sequence
+from sapt_core.benchmarks import load_inputs, load_sequence
 from sapt_core.benchmarks.task import Task
 from sapt_core.config import ExperimentConfig, canonical_hash, load_config
 from sapt_core.errors import FaultsError, SaptError
@@ -24,11 +26,13 @@ class Experiment:
     tasks: tuple[Task, ...]
     backbone: BackboneRef
     graph: SequenceGraph
+    samples: Mapping[str, bytes]
 
     @property
     def key(self) -> str:
         """sha256 over config, data and backbone."""
-        return canonical_hash([self.config.digest(), self.data_digest, self.backbone.digest])
+        given = [hashlib.sha256(data).hexdigest() for data in self.samples.values()]
+        return canonical_hash([self.config.digest(), self.data_digest, self.backbone.digest, *given])
 
     @property
     def data_digest(self) -> str:
@@ -36,9 +40,9 @@ class Experiment:
         return canonical_hash([task.digest for task in self.tasks])
 
     def upload(self, store: ArtifactStore) -> None:
-        """Put what the stages start from into the store: the tasks' text and the backbone's files."""
-        for task in self.tasks:
-            store.put(task.to_json())
+        """Put what the stages start from into the store: the tasks' text, given samples and the backbone's files."""
+        for data in (*(task.to_json() for task in self.tasks), *self.samples.values()):
+            store.put(data)
         store_backbone(self.config.backbone, self.backbone, store)
 
 
@@ -60,6 +64,7 @@ def load_experiment(path: Path, overrides: Sequence[str]) -> Experiment:
             return None
 
     tasks = attempt(lambda: load_sequence(config.benchmark))
+    samples = attempt(lambda: _given_samples(config, tasks or ()))
     ref = attempt(lambda: identify(config.backbone))
     if ref is not None:
         attempt(lambda: check_backbone(config, tasks or ()))
@@ -67,4 +72,13 @@ def load_experiment(path: Path, overrides: Sequence[str]) -> Experiment:
         raise FaultsError(f"{path} cannot be run:", [str(fault).replace("\n", "\n  ") for fault in faults])
     if faults:
         raise faults[0]
-    return Experiment(config, tasks, ref, build_graph(config, tasks, ref))
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in samples.items()}
+    return Experiment(config, tasks, ref, build_graph(config, tasks, ref, digests), samples)
+
+
+def _given_samples(config: ExperimentConfig, tasks: Sequence[Task]) -> dict[str, bytes]:
+    """The inputs that reflection source ``given`` has for every task but the last, as the store keeps them."""
+    if config.reflection.data_dir is None or not config.method.shared_attention:
+        return {}
+    inputs = load_inputs(config.reflection.data_dir, [task.name for task in tasks[:-1]])
+    return {name: json.dumps(texts).encode() for name, texts in inputs.items()}

@@ -6,7 +6,7 @@ sequence and of each other, and a version is scored while the next one is learnt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,12 +19,11 @@ from sapt_core.config import ExperimentConfig, MethodConfig
 from sapt_core.snapshot import LearntTask
 from sapt_core.trainer import step_seed
 
-# Outputs of ``prepare`` and ``pseudo_samples`` that can change what a later stage gives. Prompts hold
-# definition and template, so a split's tokens stand for them.
-GENERATED_FROM = frozenset({"train.arrow"})
+# Outputs of ``prepare`` that can change what a later stage gives. Prompts hold definition and template,
+# so a split's tokens stand for them.
+KEPT_FROM = frozenset({"train.arrow"})
 LEARNT_FROM = frozenset({"train.arrow", "dev.arrow"})
 SCORED_ON = frozenset({"test.arrow", "meta.json"})
-POOLED = frozenset({"pooled"})
 
 
 @dataclass(frozen=True)
@@ -36,13 +35,13 @@ class SequenceGraph:
         train: T stages, one version each.
         evaluate: row i holds the scores of version i on tasks 0..i.
         single: each task learnt alone and scored; empty if not asked for.
-        pseudo: pseudo-samples of tasks 0..T-2; empty for a method without reflection.
+        kept: what there is to reflect on of tasks 0..T-2; empty for a method without reflection.
         prepare: one stage a task.
     """
 
     tasks: tuple[str, ...]
     prepare: tuple[Stage, ...]
-    pseudo: tuple[Stage, ...]
+    kept: tuple[Stage, ...]
     train: tuple[Stage, ...]
     evaluate: tuple[tuple[Stage, ...], ...]
     single: tuple[Stage, ...]
@@ -52,21 +51,24 @@ class SequenceGraph:
         """All of them, most urgent first: the chain, then task by task what the chain and the versions wait for."""
         found = list(self.train)
         for index, row in enumerate(self.evaluate):
-            found += [self.prepare[index], *self.pseudo[index : index + 1], *row]
+            found += [self.prepare[index], *self.kept[index : index + 1], *row]
         return [*found, *self.single]
 
 
-def build_graph(config: ExperimentConfig, tasks: Sequence[Task], ref: BackboneRef) -> SequenceGraph:
+def build_graph(
+    config: ExperimentConfig, tasks: Sequence[Task], ref: BackboneRef, samples: Mapping[str, str] | None = None
+) -> SequenceGraph:
     """The graph of a configured experiment; nothing is run.
 
     Args:
         config: the experiment.
         tasks: as loaded for ``config.benchmark``.
         ref: the configured backbone, by content.
+        samples: for reflection source ``given``, the blob of every earlier task's inputs by its name.
     """
     labels = [f"{index:02d} {task.name}" for index, task in enumerate(tasks)]
     backbone = ref.model_dump(mode="json")
-    learner = _Learner(config, backbone)
+    learner = _Learner(config, backbone, samples or {})
     prepare = tuple(
         Stage(
             name=f"prepare[{label}]",
@@ -82,30 +84,15 @@ def build_graph(config: ExperimentConfig, tasks: Sequence[Task], ref: BackboneRe
         )
         for label, task in zip(labels, tasks, strict=True)
     )
-    reflects = config.method.name == "sapt" and config.reflection.weight > 0
-    pseudo = tuple(
-        Stage(
-            name=f"pseudo_samples[{label}]",
-            kind="pseudo_samples",
-            version=2,
-            body=bodies.pseudo_samples,
-            reads={
-                "generator": config.generator.model_dump(mode="json"),
-                "precision": config.train.precision,
-                "seed": step_seed(config.seed, "generator", task.name),
-                "backbone": backbone,
-                "max_source_tokens": config.benchmark.max_source_tokens,
-            },
-            inputs={"task": prepared},
-            uses={"task": GENERATED_FROM},
-            **learner.workers,
-        )
+    reflects = config.method.shared_attention and config.reflection.source != "none" and config.reflection.weight > 0
+    kept = tuple(
+        learner.keeping(label, task, prepared)
         for label, task, prepared in zip(labels[:-1], tasks[:-1], prepare[:-1], strict=True)
         if reflects
     )
     train: list[Stage] = []
     for index, (label, task) in enumerate(zip(labels, tasks, strict=True)):
-        earlier = {f"pseudo {number:02d}": stage for number, stage in enumerate(pseudo[:index])}
+        earlier = {f"kept {number:02d}": stage for number, stage in enumerate(kept[:index])}
         parent = {"parent": train[-1]} if train else {}
         train.append(
             learner.stage(f"train[{label}]", task, config.method, {"task": prepare[index], **parent, **earlier})
@@ -124,7 +111,7 @@ def build_graph(config: ExperimentConfig, tasks: Sequence[Task], ref: BackboneRe
             learner.evaluation(f"evaluate[single {label}]", version, prepared)
             for label, version, prepared in zip(labels, alone, prepare, strict=True)
         )
-    return SequenceGraph(tuple(task.name for task in tasks), prepare, pseudo, tuple(train), evaluate, single)
+    return SequenceGraph(tuple(task.name for task in tasks), prepare, kept, tuple(train), evaluate, single)
 
 
 @dataclass(frozen=True)
@@ -133,6 +120,7 @@ class _Learner:
 
     config: ExperimentConfig
     backbone: dict[str, Any]
+    samples: Mapping[str, str]
 
     @property
     def workers(self) -> dict[str, Any]:
@@ -141,7 +129,7 @@ class _Learner:
 
     def stage(self, name: str, task: Task, method: MethodConfig, inputs: dict[str, Stage]) -> Stage:
         config = self.config
-        shared = method.name == "sapt"
+        shared = method.shared_attention
         # What a stage does not read stands at its default, so that changing it changes no key.
         unread = type(config).model_fields
         attention = config.attention if shared else unread["attention"].default
@@ -150,17 +138,16 @@ class _Learner:
             # Nothing to reflect on yet, but the split that the target comes from counts.
             reflection = unread["reflection"].default.model_copy(update={"target_split": reflection.target_split})
         evaluation = config.evaluation if config.train.eval_every_epochs else unread["evaluation"].default
-        # Other test rows retrain nothing, nor do other pseudo-samples that pool to the same.
-        uses = {name: POOLED for name in inputs if name.startswith("pseudo")} | {"task": LEARNT_FROM}
         return Stage(
             name=name,
             kind="train",
             body=partial(bodies.train, checkpoint_every_steps=config.train.checkpoint_every_steps),
             reads={
                 "method": method.model_dump(mode="json"),
-                "pet": config.pet.model_dump(mode="json"),
+                # One block has no finished ones to let gradient through.
+                "pet": config.pet.model_dump(mode="json", exclude=None if shared else {"detach_frozen"}),
                 "attention": attention.model_dump(mode="json"),
-                "reflection": reflection.model_dump(mode="json"),
+                "reflection": reflection.model_dump(mode="json", exclude={"source", "data_dir", "share", "rank"}),
                 "train": config.train.model_dump(mode="json", exclude={"checkpoint_every_steps"}),
                 "evaluation": evaluation.model_dump(mode="json", exclude={"single_task"}),
                 "seed": step_seed(config.seed, task.name),
@@ -175,9 +162,40 @@ class _Learner:
                 ).model_dump(mode="json"),
             },
             inputs=inputs,
-            uses=uses,
+            uses={"task": LEARNT_FROM},  # other test rows retrain nothing
             **self.workers,
         )
+
+    def keeping(self, label: str, task: Task, prepared: Stage) -> Stage:
+        """The stage that keeps what reflection needs of a task, as ``reflection.source`` says."""
+        config, reflection = self.config, self.config.reflection
+        given: dict[str, Any] = {"inputs": {"task": prepared}, "uses": {"task": KEPT_FROM}}
+        plain = {**given, "cpus": config.cluster.cpus_per_worker}
+        if reflection.source == "generated":
+            return Stage(
+                name=f"pseudo_samples[{label}]",
+                kind="pseudo_samples",
+                version=3,
+                body=bodies.pseudo_samples,
+                reads={
+                    "generator": config.generator.model_dump(mode="json"),
+                    "precision": config.train.precision,
+                    "seed": step_seed(config.seed, "generator", task.name),
+                    "backbone": self.backbone,
+                },
+                **given,
+                **self.workers,
+            )
+        if reflection.source == "memory":
+            seed = step_seed(config.seed, "memory", task.name)
+            reads: dict[str, Any] = {"share": reflection.share, "seed": seed}
+            return Stage(name=f"memory[{label}]", kind="memory", body=bodies.memory, reads=reads, **plain)
+        if reflection.source == "statistics":
+            query = config.attention.model_dump(mode="json", include={"query", "pool_padding"})
+            reads = {"rank": reflection.rank, "attention": query, "backbone": self.backbone}
+            return Stage(name=f"statistics[{label}]", kind="statistics", body=bodies.statistics, reads=reads, **plain)
+        reads = {"inputs": self.samples[task.name]}
+        return Stage(name=f"given[{label}]", kind="given", body=bodies.given_samples, reads=reads)
 
     def evaluation(self, name: str, version: Stage, task: Stage) -> Stage:
         config = self.config

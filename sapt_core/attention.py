@@ -35,19 +35,19 @@ def max_pool(embeddings: Tensor, mask: Tensor) -> Tensor:
     return embeddings.float().masked_fill(~visible.unsqueeze(-1), -math.inf).amax(dim=1)
 
 
-def vocabulary_centre(embedding: Tensor, *, draws: int = 2048, length: int = 128) -> Tensor:
-    """Mean pooled embedding (D) of ``draws`` inputs of ``length`` random tokens.
+def vocabulary_moments(embedding: Tensor, *, draws: int = 2048, length: int = 128) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (D) of the pooled embeddings of ``draws`` inputs of ``length`` random tokens.
 
     The maximum over many tokens lies far from the origin in the same direction for all inputs, so
     queries made of it nearly coincide. Taking this part off needs the embedding matrix (V, D) alone,
     no task's data, and is the same for every task.
     """
     generator = torch.Generator().manual_seed(0)
-    total = torch.zeros(embedding.shape[1])
-    for _ in range(draws):
+    pooled = torch.empty(draws, embedding.shape[1])
+    for row in range(draws):
         tokens = torch.randint(len(embedding), (length,), generator=generator)
-        total += embedding[tokens.to(embedding.device)].float().amax(dim=0).cpu()
-    return total / draws
+        pooled[row] = embedding[tokens.to(embedding.device)].float().amax(dim=0).cpu()
+    return pooled.mean(dim=0), pooled.std(dim=0, correction=0)
 
 
 class SharedAttention(nn.Module):
@@ -60,25 +60,29 @@ class SharedAttention(nn.Module):
     Always computed in float32: the weights steer every layer, and the projection is tiny.
 
     Attributes:
+        config: its settings.
         centre: taken off every pooled embedding (D); zero unless set.
+        spread: what is left is divided by it (D); there with ``scale`` vocabulary only, one until set.
     """
 
     centre: Tensor
+    spread: Tensor
 
     def __init__(self, width: int, config: AttentionConfig) -> None:
         """
         Args:
             width: D, the width of the token embeddings.
-            config: bottleneck, temperature, residual and the place of the SiLU.
+            config: bottleneck, temperature, residual, scale and the place of the SiLU.
         """
         super().__init__()
-        self.silu = config.silu
-        self.residual = config.residual
+        self.config = config
         self.divisor = config.temperature * math.sqrt(width)
         self.down = nn.Linear(width, config.bottleneck, bias=False)
         self.up = nn.Linear(config.bottleneck, width, bias=False)
         self.norm = nn.LayerNorm(width)
         self.register_buffer("centre", torch.zeros(width))
+        if config.scale != "none":
+            self.register_buffer("spread", torch.ones(width))
         if config.residual:
             nn.init.zeros_(self.up.weight)
 
@@ -86,10 +90,23 @@ class SharedAttention(nn.Module):
         """Queries (B, D) of pooled embeddings (B, D)."""
         with torch.autocast(pooled.device.type, enabled=False):
             centred = pooled.float() - self.centre
+            if self.config.scale != "none":
+                centred = centred / self.spread
             hidden = self.down(centred)
-            hidden = self.up(F.silu(hidden)) if self.silu == "between" else F.silu(self.up(hidden))
-            query: Tensor = self.norm(centred + hidden if self.residual else hidden)
+            hidden = self.up(F.silu(hidden)) if self.config.silu == "between" else F.silu(self.up(hidden))
+            query: Tensor = self.norm(centred + hidden if self.config.residual else hidden)
             return query
+
+    def start(self, embedding: Tensor) -> None:
+        """Set centre and spread, as configured, from the token embeddings (V, D) alone."""
+        if self.config.centre == "none" and self.config.scale == "none":
+            return
+        mean, deviation = vocabulary_moments(embedding)
+        if self.config.centre == "vocabulary":
+            self.centre.copy_(mean)
+        if self.config.scale == "vocabulary":
+            # A dimension that all tokens share carries nothing to scale.
+            self.spread.copy_(torch.where(deviation > 0, deviation, 1.0))
 
     def forward(self, pooled: Tensor, keys: Tensor) -> Tensor:
         """Attention logits (B, T) of pooled embeddings (B, D) over keys (T, D), oldest block first."""

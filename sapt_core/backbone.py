@@ -36,7 +36,7 @@ from sapt_core.benchmarks.prepare import check_fits
 from sapt_core.benchmarks.task import Task
 from sapt_core.blobs import BlobStore
 from sapt_core.blocks.lora import find_sites
-from sapt_core.config import BackboneConfig, ExperimentConfig, canonical_hash
+from sapt_core.config import BackboneConfig, ExperimentConfig, LoRAConfig, PromptConfig, canonical_hash
 from sapt_core.errors import BackboneError
 
 # What transformers may read of a model folder; pickled weights are not among it.
@@ -117,6 +117,20 @@ def load_model_config(path: str, revision: str | None) -> PretrainedConfig:
     return config
 
 
+def stored_model_config(ref: BackboneRef, store: BlobStore) -> PretrainedConfig:
+    """The configuration of a backbone that a version names, without its weights.
+
+    Raises:
+        BackboneError: it cannot be found or read.
+        StoreError: the folder's config.json is not in the store, or is damaged.
+    """
+    if ref.files is None:
+        return load_model_config(ref.path, ref.revision)
+    with tempfile.TemporaryDirectory() as folder:
+        store.fetch_to(ref.files["config.json"], Path(folder, "config.json"))
+        return load_model_config(folder, None)
+
+
 def model_class(config: PretrainedConfig) -> type[AutoModelForSeq2SeqLM] | type[AutoModelForCausalLM]:
     """The auto class that loads a model of this configuration with a language-modelling head.
 
@@ -153,22 +167,17 @@ def check_backbone(config: ExperimentConfig, tasks: Sequence[Task]) -> None:
     """Refuse, without loading weights, a backbone that cannot carry the configured blocks and prompts.
 
     Raises:
-        BackboneError: target modules that match nothing, prompts and answers longer than the model's
-            positions, or a tokenizer that cannot be loaded.
+        BackboneError: target modules that match nothing, prompts (soft ones too) and answers longer than
+            the model's positions, or a tokenizer that cannot be loaded.
         DataError: tasks whose template leaves no room for an input.
     """
     path, revision = _location(config.backbone), config.backbone.revision
     model_config = load_model_config(path, revision)
     model = skeleton(model_config)
     for pet in (config.pet, config.generator.pet):
-        find_sites(model, pet.target_modules)
-    longest = max(config.benchmark.max_source_tokens + config.benchmark.max_target_tokens, config.generator.max_tokens)
-    positions = getattr(model_config, "max_position_embeddings", None)
-    if positions is not None and not model_config.is_encoder_decoder and longest > positions:
-        raise BackboneError(
-            f"backbone {path} has {positions} positions, but benchmark.max_source_tokens, max_target_tokens and "
-            f"generator.max_tokens ask for up to {longest}: lower them"
-        )
+        if isinstance(pet, LoRAConfig):
+            find_sites(model, pet.target_modules)
+    _check_positions(config, path, model_config)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -179,6 +188,25 @@ def check_backbone(config: ExperimentConfig, tasks: Sequence[Task]) -> None:
         max_source_tokens=config.benchmark.max_source_tokens,
         is_encoder_decoder=bool(model_config.is_encoder_decoder),
     )
+
+
+def _check_positions(config: ExperimentConfig, path: str, model_config: PretrainedConfig) -> None:
+    positions = getattr(model_config, "max_position_embeddings", None)
+    if positions is None:  # relative positions, as T5's, have no end
+        return
+    prompt = config.pet.length if isinstance(config.pet, PromptConfig) else 0
+    benchmark = config.benchmark
+    source = prompt + benchmark.max_source_tokens
+    if model_config.is_encoder_decoder:
+        asked = {"pet.length and benchmark.max_source_tokens" if prompt else "benchmark.max_source_tokens": source}
+        asked["benchmark.max_target_tokens"] = benchmark.max_target_tokens
+    else:
+        fields = "benchmark.max_source_tokens and max_target_tokens"
+        asked = {f"pet.length, {fields}" if prompt else fields: source + benchmark.max_target_tokens}
+    asked["generator.max_tokens"] = config.generator.max_tokens
+    faults = [f"{fields} ask for {length}" for fields, length in asked.items() if length > positions]
+    if faults:
+        raise BackboneError(f"backbone {path} has {positions} positions, but {'; '.join(faults)}: lower them")
 
 
 # Folders whose files this process has hashed.

@@ -48,10 +48,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class Collator:
-    """Pads rows with ``prompt_ids`` and, for training, ``answer_ids``."""
+    """Pads rows with ``prompt_ids`` and, for training, ``answer_ids``.
+
+    Without ``definition_in_query`` the query sees a prompt from the row's ``query_start`` on.
+    """
 
     pad_token_id: int
     is_encoder_decoder: bool
+    definition_in_query: bool = True
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
         """A training batch of at least one row, padded on the right."""
@@ -62,9 +66,7 @@ class Collator:
         else:
             inputs = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
             labels = [[IGNORED_LABEL] * len(prompt) + answer for prompt, answer in zip(prompts, answers, strict=True)]
-        query = [
-            [1] * len(prompt) + [0] * (len(ids) - len(prompt)) for prompt, ids in zip(prompts, inputs, strict=True)
-        ]
+        query = [seen + [0] * (len(ids) - len(seen)) for seen, ids in zip(map(self._seen, rows), inputs, strict=True)]
         return Batch(
             _pad(inputs, self.pad_token_id),
             _pad([[1] * len(ids) for ids in inputs], 0),
@@ -77,7 +79,13 @@ class Collator:
         prompts = [list(row["prompt_ids"]) for row in rows]
         left = not self.is_encoder_decoder
         mask = _pad([[1] * len(ids) for ids in prompts], 0, left=left)
-        return Batch(_pad(prompts, self.pad_token_id, left=left), mask, mask.bool(), None)
+        query = _pad([self._seen(row) for row in rows], 0, left=left)
+        return Batch(_pad(prompts, self.pad_token_id, left=left), mask, query.bool(), None)
+
+    def _seen(self, row: Mapping[str, Any]) -> list[int]:
+        """1 for each token of a prompt that the query may see."""
+        hidden = 0 if self.definition_in_query else row["query_start"]
+        return [0] * hidden + [1] * (len(row["prompt_ids"]) - hidden)
 
 
 def _pad(rows: Iterable[Sequence[int]], value: int, *, left: bool = False) -> Tensor:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from sapt_core.collate import Collator
 from sapt_core.config import EvaluationConfig
 from sapt_core.device import Precision, autocast
 from sapt_core.model import SaptModel
@@ -29,7 +28,7 @@ def answer(
     Args:
         model: backbone with its pool; no block needs to be frozen.
         tokenizer: of the backbone.
-        rows: with ``prompt_ids``.
+        rows: with ``prompt_ids`` and, where the query leaves the definition out, ``query_start``.
         config: batch size and beams.
         max_new_tokens: longest answer.
         precision: of the matmuls.
@@ -37,7 +36,7 @@ def answer(
     Returns:
         Answers in the order of ``rows`` and the mixture weights (N, T) they were made with.
     """
-    collator = Collator(tokenizer.pad_token_id, model.is_encoder_decoder)
+    collator = model.collator(tokenizer.pad_token_id)
     device = next(model.backbone.parameters()).device
     # Prompts of like length share a batch.
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]["prompt_ids"]))
@@ -49,9 +48,7 @@ def answer(
         batch = collator.prompts([rows[index] for index in indices]).to(device)
         with autocast(device, precision):
             generated = model.generate(
-                batch.input_ids,
-                batch.attention_mask,
-                batch.query_mask,
+                batch,
                 max_new_tokens=max_new_tokens,
                 num_beams=config.num_beams,
                 do_sample=False,
@@ -71,7 +68,7 @@ def pooled_embeddings(
     model: SaptModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]], batch_size: int = 64
 ) -> Tensor:
     """Pooled embeddings (N, D) of the prompts of ``rows``: all that the attention ever sees of them."""
-    collator = Collator(tokenizer.pad_token_id, model.is_encoder_decoder)
+    collator = model.collator(tokenizer.pad_token_id)
     device = next(model.backbone.parameters()).device
     batches = [collator.prompts(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
-    return torch.cat([model.pooled(batch.input_ids.to(device), batch.query_mask.to(device)).cpu() for batch in batches])
+    return torch.cat([model.pooled(batch.to(device)).cpu() for batch in batches])

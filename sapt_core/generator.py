@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,7 +16,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sapt_core.benchmarks.prepare import PreparedTask, PromptEncoder
 from sapt_core.benchmarks.templates import PSEUDO_SAMPLE_MARKER
 from sapt_core.blobs import Checkpoints
-from sapt_core.collate import Collator
 from sapt_core.config import GeneratorConfig, TrainConfig
 from sapt_core.device import Precision, autocast
 from sapt_core.model import SaptModel
@@ -79,7 +77,7 @@ def generate_pseudo_samples(
         curve = train(
             model,
             rows,
-            Collator(tokenizer.pad_token_id, is_encoder_decoder),
+            model.collator(tokenizer.pad_token_id),
             _train_config(config, precision, len(rows)),
             seed=seed,
             objective=Objective(),
@@ -116,7 +114,7 @@ def _sample(
     precision: Precision,
     known: Sequence[str],
 ) -> PseudoSamples:
-    collator = Collator(tokenizer.pad_token_id, model.is_encoder_decoder)
+    collator = model.collator(tokenizer.pad_token_id)
     device = next(model.backbone.parameters()).device
     kept: dict[str, None] = {}
     counts = {"generated": 0, "malformed": 0, "empty": 0, "duplicate": 0}
@@ -125,9 +123,7 @@ def _sample(
         batch = collator.prompts([{"prompt_ids": source}] * size).to(device)
         with autocast(device, precision):
             sequences = model.generate(
-                batch.input_ids,
-                batch.attention_mask,
-                batch.query_mask,
+                batch,
                 max_new_tokens=config.max_tokens,
                 do_sample=True,
                 top_k=config.top_k,
@@ -158,10 +154,3 @@ def clean(text: str) -> tuple[str | None, str]:
         return "malformed", ""
     cleaned = parts[1].strip()
     return ("empty", "") if not cleaned else (None, cleaned)
-
-
-def encode_pseudo_samples(samples: PseudoSamples, task: PreparedTask, encoder: PromptEncoder) -> list[dict[str, Any]]:
-    """Prompts of the samples, with the task's own definition and template put back around them."""
-    return [
-        {"prompt_ids": prompt.prompt_ids} for prompt in encoder.prompts(task.template, task.definition, samples.inputs)
-    ]

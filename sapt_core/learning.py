@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -11,16 +11,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sapt_core import metrics
-from sapt_core.attention import vocabulary_centre
 from sapt_core.backbone import BackboneRef
-from sapt_core.benchmarks.prepare import PreparedTask
+from sapt_core.benchmarks.prepare import PreparedTask, PromptEncoder
 from sapt_core.blobs import BlobStore, Checkpoints
-from sapt_core.collate import Collator
 from sapt_core.config import (
     AttentionConfig,
     EvaluationConfig,
-    LoRAConfig,
     MethodConfig,
+    PETConfig,
     ReflectionConfig,
     TrainConfig,
 )
@@ -29,19 +27,22 @@ from sapt_core.errors import SnapshotError
 from sapt_core.evaluation import answer, pooled_embeddings
 from sapt_core.model import SaptModel
 from sapt_core.pool import PETPool
-from sapt_core.reflection import Memory, Reflection
+from sapt_core.reflection import GaussianQueries, Memory, RecordedAttention, Reflection, StoredQueries
 from sapt_core.snapshot import (
     LearntTask,
     Manifest,
     embedding_matrix,
     load_blob,
     load_pool,
+    load_router,
     new_pool,
     require_backbone,
     store_block,
     store_router,
 )
 from sapt_core.trainer import Objective, step_seed, train
+
+Kept: TypeAlias = Sequence[str] | GaussianQueries
 
 
 def learn_task(  # noqa: PLR0917 - the inputs, in the order they are named in the docstring
@@ -50,11 +51,11 @@ def learn_task(  # noqa: PLR0917 - the inputs, in the order they are named in th
     task: PreparedTask,
     learnt: LearntTask,
     parent: Manifest | None,
-    pseudo: Sequence[Tensor],
+    kept: Sequence[Kept],
     *,
     ref: BackboneRef,
     method: MethodConfig,
-    pet: LoRAConfig,
+    pet: PETConfig,
     attention: AttentionConfig,
     reflection: ReflectionConfig,
     config: TrainConfig,
@@ -66,16 +67,16 @@ def learn_task(  # noqa: PLR0917 - the inputs, in the order they are named in th
 ) -> tuple[Manifest, list[dict[str, float]]]:
     """Learn ``task`` on top of ``parent`` and store the next version.
 
-    With ``method.name`` sapt a new block, its key and the query projection are trained, under
-    reflection on ``pseudo``. With sequential the one block there is goes on training.
+    With shared attention a new block, its key and the query projection are trained, under reflection
+    on what was kept of the earlier tasks. With method sequential the one block there is goes on training.
 
     Args:
         backbone, tokenizer: loaded from ``ref``.
         task: tokenised rows.
         learnt: what the manifest keeps of the task.
         parent: the version before; None for the first task.
-        pseudo: pooled embeddings (N_i, D) of every earlier task's pseudo-samples, oldest first;
-            a task whose N_i is 0 is not reflected on. Not looked at if the reflection's weight is 0.
+        kept: what there is to reflect on of every earlier task, oldest first: inputs as text (none: the
+            task is not reflected on) or the statistics of their pooled embeddings. Empty: no reflection.
         seed: of the sequence; the task's place in it is mixed in, so that no two blocks and keys start alike.
         store: receives the block, the router and the manifest.
 
@@ -85,7 +86,7 @@ def learn_task(  # noqa: PLR0917 - the inputs, in the order they are named in th
     Raises:
         SnapshotError: ``parent`` belongs to another backbone, method or kind of pool.
     """
-    shared_attention = attention if method.name == "sapt" else None
+    shared_attention = attention if method.shared_attention else None
     if parent is not None:
         require_backbone(parent, ref)
         _require_same_kind(parent, method, pet, shared_attention)
@@ -100,10 +101,10 @@ def learn_task(  # noqa: PLR0917 - the inputs, in the order they are named in th
         curve = train(
             model,
             rows,
-            Collator(tokenizer.pad_token_id, model.is_encoder_decoder),
+            model.collator(tokenizer.pad_token_id),
             config,
             seed=seed,
-            objective=_objective(parent, pseudo, shared_attention, reflection),
+            objective=_objective(model, tokenizer, parent, kept, shared_attention, reflection, config, store),
             checkpoints=checkpoints,
             score_dev=lambda: _score_dev(
                 model,
@@ -139,7 +140,7 @@ def learn_task(  # noqa: PLR0917 - the inputs, in the order they are named in th
 
 
 def _require_same_kind(
-    parent: Manifest, method: MethodConfig, pet: LoRAConfig, attention: AttentionConfig | None
+    parent: Manifest, method: MethodConfig, pet: PETConfig, attention: AttentionConfig | None
 ) -> None:
     """Refuse to go on from a pool that these settings would read as another one."""
     before, given = _kind(parent.method, parent.pet, parent.attention), _kind(method.name, pet, attention)
@@ -152,12 +153,12 @@ def _require_same_kind(
         )
 
 
-def _kind(method: str, pet: LoRAConfig, attention: AttentionConfig | None) -> dict[str, Any]:
+def _kind(method: str, pet: PETConfig, attention: AttentionConfig | None) -> dict[str, Any]:
     """The settings that say what a pool's tensors mean; the others may change from task to task."""
     kind = {"method.name": method}
-    kind |= {f"pet.{name}": value for name, value in pet.model_dump(exclude={"lora_dropout"}).items()}
+    kind |= {f"pet.{name}": value for name, value in pet.model_dump(exclude={"lora_dropout", "detach_frozen"}).items()}
     if attention is not None:
-        read = attention.model_dump(include={"bottleneck", "temperature", "silu", "residual"})
+        read = attention.model_dump(exclude={"key_init", "centre", "hold", "learning_rate_ratio"})
         kind |= {f"attention.{name}": value for name, value in read.items()}
     return kind
 
@@ -165,7 +166,7 @@ def _kind(method: str, pet: LoRAConfig, attention: AttentionConfig | None) -> di
 def _start(
     backbone: PreTrainedModel,
     parent: Manifest | None,
-    pet: LoRAConfig,
+    pet: PETConfig,
     attention: AttentionConfig | None,
     store: BlobStore,
 ) -> PETPool:
@@ -186,29 +187,68 @@ def _start_routing(model: SaptModel, pooled: Tensor, config: AttentionConfig, *,
     if pool.attention is None or pool.key is None:
         return
     with torch.no_grad():
-        if first and config.centre == "vocabulary":
-            pool.attention.centre.copy_(vocabulary_centre(embedding_matrix(model.backbone)))
+        if first:
+            pool.attention.start(embedding_matrix(model.backbone))
         if config.key_init == "task_mean":
             pool.key.copy_(pool.attention.query(pooled).mean(dim=0))
 
 
-def _objective(
+def _objective(  # noqa: PLR0917
+    model: SaptModel,
+    tokenizer: PreTrainedTokenizerBase,
     parent: Manifest | None,
-    pseudo: Sequence[Tensor],
+    kept: Sequence[Kept],
     attention: AttentionConfig | None,
     reflection: ReflectionConfig,
+    config: TrainConfig,
+    store: BlobStore,
 ) -> Objective:
-    if attention is None or parent is None:
+    if attention is None or parent is None:  # one block has the whole weight, whatever the router does
         return Objective()
-    term = None
-    if reflection.weight:
-        memories = [
-            Memory(pooled, torch.tensor(target))
-            for pooled, target in zip(pseudo, parent.targets, strict=True)
-            if len(pooled)
-        ]
-        term = Reflection(memories, reflection.batch_size, reflection.weight) if memories else None
-    return Objective(term, attention.learning_rate, attention.hold)
+    memories = _memories(model, tokenizer, parent, kept, reflection=reflection, store=store)
+    term = (
+        Reflection(memories, reflection.batch_size, reflection.weight, per_micro_batch=reflection.per_micro_batch)
+        if memories
+        else None
+    )
+    return Objective(term, attention.learning_rate_ratio * config.learning_rate, attention.hold)
+
+
+def _memories(
+    model: SaptModel,
+    tokenizer: PreTrainedTokenizerBase,
+    parent: Manifest,
+    kept: Sequence[Kept],
+    *,
+    reflection: ReflectionConfig,
+    store: BlobStore,
+) -> list[Memory]:
+    """What there is to reflect on: a memory of every earlier task of which inputs or statistics were kept."""
+    if not kept or not reflection.weight:
+        return []
+    memories = []
+    for task, of_task, target in zip(parent.tasks, kept, _targets(parent, reflection, store), strict=True):
+        if isinstance(of_task, GaussianQueries):
+            memories.append(Memory(of_task, target))
+        elif of_task:
+            encoder = PromptEncoder(
+                tokenizer, max_source_tokens=task.max_source_tokens, is_encoder_decoder=model.is_encoder_decoder
+            )
+            rows = [prompt.row for prompt in encoder.prompts(task.template, task.definition, of_task)]
+            memories.append(Memory(StoredQueries(pooled_embeddings(model, tokenizer, rows)), target))
+    return memories
+
+
+def _targets(parent: Manifest, reflection: ReflectionConfig, store: BlobStore) -> Sequence[Tensor | RecordedAttention]:
+    """The attention to hold of every task of ``parent``, oldest first."""
+    if reflection.target == "task_mean":
+        return [torch.tensor(target) for target in parent.targets]
+    recorded = []
+    version: Manifest | None = parent
+    while version is not None:
+        recorded.append(RecordedAttention(*load_router(version, store)))
+        version = None if version.parent is None else Manifest.from_bytes(store.get(version.parent))
+    return recorded[::-1]
 
 
 def _score_dev(

@@ -11,13 +11,14 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from sapt_core.attention import max_pool
+from sapt_core.collate import Batch, Collator
 from sapt_core.pool import PETPool
 
 _HANDLES = "_pet_pool_handles"
 
 
 class SaptModel(nn.Module):
-    """Backbone and pool. The backbone's code is untouched: the pool hooks into its linears.
+    """Backbone and pool. The backbone's code is untouched: LoRA blocks hook into its linears, prompts go in front.
 
     Weights are computed once an input from the frozen embeddings of the tokens the query may see,
     before the first layer, and reused in every layer and every decoding step.
@@ -53,30 +54,30 @@ class SaptModel(nn.Module):
         self._handles = self.pool.blocks.attach(self.backbone, self._current_weights)
         setattr(self.backbone, _HANDLES, self._handles)
 
-    def pooled(self, input_ids: Tensor, query_mask: Tensor) -> Tensor:
-        """Max-pooled frozen embeddings (B, D) of the tokens (B, S) that ``query_mask`` (B, S) admits."""
+    def collator(self, pad_token_id: int) -> Collator:
+        """Makes batches for this model, with the tokens its query may see."""
+        attention = self.pool.attention
+        whole = attention is None or attention.config.query == "prompt"
+        return Collator(pad_token_id, self.is_encoder_decoder, definition_in_query=whole)
+
+    def pooled(self, batch: Batch) -> Tensor:
+        """Max-pooled frozen embeddings (B, D) of the tokens that the batch's query mask admits."""
+        mask = batch.query_mask
+        if self.pool.attention is not None and self.pool.attention.config.pool_padding:
+            mask = mask | (batch.attention_mask == 0)
         with torch.no_grad():
-            return max_pool(self.backbone.get_input_embeddings()(input_ids), query_mask)
+            return max_pool(self._embed(batch.input_ids), mask)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, query_mask: Tensor, labels: Tensor) -> Tensor:
-        """Logits of a training batch.
-
-        Args:
-            input_ids: (B, S); a decoder-only model's holds prompt and answer.
-            attention_mask: (B, S), 0 on padding.
-            query_mask: (B, S), true on the prompt's tokens, never on the answer's.
-            labels: (B, L) for an encoder-decoder, (B, S) else; -100 where there is no loss.
-
-        Returns:
-            Logits (B, L, V), aligned with ``labels`` shifted by one for a decoder-only model.
-        """
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits (B, L, V) of a training batch, aligned with its labels (shifted by one for a decoder-only model)."""
+        assert batch.labels is not None  # noqa: S101 - a training batch has labels
         self._attach()
-        self._weights = self.pool.mixture(self.pooled(input_ids, query_mask))
-        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        self._weights = self.pool.mixture(self.pooled(batch))
+        inputs, prompt_length = self._inputs(batch, self._weights)
         if self.is_encoder_decoder:
-            inputs["decoder_input_ids"] = self.backbone.prepare_decoder_input_ids_from_labels(labels)  # type: ignore[operator]
-        logits: Tensor = self.backbone(**inputs).logits
-        return logits
+            inputs["decoder_input_ids"] = self.backbone.prepare_decoder_input_ids_from_labels(batch.labels)  # type: ignore[operator]
+        logits: Tensor = self.backbone(**inputs, use_cache=False).logits
+        return logits if self.is_encoder_decoder else logits[:, prompt_length:]
 
     def token_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy summed over the label tokens (a scalar, in nats, float32)."""
@@ -85,21 +86,40 @@ class SaptModel(nn.Module):
         return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
 
     @torch.no_grad()
-    def generate(self, input_ids: Tensor, attention_mask: Tensor, query_mask: Tensor, **options: Any) -> Tensor:
+    def generate(self, batch: Batch, **options: Any) -> Tensor:
         """New tokens (B·k, L) by ``transformers``' generate; k beams share their input's weights.
 
         Args:
-            input_ids: prompts (B, S), left-padded for a decoder-only model.
-            attention_mask: (B, S), 0 on padding.
-            query_mask: (B, S), tokens that the attention query may see.
+            batch: prompts, left-padded for a decoder-only model.
             options: generation settings, such as ``max_new_tokens``, ``num_beams``, ``do_sample``.
         """
         self._attach()
-        self._weights = self.pool.mixture(self.pooled(input_ids, query_mask))
-        sequences: Tensor = self.backbone.generate(  # type: ignore[operator]
-            input_ids=input_ids, attention_mask=attention_mask, **options
-        )
-        return sequences[:, 1:] if self.is_encoder_decoder else sequences[:, input_ids.shape[1] :]
+        self._weights = self.pool.select(self.pooled(batch))
+        inputs, _ = self._inputs(batch, self._weights)
+        sequences: Tensor = self.backbone.generate(**inputs, **options)  # type: ignore[operator]
+        if self.is_encoder_decoder:
+            return sequences[:, 1:]
+        # Of a decoder-only model's prompt ids come back in front of the new ones, embeddings do not.
+        return sequences[:, batch.input_ids.shape[1] :] if "input_ids" in inputs else sequences
+
+    def _inputs(self, batch: Batch, weights: Tensor) -> tuple[dict[str, Tensor], int]:
+        """What the backbone reads, and how many soft tokens (B, l, D) stand in front of it.
+
+        In front of left padding too: attention skips the padding, and positions are counted without it.
+        """
+        prompts = self.pool.blocks.prompts(weights)
+        if prompts is None:
+            return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}, 0
+        embedded = self._embed(batch.input_ids)
+        mask = batch.attention_mask.new_ones(prompts.shape[:2])
+        return {
+            "inputs_embeds": torch.cat([prompts.to(embedded.dtype), embedded], dim=1),
+            "attention_mask": torch.cat([mask, batch.attention_mask], dim=1),
+        }, prompts.shape[1]
+
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        embedded: Tensor = self.backbone.get_input_embeddings()(input_ids)
+        return embedded
 
     @property
     def weights(self) -> Tensor | None:

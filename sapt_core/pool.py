@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sapt_core.attention import SharedAttention
-from sapt_core.blocks.lora import LoRABlocks
+from sapt_core.blocks.base import PETBlocks
 from sapt_core.config import AttentionConfig
 
 
@@ -16,7 +16,7 @@ class PETPool(nn.Module):
     Without an attention config the pool holds one block that always has weight 1: plain LoRA.
 
     Attributes:
-        blocks: the PET blocks at every site.
+        blocks: the PET blocks.
         attention: query projection, or None for a pool of one block.
         frozen_keys: keys of the frozen blocks (T-1 or T, D).
         key: key of the block being learnt (D), or None.
@@ -28,7 +28,7 @@ class PETPool(nn.Module):
     frozen_keys: Tensor
     key: nn.Parameter | None
 
-    def __init__(self, blocks: LoRABlocks, width: int, attention: AttentionConfig | None) -> None:
+    def __init__(self, blocks: PETBlocks, width: int, attention: AttentionConfig | None) -> None:
         super().__init__()
         self.blocks = blocks
         self.attention = None if attention is None else SharedAttention(width, attention)
@@ -66,8 +66,15 @@ class PETPool(nn.Module):
         """Attention weights (B, T) of pooled embeddings (B, D): what reflection keeps in place."""
         return torch.softmax(self.logits(pooled), dim=-1)
 
+    def select(self, pooled: Tensor) -> Tensor:
+        """Weights (B, T) that answers are made with: the attention, unless its config asks for uniform ones."""
+        weights = self.attend(pooled)
+        if self.attention is not None and self.attention.config.selection == "uniform":
+            return torch.full_like(weights, 1 / weights.shape[1])
+        return weights
+
     def mixture(self, pooled: Tensor) -> Tensor:
-        """Weights (B, T) that mix the blocks: the attention, but for the share held for the new block."""
+        """Weights (B, T) that the blocks learn with: the attention, but for the share held for the new block."""
         weights = self.attend(pooled)
         if self.hold:
             newest = torch.zeros_like(weights)

@@ -73,7 +73,7 @@ class Predictor:
         rows: dict[int, dict[str, Any]] = {}
         for task, indices in groups.items():
             for index, prompt in zip(indices, self._encode([texts[index] for index in indices], task), strict=True):
-                rows[index] = {"prompt_ids": prompt.prompt_ids}
+                rows[index] = prompt.row
         answers, weights = answer(
             self._model,
             self._tokenizer,

@@ -8,24 +8,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sapt_core.backbone import BackboneRef
+from sapt_core.attention import SharedAttention
+from sapt_core.backbone import BackboneRef, stored_model_config
 from sapt_core.blobs import BlobStore
+from sapt_core.blocks.base import PETBlocks
 from sapt_core.blocks.lora import LoRABlocks
-from sapt_core.config import AttentionConfig, LoRAConfig
+from sapt_core.blocks.prompt import PromptBlocks
+from sapt_core.config import AttentionConfig, LoRAConfig, PETConfig
 from sapt_core.errors import SnapshotError
 from sapt_core.pool import PETPool
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class LearntTask(BaseModel):
@@ -62,13 +66,16 @@ class Manifest(BaseModel):
     schema_version: int = SCHEMA_VERSION
     method: str
     backbone: BackboneRef
-    pet: LoRAConfig
+    pet: PETConfig
     attention: AttentionConfig | None
     tasks: tuple[LearntTask, ...]
     blocks: tuple[str, ...]
     router: str | None
     targets: tuple[tuple[float, ...], ...]
     parent: str | None
+
+    # Of an earlier schema, as it was read: what this one adds must not rename what was written then.
+    _written: bytes | None = PrivateAttr(None)
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
@@ -82,9 +89,21 @@ class Manifest(BaseModel):
             raise ValueError("attention and router are there together or not at all")
         return self
 
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Manifest:
+        """A changed copy is another manifest than the one that was read."""
+        copy = super().model_copy(update=update, deep=deep)
+        copy._written = None
+        return copy
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Manifest) and self.to_bytes() == other.to_bytes()
+
+    def __hash__(self) -> int:
+        return hash(self.to_bytes())
+
     def to_bytes(self) -> bytes:
-        """Canonical JSON."""
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True, indent=1).encode()
+        """Canonical JSON; of a manifest that an earlier release wrote, the very bytes."""
+        return self._written or json.dumps(self.model_dump(mode="json"), sort_keys=True, indent=1).encode()
 
     @property
     def digest(self) -> str:
@@ -113,11 +132,17 @@ class Manifest(BaseModel):
                 f"The snapshot has schema version {version}; this release reads up to {SCHEMA_VERSION}. "
                 "Update sapt-on-ray to load it"
             )
+        if version == 1 and isinstance(value.get("attention"), dict):
+            # Schema 1 kept the router's rate, a setting of training alone, under another name.
+            value["attention"].pop("learning_rate", None)
         try:
-            return cls.model_validate(value)
+            manifest = cls.model_validate(value)
         except ValidationError as error:
             where = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
             raise SnapshotError(f"The snapshot's manifest is not valid: {where}") from error
+        if version != SCHEMA_VERSION:
+            manifest._written = data
+        return manifest
 
 
 def load_pool(manifest: Manifest, store: BlobStore, backbone: PreTrainedModel) -> PETPool:
@@ -135,20 +160,43 @@ def load_pool(manifest: Manifest, store: BlobStore, backbone: PreTrainedModel) -
     pool = new_pool(backbone, manifest.pet, manifest.attention)
     for digest in manifest.blocks:
         pool.blocks.append_frozen(load_blob(digest, store))
-    if pool.attention is not None and manifest.router is not None:
-        tensors = load_blob(manifest.router, store)
-        expected = {name: tuple(value.shape) for name, value in pool.attention.state_dict().items()}
-        expected["keys"] = (len(manifest.blocks), pool.frozen_keys.shape[1])
-        given = {name: tuple(value.shape) for name, value in tensors.items()}
-        if given != expected:
-            differing = sorted(name for name, _ in set(given.items()) ^ set(expected.items()))
+    if pool.attention is not None:
+        pool.attention, pool.frozen_keys = load_router(manifest, store)
+        if pool.frozen_keys.shape[1] != embedding_matrix(backbone).shape[1]:
             raise SnapshotError(
-                "The snapshot's router does not fit this backbone's embedding width or its own blocks: "
-                f"{', '.join(dict.fromkeys(differing))}"
+                f"The snapshot's router is {pool.frozen_keys.shape[1]} wide, this backbone's embeddings "
+                f"{embedding_matrix(backbone).shape[1]}; give the backbone it was learnt on"
             )
-        pool.frozen_keys = tensors.pop("keys")
-        pool.attention.load_state_dict(tensors)
     return pool
+
+
+def load_router(manifest: Manifest, store: BlobStore) -> tuple[SharedAttention, Tensor]:
+    """Query projection and keys (T, D) of a version that has shared attention.
+
+    Args:
+        manifest: the version.
+        store: holds its blobs.
+
+    Raises:
+        SnapshotError: the blob is no safetensors file, or its tensors do not fit.
+        StoreError: it is missing or damaged.
+    """
+    if manifest.attention is None or manifest.router is None:
+        raise ValueError("the version has no shared attention")
+    tensors = load_blob(manifest.router, store)
+    width = tensors["centre"].shape[-1] if "centre" in tensors else 0
+    attention = SharedAttention(width, manifest.attention)
+    expected = {name: tuple(value.shape) for name, value in attention.state_dict().items()}
+    expected["keys"] = (len(manifest.blocks), width)
+    given = {name: tuple(value.shape) for name, value in tensors.items()}
+    if given != expected:
+        differing = sorted(name for name, _ in set(given.items()) ^ set(expected.items()))
+        raise SnapshotError(
+            f"The snapshot's router does not fit its own width or blocks: {', '.join(dict.fromkeys(differing))}"
+        )
+    keys = tensors.pop("keys")
+    attention.load_state_dict(tensors)
+    return attention, keys
 
 
 def load_blob(digest: str, store: BlobStore) -> dict[str, Tensor]:
@@ -164,9 +212,14 @@ def load_blob(digest: str, store: BlobStore) -> dict[str, Tensor]:
         raise SnapshotError(f"Blob {digest}, which the snapshot names, is no safetensors file: {error}") from error
 
 
-def new_pool(backbone: PreTrainedModel, pet: LoRAConfig, attention: AttentionConfig | None) -> PETPool:
+def new_pool(backbone: PreTrainedModel, pet: PETConfig, attention: AttentionConfig | None) -> PETPool:
     """An empty pool for ``backbone``."""
-    return PETPool(LoRABlocks.for_backbone(backbone, pet), embedding_matrix(backbone).shape[1], attention)
+    blocks: PETBlocks
+    if isinstance(pet, LoRAConfig):
+        blocks = LoRABlocks.for_backbone(backbone, pet)
+    else:
+        blocks = PromptBlocks(lambda: embedding_matrix(backbone), pet)
+    return PETPool(blocks, embedding_matrix(backbone).shape[1], attention)
 
 
 def embedding_matrix(backbone: PreTrainedModel) -> Tensor:
@@ -203,24 +256,40 @@ def export_block(manifest: Manifest, index: int, store: BlobStore, folder: Path)
         SnapshotError: no such block, or the folder holds something.
         StoreError: the block's blob is missing or damaged.
     """
-    from peft import LoraConfig  # noqa: PLC0415  seconds, and for exports alone
-
     if not 0 <= index < len(manifest.blocks):
         raise SnapshotError(f"There is no block {index}; the version has blocks 0 to {len(manifest.blocks) - 1}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise SnapshotError(f"{folder} is not an empty folder; give one that is empty or not there yet")
     folder.mkdir(parents=True, exist_ok=True)
     store.fetch_to(manifest.blocks[index], folder / "adapter_model.safetensors")
+    _peft_config(manifest, store).save_pretrained(str(folder))
+
+
+def _peft_config(manifest: Manifest, store: BlobStore) -> Any:
+    from peft import LoraConfig, PromptTuningConfig, TaskType  # noqa: PLC0415  seconds, and for exports alone
+
     pet = manifest.pet
-    LoraConfig(
-        r=pet.r,
-        lora_alpha=pet.lora_alpha,  # type: ignore[arg-type]  # a fraction does as well
-        lora_dropout=pet.lora_dropout,
-        target_modules=list(pet.target_modules),
-        base_model_name_or_path=manifest.backbone.path,
-        revision=manifest.backbone.revision,
-        inference_mode=True,
-    ).save_pretrained(str(folder))
+    common: dict[str, Any] = {
+        "base_model_name_or_path": manifest.backbone.path,
+        "revision": manifest.backbone.revision,
+        "inference_mode": True,
+    }
+    if isinstance(pet, LoRAConfig):
+        return LoraConfig(
+            r=pet.r,
+            lora_alpha=pet.lora_alpha,  # type: ignore[arg-type]  # a fraction does as well
+            lora_dropout=pet.lora_dropout,
+            target_modules=list(pet.target_modules),
+            **common,
+        )
+    encoder_decoder = stored_model_config(manifest.backbone, store).is_encoder_decoder
+    return PromptTuningConfig(
+        task_type=TaskType.SEQ_2_SEQ_LM if encoder_decoder else TaskType.CAUSAL_LM,
+        num_virtual_tokens=pet.length,
+        # PEFT's default for an encoder-decoder puts a second prompt in front of the decoder.
+        num_transformer_submodules=1,
+        **common,
+    )
 
 
 def require_backbone(manifest: Manifest, ref: BackboneRef) -> None:

@@ -5,8 +5,8 @@ pseudo-samples drawn and, for each rank, dropout. A checkpoint therefore holds w
 and the number of steps done, and a run that goes on from it equals one that was never interrupted.
 
 Batches are counted over all workers, the loss is normalised by the label tokens of the whole batch,
-and the reflection term is evaluated once a step on rows that all workers draw alike, so neither the
-number of workers nor gradient accumulation changes what is learnt.
+and the reflection term is evaluated once a step (unless asked otherwise) on rows that all workers
+draw alike, so neither the number of workers nor gradient accumulation changes what is learnt.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from sapt_core.blobs import Checkpoints
 from sapt_core.collate import Batch, Collator, epoch_batches
 from sapt_core.config import TrainConfig
-from sapt_core.device import autocast
+from sapt_core.device import autocast, keep_freed_memory
 from sapt_core.model import SaptModel
-from sapt_core.reflection import Reflection
+from sapt_core.reflection import Drawn, Reflection
 
 Row = Mapping[str, Any]
 
@@ -68,10 +68,10 @@ class _Step(nn.Module):
         self.model = model
         self.reflection = reflection
 
-    def forward(self, batch: Batch, scale: float, drawn: Sequence[Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, batch: Batch, scale: float, drawn: Sequence[Drawn] | None) -> tuple[Tensor, Tensor, Tensor]:
         """Loss to minimise, cross-entropy summed over label tokens and KL; ``drawn`` None leaves the KL out."""
         assert batch.labels is not None  # noqa: S101 - a training batch has labels
-        logits = self.model(batch.input_ids, batch.attention_mask, batch.query_mask, batch.labels)
+        logits = self.model(batch)
         summed = self.model.token_loss(logits, batch.labels)
         loss = summed * scale
         divergence = summed.new_zeros(())
@@ -121,6 +121,7 @@ def train(
         cpu=not torch.cuda.is_available(), kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)]
     )
     device, rank = accelerator.device, accelerator.process_index
+    keep_freed_memory(device.type)
     model.to(device)
     reflection = None if objective.reflection is None else objective.reflection.to(device)
     if config.gradient_checkpointing:
@@ -152,9 +153,9 @@ def train(
         model.train()
         model.pool.hold = max(0.0, 1 - position.step / (objective.hold * total)) if objective.hold else 0.0
         torch.manual_seed(step_seed(seed, "dropout", position.step, rank))
-        drawn = _draw(reflection, step_seed(seed, "reflection", position.step))
+        draws = torch.Generator().manual_seed(step_seed(seed, "reflection", position.step))
         batch = [rows[i] for i in batches[within]]
-        entry = {"step": position.step + 1, **_step(accelerator, step_module, batch, collator, config, drawn=drawn)}
+        entry = {"step": position.step + 1, **_step(accelerator, step_module, batch, collator, config, draws=draws)}
         if config.max_grad_norm is not None:
             accelerator.clip_grad_norm_(list(trainable.values()), config.max_grad_norm)
         optimizer.step()
@@ -187,10 +188,6 @@ def train(
     return position.curve
 
 
-def _draw(reflection: Reflection | None, seed: int) -> list[Tensor] | None:
-    return None if reflection is None else reflection.draw(torch.Generator().manual_seed(seed))
-
-
 def _step(
     accelerator: Accelerator,
     module: nn.Module,
@@ -198,11 +195,15 @@ def _step(
     collator: Collator,
     config: TrainConfig,
     *,
-    drawn: Sequence[Tensor] | None,
+    draws: torch.Generator,
 ) -> dict[str, float]:
-    """Gradients of one optimizer step over all workers, and its figures over all workers."""
+    """Gradients of one optimizer step over all workers, and its figures over all workers.
+
+    ``draws`` decides, alike on all workers, which inputs are reflected on.
+    """
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     inner: _Step = accelerator.unwrap_model(module)
+    reflection = inner.reflection
     tokens = sum(len(row["answer_ids"]) for row in rows)
     # A worker without rows in a short last batch runs one that counts nothing, to take part in the reduction.
     mine, counts = (rows[rank::world], 1.0) if rank < len(rows) else (rows[:1], 0.0)
@@ -211,12 +212,14 @@ def _step(
     for start in range(0, len(mine), size):
         part = mine[start : start + size]
         last = start + size >= len(mine)
+        reflects = last or (reflection is not None and reflection.per_micro_batch)
+        drawn = reflection.draw(draws) if reflection is not None and reflects else None
         batch = collator(part).to(device)
         with nullcontext() if last else accelerator.no_sync(module):
             with autocast(device, config.precision):
                 # DistributedDataParallel averages over workers: undone for the cross-entropy, which is
                 # a sum over them; the KL is the same on all.
-                total, summed, divergence = module(batch, counts * world / tokens, drawn if last else None)
+                total, summed, divergence = module(batch, counts * world / tokens, drawn)
             accelerator.backward(total)
         weights = inner.model.weights
         assert weights is not None  # noqa: S101 - set by the forward above

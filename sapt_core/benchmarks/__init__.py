@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from sapt_core.benchmarks.cl_benchmark import load_folders
+from sapt_core.benchmarks.cl_benchmark import load_folders, load_inputs
 from sapt_core.benchmarks.task import Task
 from sapt_core.config import BenchmarkConfig
 
-__all__ = ["load_sequence"]
+__all__ = ["load_inputs", "load_sequence"]
 
 
 def load_sequence(config: BenchmarkConfig) -> tuple[Task, ...]:

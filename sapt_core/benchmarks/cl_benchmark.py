@@ -205,27 +205,12 @@ def _read_task(folder: Path, config: BenchmarkConfig, template: str, metric: str
 def _read_file(path: Path, faults: list[str]) -> tuple[str, list[Example]]:
     """Definition and usable rows of one file; what is wrong with it is added to ``faults``."""
     name = f"{path.parent.name}/{path.name}"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        faults.append(f"{name}: no such file")
-        return "", []
-    except json.JSONDecodeError as error:
-        faults.append(f"{name}: line {error.lineno} column {error.colno}: not JSON, or cut short: {error.msg}")
-        return "", []
-    except (OSError, UnicodeDecodeError) as error:
-        faults.append(f"{name}: cannot be read: {error}")
-        return "", []
-    if not isinstance(content, dict):
-        faults.append(f"{name}: holds {_kind(content)}, not an object with Definition and Instances")
+    content = _read_object(path, name, faults)
+    if content is None:
         return "", []
 
     definition = _definition(content, name, faults)
-    instances = content.get("Instances")
-    if not isinstance(instances, list) or not instances:
-        state = "is missing" if "Instances" not in content else "is empty" if instances == [] else "is not a list"
-        faults.append(f"{name}: Instances {state}; give a list of objects with input and output")
-        return definition, []
+    instances = _instances(content, name, faults)
     rows: list[Example] = []
     row_faults: list[str] = []
     unanswered: list[int] = []
@@ -237,9 +222,7 @@ def _read_file(path: Path, faults: list[str]) -> tuple[str, list[Example]]:
             unanswered.append(index)
         else:
             rows.append(row)
-    faults.extend(row_faults[:MAX_FAULTS_PER_FILE])
-    if len(row_faults) > MAX_FAULTS_PER_FILE:
-        faults.append(f"{name}: {len(row_faults) - MAX_FAULTS_PER_FILE} more faulty rows")
+    _add_row_faults(row_faults, name, faults)
     if unanswered and not rows and not row_faults:
         faults.append(f"{name}: no row is usable: no output holds a letter or a digit")
     elif unanswered:
@@ -252,6 +235,57 @@ def _read_file(path: Path, faults: list[str]) -> tuple[str, list[Example]]:
             instances[unanswered[0]]["output"],
         )
     return definition, rows
+
+
+def load_inputs(data_dir: Path, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """The inputs in ``<data_dir>/<name>/train.json`` of every name, whatever their outputs hold.
+
+    Raises:
+        DataError: with every fault of every file.
+    """
+    faults: list[str] = []
+    found = {}
+    for folder in names:
+        name = f"{folder}/train.json"
+        content = _read_object(data_dir / name, name, faults)
+        rows = [] if content is None else [_row(instance) for instance in _instances(content, name, faults)]
+        _add_row_faults([f"{name}: row {i}: {row}" for i, row in enumerate(rows) if isinstance(row, str)], name, faults)
+        found[folder] = tuple(row.input for row in rows if not isinstance(row, str))
+    if faults:
+        raise DataError(f"The samples in {data_dir} cannot be used:", faults)
+    return found
+
+
+def _read_object(path: Path, name: str, faults: list[str]) -> dict[str, Any] | None:
+    """The file's JSON object; what is wrong with it is added to ``faults``."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        faults.append(f"{name}: no such file")
+    except json.JSONDecodeError as error:
+        faults.append(f"{name}: line {error.lineno} column {error.colno}: not JSON, or cut short: {error.msg}")
+    except (OSError, UnicodeDecodeError) as error:
+        faults.append(f"{name}: cannot be read: {error}")
+    else:
+        if isinstance(content, dict):
+            return content
+        faults.append(f"{name}: holds {_kind(content)}, not an object with Definition and Instances")
+    return None
+
+
+def _instances(content: dict[str, Any], name: str, faults: list[str]) -> list[Any]:
+    instances = content.get("Instances")
+    if not isinstance(instances, list) or not instances:
+        state = "is missing" if "Instances" not in content else "is empty" if instances == [] else "is not a list"
+        faults.append(f"{name}: Instances {state}; give a list of objects with input and output")
+        return []
+    return instances
+
+
+def _add_row_faults(row_faults: Sequence[str], name: str, faults: list[str]) -> None:
+    faults.extend(row_faults[:MAX_FAULTS_PER_FILE])
+    if len(row_faults) > MAX_FAULTS_PER_FILE:
+        faults.append(f"{name}: {len(row_faults) - MAX_FAULTS_PER_FILE} more faulty rows")
 
 
 def _definition(content: dict[str, Any], name: str, faults: list[str]) -> str:

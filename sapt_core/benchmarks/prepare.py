@@ -47,6 +47,11 @@ class EncodedPrompt:
     query_start: int
     truncated: bool
 
+    @property
+    def row(self) -> dict[str, Any]:
+        """What a collator asks of a prompt to generate from."""
+        return {"prompt_ids": self.prompt_ids, "query_start": self.query_start}
+
 
 class PromptEncoder:
     """Tokenises prompts and answers for one backbone.

@@ -8,15 +8,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
+from sapt_core.blocks.base import PETBlocks, Weights
 from sapt_core.config import LoRAConfig
-from sapt_core.errors import BackboneError, SnapshotError
+from sapt_core.errors import BackboneError
 
 PEFT_PREFIX = "base_model.model."
 
@@ -57,6 +59,7 @@ class LoRASite(nn.Module):
         self.r = config.r
         self.scaling = config.lora_alpha / config.r
         self.dropout = nn.Dropout(config.lora_dropout)
+        self.detach_frozen = config.detach_frozen
         self.register_buffer("frozen_A", torch.empty(0, in_features))
         self.register_buffer("frozen_B", torch.empty(out_features, 0))
         self.register_parameter("lora_A", None)
@@ -84,17 +87,23 @@ class LoRASite(nn.Module):
         Returns:
             Update (B·k, S, out).
         """
-        stacked_A, stacked_B = self.frozen_A, self.frozen_B
-        if self.lora_A is not None and self.lora_B is not None:
-            stacked_A = torch.cat([stacked_A, self.lora_A])
-            stacked_B = torch.cat([stacked_B, self.lora_B], dim=1)
-        hidden = F.linear(self.dropout(x), stacked_A.to(x.dtype))
+        stacked_B = self.frozen_B if self.lora_B is None else torch.cat([self.frozen_B, self.lora_B], dim=1)
+        hidden = self._hidden(self.dropout(x))
         gates = (weights * self.scaling).repeat_interleave(self.r, dim=1)
         gates = gates.repeat_interleave(x.shape[0] // weights.shape[0], dim=0)
         return F.linear(hidden * gates.unsqueeze(1).to(hidden.dtype), stacked_B.to(x.dtype))
 
+    def _hidden(self, x: Tensor) -> Tensor:
+        """Every block's ``A x`` (B·k, S, T·R)."""
+        if self.lora_A is None:
+            return F.linear(x, self.frozen_A.to(x.dtype))
+        if self.detach_frozen:
+            old = F.linear(x.detach(), self.frozen_A.to(x.dtype))
+            return torch.cat([old, F.linear(x, self.lora_A.to(x.dtype))], dim=-1)
+        return F.linear(x, torch.cat([self.frozen_A, self.lora_A]).to(x.dtype))
 
-class LoRABlocks(nn.Module):
+
+class LoRABlocks(PETBlocks):
     """The blocks of a pool over all sites of a backbone."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, int]], config: LoRAConfig) -> None:
@@ -106,7 +115,6 @@ class LoRABlocks(nn.Module):
         super().__init__()
         self.names = tuple(shapes)
         self.sites = nn.ModuleList(LoRASite(*shapes[name], config) for name in self.names)
-        self.frozen_blocks = 0
 
     @classmethod
     def for_backbone(cls, backbone: nn.Module, config: LoRAConfig) -> LoRABlocks:
@@ -114,7 +122,15 @@ class LoRABlocks(nn.Module):
         sites = find_sites(backbone, config.target_modules)
         return cls({name: (linear.in_features, linear.out_features) for name, linear in sites.items()}, config)
 
-    def attach(self, backbone: nn.Module, weights: Callable[[], Tensor]) -> list[RemovableHandle]:
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        expected: dict[str, tuple[int, ...]] = {}
+        for name, site in self._named_sites():
+            expected[f"{PEFT_PREFIX}{name}.lora_A.weight"] = (site.r, site.frozen_A.shape[1])
+            expected[f"{PEFT_PREFIX}{name}.lora_B.weight"] = (site.frozen_B.shape[0], site.r)
+        return expected
+
+    def attach(self, backbone: PreTrainedModel, weights: Weights) -> list[RemovableHandle]:
         """Add the pool's update to the output of every adapted linear, by forward hooks.
 
         The backbone's modules, code and state dict stay as they are. ``weights`` is asked at every
@@ -132,16 +148,13 @@ class LoRABlocks(nn.Module):
             handles.append(backbone.get_submodule(name).register_forward_hook(add_update))
         return handles
 
+    def prompts(self, weights: Tensor) -> None:
+        return None
+
     def add(self) -> None:
         """Start the block of a new task at every site."""
         for _, site in self._named_sites():
             site.add()
-
-    def freeze(self) -> None:
-        """Make the current block one of the frozen ones."""
-        self.append_frozen(self.current_state())
-        for _, site in self._named_sites():
-            site.lora_A = site.lora_B = None
 
     def current_state(self) -> dict[str, Tensor]:
         """The current block's tensors under PEFT's names, A (R, in) and B (out, R) a site."""
@@ -153,13 +166,7 @@ class LoRABlocks(nn.Module):
             state[f"{PEFT_PREFIX}{name}.lora_B.weight"] = site.lora_B.detach().clone()
         return state
 
-    def load_current(self, state: Mapping[str, Tensor]) -> None:
-        """Overwrite the current block, for going on with its training.
-
-        Raises:
-            SnapshotError: the tensors are not those of a block for these sites.
-        """
-        self._check(state)
+    def _load_current(self, state: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
             for name, site in self._named_sites():
                 if site.lora_A is None or site.lora_B is None:
@@ -167,29 +174,13 @@ class LoRABlocks(nn.Module):
                 site.lora_A.copy_(state[f"{PEFT_PREFIX}{name}.lora_A.weight"])
                 site.lora_B.copy_(state[f"{PEFT_PREFIX}{name}.lora_B.weight"])
 
-    def append_frozen(self, state: Mapping[str, Tensor]) -> None:
-        """Append a stored block behind the frozen ones.
-
-        Raises:
-            SnapshotError: the tensors are not those of a block for these sites.
-        """
-        self._check(state)
+    def _append_frozen(self, state: Mapping[str, Tensor]) -> None:
         for name, site in self._named_sites():
             site.append_frozen(state[f"{PEFT_PREFIX}{name}.lora_A.weight"], state[f"{PEFT_PREFIX}{name}.lora_B.weight"])
-        self.frozen_blocks += 1
 
-    def _check(self, state: Mapping[str, Tensor]) -> None:
-        expected = {}
-        for name, site in self._named_sites():
-            expected[f"{PEFT_PREFIX}{name}.lora_A.weight"] = (site.r, site.frozen_A.shape[1])
-            expected[f"{PEFT_PREFIX}{name}.lora_B.weight"] = (site.frozen_B.shape[0], site.r)
-        given = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        if given != expected:
-            differing = sorted(set(given.items()) ^ set(expected.items()))
-            raise SnapshotError(
-                f"A stored block does not fit the adapted linears of this backbone: {len(differing)} tensors differ, "
-                f"first {differing[0][0]}; use the target_modules and r that the pool was learnt with"
-            )
+    def _drop_current(self) -> None:
+        for _, site in self._named_sites():
+            site.lora_A = site.lora_B = None
 
     def _named_sites(self) -> Iterator[tuple[str, LoRASite]]:
         for name, site in zip(self.names, self.sites, strict=True):

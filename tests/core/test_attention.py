@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sapt_core.attention import SharedAttention, max_pool, vocabulary_centre
+from sapt_core.attention import SharedAttention, max_pool, vocabulary_moments
 from sapt_core.config import AttentionConfig
 from sapt_core.pool import PETPool
 from sapt_core.snapshot import new_pool
@@ -98,17 +98,35 @@ def test_a_residual_query_starts_as_the_pooled_embedding_itself() -> None:
     torch.testing.assert_close(attention.query(pooled), torch.nn.functional.layer_norm(pooled, (16,)))
 
 
-def test_the_vocabulary_centre_is_what_random_tokens_pool_to() -> None:
+def test_the_vocabulary_moments_are_those_of_what_random_tokens_pool_to() -> None:
     constant = torch.tensor([1.0, -2.0]).expand(9, 2)
-    torch.testing.assert_close(vocabulary_centre(constant, draws=3), torch.tensor([1.0, -2.0]))
+    mean, deviation = vocabulary_moments(constant, draws=3)
+    torch.testing.assert_close(mean, torch.tensor([1.0, -2.0]))
+    assert not deviation.any()
     coin = torch.tensor([[0.0], [1.0]])
-    assert float(vocabulary_centre(coin, draws=500, length=1)) == pytest.approx(0.5, abs=0.08)
-    assert float(vocabulary_centre(coin, draws=20, length=64)) == 1.0
+    mean, deviation = vocabulary_moments(coin, draws=500, length=1)
+    assert (float(mean), float(deviation)) == (pytest.approx(0.5, abs=0.08), pytest.approx(0.5, abs=0.05))
+    assert float(vocabulary_moments(coin, draws=20, length=64)[0]) == 1.0
     normal = torch.randn(500, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
-    centre = vocabulary_centre(normal, draws=50)
+    centre, _ = vocabulary_moments(normal, draws=50)
     assert centre.dtype == torch.float32
     assert bool(((centre > 2) & (centre < 4)).all())  # the largest of 128 normal values is near 2.6, in 500 below 4
-    assert torch.equal(centre, vocabulary_centre(normal, draws=50))
+
+
+def test_centre_and_scale_are_set_as_configured() -> None:
+    embedding = torch.cat([torch.randn(50, 3) * torch.tensor([1.0, 5.0, 0.1]), torch.ones(50, 1)], dim=1)
+    mean, deviation = vocabulary_moments(embedding)
+    attention = SharedAttention(4, AttentionConfig(centre="vocabulary", scale="vocabulary", residual=True))
+    attention.start(embedding)
+    torch.testing.assert_close(attention.centre, mean)
+    torch.testing.assert_close(attention.spread, torch.where(deviation > 0, deviation, 1.0))
+    pooled = torch.randn(3, 4)
+    wanted = torch.nn.functional.layer_norm((pooled - mean) / attention.spread, (4,))
+    torch.testing.assert_close(attention.query(pooled), wanted)
+    plain = SharedAttention(4, AttentionConfig())
+    plain.start(embedding)
+    assert not plain.centre.any()
+    assert "spread" not in plain.state_dict()
 
 
 @settings(max_examples=50, deadline=None)

@@ -267,8 +267,8 @@ def test_a_backbone_is_checked_before_anything_is_loaded(tmp_path: Path, monkeyp
     for changes, message in (
         ({"pet": {"target_modules": ["q"]}}, "pet.target_modules: q match no linear of LlamaForCausalLM"),
         ({"generator": {"pet": {"target_modules": ["query"]}}}, "query match no linear"),
-        ({"benchmark": {"max_source_tokens": 250}}, "256 positions.* ask for up to 260"),
-        ({"generator": {"max_tokens": 300}}, "256 positions.* ask for up to 300"),
+        ({"benchmark": {"max_source_tokens": 250}}, "256 positions.*max_target_tokens ask for 260"),
+        ({"generator": {"max_tokens": 300}}, "256 positions.*generator.max_tokens ask for 300"),
     ):
         with pytest.raises(BackboneError, match=message):
             check_backbone(experiment(folder, **changes), [task])

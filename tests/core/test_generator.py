@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from sapt_core import generator
-from sapt_core.benchmarks.prepare import PromptEncoder
-from sapt_core.benchmarks.templates import TEMPLATES
+from sapt_core.collate import Batch
 from sapt_core.config import GeneratorConfig
-from sapt_core.generator import SOURCE, PseudoSamples, clean, encode_pseudo_samples, generate_pseudo_samples
+from sapt_core.generator import SOURCE, PseudoSamples, clean, generate_pseudo_samples
 from sapt_core.model import SaptModel
 from tests.core.tiny import (
     EOS,
@@ -87,9 +86,9 @@ def scripted(monkeypatch: pytest.MonkeyPatch, texts: list[str]) -> list[dict[str
     endless = cycle(texts)
     tokenizer = tiny_tokenizer()
 
-    def generate(_: SaptModel, input_ids: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
-        asked.append({"input_ids": input_ids.tolist(), **options})
-        rows = [tokenizer(next(endless))["input_ids"] for _ in input_ids]
+    def generate(_: SaptModel, batch: Batch, **options: Any) -> torch.Tensor:
+        asked.append({"input_ids": batch.input_ids.tolist(), **options})
+        rows = [tokenizer(next(endless))["input_ids"] for _ in batch.input_ids]
         width = max(map(len, rows))
         return torch.tensor([row + [PAD] * (width - len(row)) for row in rows])
 
@@ -172,15 +171,3 @@ def test_the_backbone_is_bare_again_when_training_fails(monkeypatch: pytest.Monk
     with pytest.raises(KeyboardInterrupt):
         run("t5", backbone)
     assert not [module for module in backbone.modules() if module._forward_hooks]
-
-
-def test_samples_get_the_tasks_definition_and_template_back() -> None:
-    task, tokenizer = tiny_task(0), tiny_tokenizer()
-    samples = PseudoSamples(("w1 w2", "w3"), 2, 2, 0, 0, 0, 0)
-    encoder = PromptEncoder(tokenizer, max_source_tokens=64, is_encoder_decoder=True)
-    rows = encode_pseudo_samples(samples, task, encoder)
-    for row, text in zip(rows, samples.inputs, strict=True):
-        assert (
-            row["prompt_ids"] == tokenizer("".join(TEMPLATES[task.template].pieces(task.definition, text)))["input_ids"]
-        )
-    assert encode_pseudo_samples(PseudoSamples((), 2, 8, 8, 0, 0, 0), task, encoder) == []

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load as load_tensors
 
 from sapt_core import learning
-from sapt_core.attention import max_pool, vocabulary_centre
+from sapt_core.attention import max_pool, vocabulary_moments
 from sapt_core.collate import Collator
 from sapt_core.config import AttentionConfig, EvaluationConfig, MethodConfig, ReflectionConfig, TrainConfig
 from sapt_core.errors import SnapshotError
-from sapt_core.learning import learn_task
+from sapt_core.learning import Kept, learn_task
 from sapt_core.model import SaptModel
 from sapt_core.snapshot import Manifest, load_pool
 from tests.core.tiny import (
@@ -39,23 +39,22 @@ def learn(
     parent: Manifest | None,
     *,
     name: str = "t5",
-    pseudo: Sequence[torch.Tensor] | None = None,
+    kept: Sequence[Kept] | None = None,
     method: str = "sapt",
     attention: AttentionConfig | None = None,
     train: dict[str, Any] | None = None,
     **changes: Any,
 ) -> tuple[Manifest, list[dict[str, float]]]:
     task = tiny_task(number, is_encoder_decoder=name in T5_NAMES)
-    if pseudo is None:
-        generator = torch.Generator().manual_seed(7)
-        pseudo = [torch.randn(3, 16, generator=generator) for _ in range(len(parent.tasks) if parent else 0)]
+    if kept is None:
+        kept = [[f"w{index} w7", "w9", f"w{index}"] for index in range(len(parent.tasks) if parent else 0)]
     return learn_task(
         tiny_backbone(name),
         tiny_tokenizer(),
         task,
         learnt_task(task),
         parent,
-        pseudo,
+        kept,
         **{
             "ref": tiny_ref(),
             "method": MethodConfig(name=method),
@@ -133,7 +132,7 @@ def test_the_target_is_the_mean_attention_over_the_train_or_dev_rows() -> None:
         model = SaptModel(backbone, load_pool(manifest, store, backbone))
         batch = Collator(PAD, True)(list(getattr(tiny_task(1), split)))
         with torch.no_grad():
-            weights = model.pool.attend(model.pooled(batch.input_ids, batch.query_mask))
+            weights = model.pool.attend(model.pooled(batch))
         assert manifest.targets[1] == pytest.approx(weights.mean(dim=0).tolist(), abs=1e-6)
         assert manifest.targets[0] == (1.0,)
 
@@ -172,7 +171,7 @@ def test_the_centre_is_set_once_from_the_vocabulary_alone() -> None:
     store = DictStore()
     versions = sequence(store, attention=AttentionConfig(bottleneck=5, centre="vocabulary"))
     centres = [load_tensors(store.get(version.router))["centre"] for version in versions]
-    assert torch.equal(centres[0], vocabulary_centre(tiny_backbone("t5").get_input_embeddings().weight))
+    assert torch.equal(centres[0], vocabulary_moments(tiny_backbone("t5").get_input_embeddings().weight)[0])
     assert all(torch.equal(centre, centres[0]) for centre in centres)
     plain = learn(store, 0, None)[0]
     assert not load_tensors(store.get(plain.router))["centre"].any()
@@ -183,12 +182,18 @@ def test_reflection_holds_the_old_attention() -> None:
     after = {}
     for weight in (0.0, 5.0):
         store = DictStore()
-        first, _ = learn(store, 0, None)
+        first, _ = learn(store, 0, None, seed=1)
         backbone = tiny_backbone("t5")
         batch = Collator(PAD, True)(list(tiny_task(0).train))
         pooled = max_pool(backbone.get_input_embeddings()(batch.input_ids).detach(), batch.query_mask)
         second, curve = learn(
-            store, 1, first, pseudo=[pooled], reflection=ReflectionConfig(weight=weight), train={"epochs": 10}
+            store,
+            1,
+            first,
+            kept=[tiny_task(0).train["input"]],
+            reflection=ReflectionConfig(weight=weight),
+            train={"epochs": 10},
+            seed=1,
         )
         pool = load_pool(second, store, backbone)
         after[weight] = float(pool.attend(pooled)[:, 0].detach().mean())
@@ -200,7 +205,7 @@ def test_reflection_holds_the_old_attention() -> None:
 def test_a_task_without_pseudo_samples_is_not_reflected_on() -> None:
     store = DictStore()
     first, _ = learn(store, 0, None)
-    _, curve = learn(store, 1, first, pseudo=[torch.empty(0, 16)])
+    _, curve = learn(store, 1, first, kept=[[]])
     assert {entry["kl"] for entry in curve} == {0.0}
 
 
@@ -236,4 +241,4 @@ def test_going_on_from_another_kind_of_version_is_refused() -> None:
     ):
         with pytest.raises(SnapshotError, match=message):
             learn(store, 1, first, **changes)
-    learn(store, 1, first, attention=AttentionConfig(bottleneck=5, temperature=0.2, hold=0.5, learning_rate=0.1))
+    learn(store, 1, first, attention=AttentionConfig(bottleneck=5, temperature=0.2, hold=0.5, learning_rate_ratio=0.1))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sapt_core.config import AttentionConfig
 from sapt_core.pool import PETPool
-from sapt_core.reflection import Memory, Reflection
+from sapt_core.reflection import Drawn, GaussianQueries, Memory, RecordedAttention, Reflection, StoredQueries
 from sapt_core.snapshot import new_pool
 from tests.core.tiny import fill, lora, tiny_backbone
 
@@ -22,15 +22,15 @@ def pool_of(blocks: int, temperature: float = 0.3) -> PETPool:
     return fill(new_pool(tiny_backbone("t5"), lora("t5"), config), blocks)
 
 
-def naive(pool: PETPool, memories: list[Memory], rows: list[Tensor]) -> float:
+def naive(pool: PETPool, drawn: list[Drawn]) -> float:
     total = 0.0
-    for memory, chosen in zip(memories, rows, strict=True):
+    for task in drawn:
         divergences = []
-        for row in chosen.tolist():
-            logits = pool.logits(memory.pooled[row : row + 1]).double()[0].tolist()
+        for row, held in zip(task.pooled, task.target.double().tolist(), strict=True):
+            logits = pool.logits(row.unsqueeze(0)).double()[0].tolist()
             top = max(logits)
             normaliser = top + math.log(sum(math.exp(value - top) for value in logits))
-            target = [*memory.target.double().tolist(), *[0.0] * (len(logits) - len(memory.target))]
+            target = [*held, *[0.0] * (len(logits) - len(held))]
             divergences.append(
                 sum(p * (math.log(p) - (z - normaliser)) for p, z in zip(target, logits, strict=True) if p > 0)
             )
@@ -38,8 +38,16 @@ def naive(pool: PETPool, memories: list[Memory], rows: list[Tensor]) -> float:
     return total
 
 
+def stored(pooled: Tensor, target: Tensor) -> Memory:
+    return Memory(StoredQueries(pooled), target)
+
+
+def drawn(pooled: Tensor, target: Tensor) -> list[Drawn]:
+    return [Drawn(pooled, target.expand(len(pooled), -1))]
+
+
 def memories_of(sizes: list[int]) -> list[Memory]:
-    return [Memory(torch.randn(size, 16), torch.randn(index + 1).softmax(dim=0)) for index, size in enumerate(sizes)]
+    return [stored(torch.randn(size, 16), torch.randn(index + 1).softmax(dim=0)) for index, size in enumerate(sizes)]
 
 
 @settings(max_examples=30, deadline=None)
@@ -48,17 +56,17 @@ def test_the_term_equals_the_formula(sizes: list[int], batch_size: int, seed: in
     torch.manual_seed(seed)
     pool, memories = pool_of(len(sizes) + 1), memories_of(sizes)
     term = Reflection(memories, batch_size, weight=0.5)
-    rows = term.draw(torch.Generator().manual_seed(seed))
-    assert [len(chosen) for chosen in rows] == [min(batch_size, size) for size in sizes]
-    assert all(len(set(chosen.tolist())) == len(chosen) for chosen in rows)
-    assert term.loss(pool, rows).item() == pytest.approx(naive(pool, memories, rows), rel=1e-4, abs=1e-5)
+    found = term.draw(torch.Generator().manual_seed(seed))
+    assert [len(task.pooled) for task in found] == [min(batch_size, size) for size in sizes]
+    assert all(len(torch.unique(task.pooled, dim=0)) == len(task.pooled) for task in found)
+    assert term.loss(pool, found).item() == pytest.approx(naive(pool, found), rel=1e-4, abs=1e-5)
 
 
 def test_it_is_zero_where_the_attention_has_not_moved() -> None:
     pool = pool_of(2)
     pooled = torch.randn(1, 16)
-    term = Reflection([Memory(pooled, pool.attend(pooled)[0].detach())], 4, 1.0)
-    assert term.loss(pool, [torch.tensor([0])]).item() == pytest.approx(0, abs=1e-6)
+    term = Reflection([stored(pooled, pool.attend(pooled)[0].detach())], 4, 1.0)
+    assert term.loss(pool, term.draw(torch.Generator())).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_by_hand() -> None:
@@ -68,27 +76,27 @@ def test_by_hand() -> None:
     assert pool.key is not None
     with torch.no_grad():
         pool.key.zero_()
-    memories = [Memory(torch.randn(3, 16), torch.tensor([1.0])), Memory(torch.randn(2, 16), torch.tensor([0.5, 0.5]))]
+    memories = [stored(torch.randn(3, 16), torch.tensor([1.0])), stored(torch.randn(2, 16), torch.tensor([0.5, 0.5]))]
     term = Reflection(memories, 8, 1.0)
     value = term.loss(pool, term.draw(torch.Generator().manual_seed(0)))
     assert value.item() == pytest.approx(math.log(4) + (math.log(4) - math.log(2)), rel=1e-5)
 
 
 def test_rows_are_averaged_and_tasks_summed() -> None:
-    pool, memories = pool_of(3), memories_of([2, 5])
-    term = Reflection(memories, 8, 1.0)
-    apart = [Reflection([memory], 8, 1.0).loss(pool, [torch.arange(len(memory.pooled))]).item() for memory in memories]
-    both = term.loss(pool, [torch.arange(2), torch.arange(5)])
-    assert both.item() == pytest.approx(sum(apart), rel=1e-5)
-    twice = Reflection([Memory(memories[0].pooled.repeat(2, 1), memories[0].target)], 8, 1.0)
-    assert twice.loss(pool, [torch.arange(4)]).item() == pytest.approx(apart[0], rel=1e-5)
+    pool = pool_of(3)
+    tasks = [drawn(torch.randn(2, 16), torch.tensor([1.0])), drawn(torch.randn(5, 16), torch.tensor([0.3, 0.7]))]
+    term = Reflection(memories_of([1]), 8, 1.0)
+    apart = [term.loss(pool, task).item() for task in tasks]
+    assert term.loss(pool, [*tasks[0], *tasks[1]]).item() == pytest.approx(sum(apart), rel=1e-5)
+    twice = drawn(tasks[0][0].pooled.repeat(2, 1), torch.tensor([1.0]))
+    assert term.loss(pool, twice).item() == pytest.approx(apart[0], rel=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [1e-4, 1e-2, 10.0])
 def test_a_sharp_softmax_gives_finite_values_and_gradients(temperature: float) -> None:
     pool = pool_of(3, temperature)
-    term = Reflection([Memory(torch.randn(4, 16), torch.tensor([0.0, 1.0]))], 8, 1.0)
-    loss = term.loss(pool, [torch.arange(4)])
+    term = Reflection([stored(torch.randn(4, 16), torch.tensor([0.0, 1.0]))], 8, 1.0)
+    loss = term.loss(pool, term.draw(torch.Generator()))
     loss.backward()
     assert pool.key is not None
     assert pool.attention is not None
@@ -100,9 +108,9 @@ def test_a_sharp_softmax_gives_finite_values_and_gradients(temperature: float) -
 
 def test_gradient_reaches_key_and_projection_alone_and_drives_the_new_key_away() -> None:
     pool, pooled = pool_of(2), torch.randn(6, 16)
-    term = Reflection([Memory(pooled, torch.tensor([1.0]))], 8, 1.0)
+    term = Reflection([stored(pooled, torch.tensor([1.0]))], 8, 1.0)
     before = pool.attend(pooled)[:, 1].mean()
-    term.loss(pool, [torch.arange(6)]).backward()
+    term.loss(pool, term.draw(torch.Generator())).backward()
     with_gradient = {name for name, parameter in pool.named_parameters() if parameter.grad is not None}
     assert with_gradient == {
         "key", "attention.down.weight", "attention.up.weight", "attention.norm.weight", "attention.norm.bias"
@@ -111,3 +119,55 @@ def test_gradient_reaches_key_and_projection_alone_and_drives_the_new_key_away()
     with torch.no_grad():
         pool.key -= 0.5 * pool.key.grad
     assert pool.attend(pooled)[:, 1].mean() < before
+
+
+def test_every_input_is_held_at_its_own_recorded_attention() -> None:
+    before, pooled = pool_of(2), torch.randn(6, 16)
+    assert before.attention is not None
+    recorded = RecordedAttention(before.attention, before.keys.detach())
+    own = before.attend(pooled).detach()
+    assert float(own.std(dim=0).max()) > 0.01
+    term = Reflection([Memory(StoredQueries(pooled), recorded)], 8, 1.0)
+    (task,) = term.draw(torch.Generator())
+    for row, target in zip(task.pooled, task.target, strict=True):
+        torch.testing.assert_close(target, own[(pooled == row).all(dim=1)][0])
+    assert not task.target.requires_grad
+    # Nothing has moved: no divergence, where the task's mean would have had some.
+    assert term.loss(before, [task]).item() == pytest.approx(0, abs=1e-6)
+    assert term.loss(before, drawn(pooled, own.mean(dim=0))).item() > 1e-5
+
+
+@pytest.mark.parametrize("rank", [0, 2, 5, 99])
+def test_draws_have_the_moments_of_the_task(rank: int) -> None:
+    """Few directions keep the mean and every variance, enough of them the whole covariance."""
+    torch.manual_seed(0)
+    pooled = torch.randn(40, 5) @ torch.randn(5, 5) + torch.arange(5.0)
+    queries = GaussianQueries.of(pooled, rank)
+    assert queries.directions.shape == (min(rank, 5), 5)
+    covariance = queries.directions.T @ queries.directions + torch.diag(queries.rest**2)
+    torch.testing.assert_close(queries.mean, pooled.mean(dim=0))
+    torch.testing.assert_close(covariance.diagonal(), pooled.var(dim=0), rtol=1e-4, atol=1e-4)
+    if rank >= 5:
+        torch.testing.assert_close(covariance, torch.cov(pooled.T), rtol=1e-4, atol=1e-4)
+    draws = queries.draw(20000, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(draws.mean(dim=0), queries.mean, rtol=0, atol=0.15)
+    torch.testing.assert_close(torch.cov(draws.T), covariance, rtol=0.1, atol=0.3)
+    assert torch.equal(
+        queries.draw(3, torch.Generator().manual_seed(1)), queries.draw(3, torch.Generator().manual_seed(1))
+    )
+
+
+def test_statistics_of_one_input_give_that_input() -> None:
+    pooled = torch.randn(1, 16)
+    torch.testing.assert_close(GaussianQueries.of(pooled, 4).draw(3, torch.Generator()), pooled.expand(3, -1))
+
+
+def test_the_term_takes_statistics_and_inputs_side_by_side() -> None:
+    pool, pooled = pool_of(3), torch.randn(8, 16)
+    memories = [
+        stored(pooled, torch.tensor([1.0])),
+        Memory(GaussianQueries.of(pooled, 2), torch.tensor([0.5, 0.5])),
+    ]
+    found = Reflection(memories, 4, 1.0).draw(torch.Generator().manual_seed(0))
+    assert [task.pooled.shape for task in found] == [(4, 16), (4, 16)]
+    assert Reflection(memories, 4, 1.0).loss(pool, found).item() == pytest.approx(naive(pool, found), rel=1e-4)

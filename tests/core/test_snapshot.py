@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def logits(model: SaptModel) -> torch.Tensor:
     batch = Collator(PAD, model.is_encoder_decoder)(random_rows(4))
     assert batch.labels is not None
     with torch.no_grad():
-        return model(batch.input_ids, batch.attention_mask, batch.query_mask, batch.labels)
+        return model(batch)
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -91,6 +92,23 @@ def test_the_digest_is_that_of_the_canonical_manifest() -> None:
     shuffled = json.dumps(dict(reversed(value.items()))).encode()
     assert Manifest.from_bytes(shuffled).digest == manifest.digest
     assert manifest.model_copy(update={"parent": "0" * 64}).digest != manifest.digest
+
+
+def test_a_manifest_of_the_first_schema_is_read_and_keeps_its_name() -> None:
+    manifest, _ = stored("t5", DictStore())
+    value = json.loads(manifest.to_bytes())
+    value["schema_version"] = 1
+    for name in ("query", "pool_padding", "scale", "selection", "learning_rate_ratio"):
+        del value["attention"][name]
+    value["attention"]["learning_rate"] = 0.01
+    del value["pet"]["detach_frozen"]
+    written = json.dumps(value, sort_keys=True, indent=1).encode()
+    read = Manifest.from_bytes(written)
+    assert (read.attention, read.pet, read.blocks) == (manifest.attention, manifest.pet, manifest.blocks)
+    assert read.to_bytes() == written
+    assert read.digest == hashlib.sha256(written).hexdigest()
+    assert read.model_copy(update={"parent": "0" * 64}).parent == "0" * 64
+    assert json.loads(read.model_copy(update={"parent": "0" * 64}).to_bytes())["parent"] == "0" * 64
 
 
 def test_a_damaged_or_missing_blob_is_refused() -> None:

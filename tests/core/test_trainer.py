@@ -22,7 +22,7 @@ from torch import Tensor
 from sapt_core.collate import Collator, epoch_batches
 from sapt_core.config import TrainConfig
 from sapt_core.model import SaptModel
-from sapt_core.reflection import Memory, Reflection
+from sapt_core.reflection import Memory, Reflection, StoredQueries
 from sapt_core.trainer import Objective, step_seed, train
 from tests.core.tiny import PAD, KeptCheckpoints, random_rows, same_bits, sapt_model, trainable
 
@@ -30,13 +30,16 @@ ROWS = random_rows(11)
 FLOAT32 = {"precision": "float32", "learning_rate": 0.02, "batch_size": 4, "epochs": 2, "checkpoint_every_steps": 1}
 
 
-def reflection(batch_size: int = 3) -> Reflection:
+def reflection(batch_size: int = 3, *, per_micro_batch: bool = False) -> Reflection:
     generator = torch.Generator().manual_seed(5)
     memories = [
-        Memory(torch.randn(size, 16, generator=generator), torch.randn(index + 1, generator=generator).softmax(dim=0))
+        Memory(
+            StoredQueries(torch.randn(size, 16, generator=generator)),
+            torch.randn(index + 1, generator=generator).softmax(dim=0),
+        )
         for index, size in enumerate((6, 4))
     ]
-    return Reflection(memories, batch_size, weight=0.7)
+    return Reflection(memories, batch_size, weight=0.7, per_micro_batch=per_micro_batch)
 
 
 def learn(
@@ -67,7 +70,13 @@ def assert_same(left: SaptModel, right: SaptModel, *, atol: float = 1e-5) -> Non
 
 
 def naive_training(
-    model: SaptModel, objective: Objective, *, rate: float, clip: float | None, decay: float = 0.0
+    model: SaptModel,
+    objective: Objective,
+    *,
+    rate: float,
+    clip: float | None,
+    decay: float = 0.0,
+    micro_batch_size: int = 4,
 ) -> list[dict[str, float]]:
     """Row by row, token by token, with the published AdamW update; dropout off."""
     parameters = {name: p for name, p in model.pool.named_parameters() if p.requires_grad}
@@ -83,7 +92,7 @@ def naive_training(
         cross_entropy, gates = torch.zeros(()), []
         for i in batch:
             row = Collator(PAD, model.is_encoder_decoder)([ROWS[i]])
-            logits = model(row.input_ids, row.attention_mask, row.query_mask, row.labels)[0]
+            logits = model(row)[0]
             gates.append(float(model.weights[0, -1].detach()))
             answer = ROWS[i]["answer_ids"]
             start = 0 if model.is_encoder_decoder else len(ROWS[i]["prompt_ids"]) - 1
@@ -92,7 +101,9 @@ def naive_training(
         divergence = torch.zeros(())
         if objective.reflection is not None:
             draw = torch.Generator().manual_seed(step_seed(3, "reflection", number))
-            divergence = objective.reflection.loss(model.pool, objective.reflection.draw(draw))
+            terms = -(-len(batch) // micro_batch_size) if objective.reflection.per_micro_batch else 1
+            for _ in range(terms):
+                divergence = divergence + objective.reflection.loss(model.pool, objective.reflection.draw(draw))
         weight = objective.reflection.weight if objective.reflection else 0.0
         loss = cross_entropy + weight * divergence
         gradients = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
@@ -128,6 +139,7 @@ def naive_training(
         (Objective(reflection()), {}),
         (Objective(), {"max_grad_norm": None}),
         (Objective(reflection(), router_learning_rate=0.001, hold=0.5), {"max_grad_norm": 0.05, "weight_decay": 0.1}),
+        (Objective(reflection(per_micro_batch=True)), {"micro_batch_size": 2}),
     ],
 )
 def test_training_equals_a_naive_loop(name: str, objective: Objective, changes: dict[str, Any]) -> None:
@@ -139,6 +151,7 @@ def test_training_equals_a_naive_loop(name: str, objective: Objective, changes: 
         rate=0.02,
         clip=changes.get("max_grad_norm", 1.0),
         decay=changes.get("weight_decay", 0.0),
+        micro_batch_size=changes.get("micro_batch_size", 4),
     )
     assert [entry["step"] for entry in curve] == [1, 2, 3, 4, 5, 6]
     for given, entry in zip(curve, wanted, strict=True):
@@ -364,8 +377,8 @@ def test_two_workers_learn_what_one_does(tmp_path: Path) -> None:
         assert same_bits(*states)
         both = copy.deepcopy(trainable(alone))
         for parameter, value in states[0].items():
-            torch.testing.assert_close(value, both[parameter], rtol=1e-4, atol=1e-4, msg=parameter)
+            torch.testing.assert_close(value, both[parameter], rtol=1e-3, atol=1e-3, msg=parameter)
         for rank in (0, 1):
             given = json.loads((tmp_path / f"{name}-{rank}.json").read_text())
             for entry, wanted in zip(given, curve, strict=True):
-                assert entry == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+                assert entry == pytest.approx(wanted, rel=1e-3, abs=1e-4)

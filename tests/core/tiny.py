@@ -25,7 +25,7 @@ from transformers import (
 from sapt_core.backbone import BackboneRef
 from sapt_core.benchmarks.prepare import PreparedTask, prepare_task
 from sapt_core.benchmarks.task import Example, Task
-from sapt_core.config import AttentionConfig, LoRAConfig
+from sapt_core.config import AttentionConfig, LoRAConfig, PETConfig
 from sapt_core.errors import StoreError
 from sapt_core.model import SaptModel
 from sapt_core.pool import PETPool
@@ -116,10 +116,12 @@ def sapt_model(
     *,
     attention: AttentionConfig | None = None,
     backbone_dropout: float = 0.0,
-    **pet: object,
+    pet: PETConfig | None = None,
+    **changes: object,
 ) -> SaptModel:
+    """A model with random blocks: LoRA ones with ``changes``, or of the given kind."""
     backbone = tiny_backbone(name, dropout=backbone_dropout)
-    pool = new_pool(backbone, lora(name, **pet), attention or AttentionConfig(bottleneck=5, temperature=0.2))
+    pool = new_pool(backbone, pet or lora(name, **changes), attention or AttentionConfig(bottleneck=5, temperature=0.2))
     return SaptModel(backbone, fill(pool, blocks)).eval()
 
 

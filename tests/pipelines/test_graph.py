@@ -31,7 +31,7 @@ def identity(stage: Stage) -> str:
 def identities(graph: SequenceGraph) -> dict[str, list[str]]:
     groups: dict[str, tuple[Stage, ...]] = {
         "prepare": graph.prepare,
-        "pseudo": graph.pseudo,
+        "kept": graph.kept,
         "train": graph.train,
         "evaluate": tuple(stage for row in graph.evaluate for stage in row),
         "single": tuple(stage.inputs["version"] for stage in graph.single),
@@ -53,14 +53,14 @@ def test_every_stage_is_there_once_and_reads_what_it_needs() -> None:
     assert [stage.name for stage in graph.train] == ["train[00 animal]", "train[01 basket]", "train[02 ticket]"]
     first, second, third = graph.train
     assert first.inputs == {"task": graph.prepare[0]}
-    assert second.inputs == {"task": graph.prepare[1], "parent": first, "pseudo 00": graph.pseudo[0]}
+    assert second.inputs == {"task": graph.prepare[1], "parent": first, "kept 00": graph.kept[0]}
     assert third.inputs == {
         "task": graph.prepare[2],
         "parent": second,
-        "pseudo 00": graph.pseudo[0],
-        "pseudo 01": graph.pseudo[1],
+        "kept 00": graph.kept[0],
+        "kept 01": graph.kept[1],
     }
-    assert [stage.inputs for stage in graph.pseudo] == [{"task": graph.prepare[0]}, {"task": graph.prepare[1]}]
+    assert [stage.inputs for stage in graph.kept] == [{"task": graph.prepare[0]}, {"task": graph.prepare[1]}]
     for i, row in enumerate(graph.evaluate):
         assert [stage.inputs for stage in row] == [
             {"version": graph.train[i], "task": graph.prepare[j]} for j in range(i + 1)
@@ -72,7 +72,7 @@ def test_every_stage_is_there_once_and_reads_what_it_needs() -> None:
 
 def test_only_training_and_pseudo_samples_take_train_workers() -> None:
     graph = experiment("cluster.train_workers=3", "cluster.cpus_per_worker=2", "cluster.gpus_per_worker=1").graph
-    for stage in (*graph.train, *graph.pseudo, *(scored.inputs["version"] for scored in graph.single)):
+    for stage in (*graph.train, *graph.kept, *(scored.inputs["version"] for scored in graph.single)):
         assert (stage.workers, stage.cpus, stage.gpus) == (3, 2, 1)
     for stage in (*(s for row in graph.evaluate for s in row), *graph.single):
         assert (stage.workers, stage.cpus, stage.gpus) == (0, 2, 1)
@@ -85,7 +85,7 @@ def changed(base: dict[str, list[str]], *overrides: str) -> dict[str, list[bool]
 
 
 def expected(**groups: list[bool]) -> dict[str, list[bool]]:
-    sizes = {"prepare": 3, "pseudo": 2, "train": 3, "evaluate": 6, "single": 3, "single score": 3}
+    sizes = {"prepare": 3, "kept": 2, "train": 3, "evaluate": 6, "single": 3, "single score": 3}
     return {group: groups.get(group.replace(" ", "_"), [False] * size) for group, size in sizes.items()}
 
 
@@ -97,12 +97,34 @@ def test_reflection_reaches_no_task_before_there_is_something_to_reflect_on(base
     assert changed(base, "reflection.batch_size=3") == expected(**AFTER_FIRST)
 
 
+@pytest.mark.parametrize("source", ["memory", "statistics"])
+def test_another_source_of_reflection_reaches_no_first_task(base: dict[str, list[str]], source: str) -> None:
+    assert changed(base, f"reflection.source={source}") == expected(kept=[True] * 2, **AFTER_FIRST)
+    graph = experiment(f"reflection.source={source}", "cluster.train_workers=2").graph
+    assert [stage.name for stage in graph.kept] == [f"{source}[00 animal]", f"{source}[01 basket]"]
+    assert {stage.workers for stage in graph.kept} == {0}
+
+
+def test_what_another_source_reads_reaches_nothing(base: dict[str, list[str]]) -> None:
+    assert changed(base, "reflection.share=0.5") == changed(base, "reflection.rank=3") == expected()
+    statistics = identities(experiment("reflection.source=statistics").graph)
+    assert identities(experiment("reflection.source=statistics", "generator.steps=9").graph) == statistics
+
+
+def test_what_the_query_sees_is_no_matter_of_the_generator(base: dict[str, list[str]]) -> None:
+    assert changed(base, "attention.query=input") == expected(train=[True] * 3, evaluate=[True] * 6)
+
+
+def test_sapt_and_the_paper_share_all_but_training(base: dict[str, list[str]]) -> None:
+    assert changed(base, "method.name=sapt_paper") == expected(train=[True] * 3, evaluate=[True] * 6)
+
+
 def test_where_the_target_comes_from_counts_from_the_first_task_on(base: dict[str, list[str]]) -> None:
     assert changed(base, "reflection.target_split=dev") == expected(train=[True] * 3, evaluate=[True] * 6)
 
 
 def test_the_generator_reaches_no_first_task_and_no_task_alone(base: dict[str, list[str]]) -> None:
-    assert changed(base, "generator.steps=3") == expected(pseudo=[True] * 2, **AFTER_FIRST)
+    assert changed(base, "generator.steps=3") == expected(kept=[True] * 2, **AFTER_FIRST)
 
 
 def test_the_attention_does_not_reach_a_task_alone(base: dict[str, list[str]]) -> None:
@@ -146,22 +168,32 @@ def test_a_seed_reaches_all_that_is_random_and_no_preparation(base: dict[str, li
 def test_sequential_shares_its_first_task_with_the_task_alone(base: dict[str, list[str]]) -> None:
     graph = experiment("method.name=sequential").graph
     keys = identities(graph)
-    assert graph.pseudo == ()
+    assert graph.kept == ()
     assert keys["train"][0] == keys["single"][0] == base["single"][0]
     assert keys["single"] == base["single"]
     assert graph.train[1].inputs == {"task": graph.prepare[1], "parent": graph.train[0]}
 
 
-@pytest.mark.parametrize("override", ["reflection.weight=0.1", "attention.temperature=0.7", "generator.steps=9"])
+@pytest.mark.parametrize(
+    "override",
+    [
+        "reflection.weight=0.1",
+        "reflection.source=memory",
+        "attention.temperature=0.7",
+        "generator.steps=9",
+        "pet.detach_frozen=true",
+    ],
+)
 def test_what_only_sapt_reads_changes_nothing_of_sequential(override: str) -> None:
     plain = identities(experiment("method.name=sequential").graph)
     assert identities(experiment("method.name=sequential", override).graph) == plain
 
 
 def test_without_reflection_there_are_no_pseudo_samples() -> None:
+    assert experiment("reflection.source=none").graph.kept == ()
     graph = experiment("reflection.weight=0").graph
-    assert graph.pseudo == ()
-    assert not any(name.startswith("pseudo") for stage in graph.train for name in stage.inputs)
+    assert graph.kept == ()
+    assert not any(name.startswith("kept") for stage in graph.train for name in stage.inputs)
 
 
 def test_tasks_are_not_learnt_alone_unless_asked_for() -> None:
@@ -173,6 +205,22 @@ def test_tasks_are_not_learnt_alone_unless_asked_for() -> None:
 def test_a_task_more_changes_nothing_before_it(base: dict[str, list[str]]) -> None:
     two = identities(experiment("benchmark.tasks=animal,basket").graph)
     assert all(base[group][: len(keys)] == keys for group, keys in two.items())
+
+
+def test_given_samples_count_by_content(tmp_path: Path) -> None:
+    def at(folder: Path) -> Experiment:
+        return experiment("reflection.source=given", f"reflection.data_dir={folder}")
+
+    here = at(write_tasks(tmp_path / "here", "animal", "basket"))
+    there = at(write_tasks(tmp_path / "there", "animal", "basket"))
+    assert (identities(there.graph), there.key) == (identities(here.graph), here.key)
+    assert [stage.kind for stage in here.graph.kept] == ["given", "given"]
+    rows = {"Definition": "", "Instances": [{"input": "another", "output": ""}]}
+    (tmp_path / "there/basket/train.json").write_text(json.dumps(rows))
+    edited = at(tmp_path / "there")
+    assert edited.key != here.key
+    assert identities(edited.graph)["kept"][0] == identities(here.graph)["kept"][0]
+    assert identities(edited.graph)["kept"][1] != identities(here.graph)["kept"][1]
 
 
 def write_tasks(folder: Path, *names: str) -> Path:
@@ -217,4 +265,4 @@ def test_moving_data_and_backbone_changes_no_key(tmp_path: Path) -> None:
         for group, keys in identities(edited.graph).items()
     }
     assert differing["prepare"] == differing["train"] == differing["single"] == [False, True]
-    assert differing["pseudo"] == [False]
+    assert differing["kept"] == [False]

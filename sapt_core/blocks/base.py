@@ -1,0 +1,94 @@
+"""What a pool asks of its blocks, whatever kind they are."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from sapt_core.errors import SnapshotError
+
+Weights: TypeAlias = Callable[[], Tensor]
+"""The mixture (B, T) of the batch that is running."""
+
+
+class PETBlocks(nn.Module, ABC):
+    """The blocks of a pool: T of them, oldest first, of which at most the last is being learnt.
+
+    A block's tensors are named as in PEFT's ``adapter_model.safetensors``.
+
+    Attributes:
+        frozen_blocks: how many are finished.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen_blocks = 0
+
+    @property
+    @abstractmethod
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of one block's tensors."""
+
+    @abstractmethod
+    def attach(self, backbone: PreTrainedModel, weights: Weights) -> list[RemovableHandle]:
+        """Mix the blocks into the backbone's linears by forward hooks; none for blocks that only ``prompts``."""
+
+    @abstractmethod
+    def prompts(self, weights: Tensor) -> Tensor | None:
+        """Embeddings (B, l, D) to put in front of the input's for weights (B, T); None if there are none."""
+
+    @abstractmethod
+    def add(self) -> None:
+        """Start the block of a new task."""
+
+    @abstractmethod
+    def current_state(self) -> dict[str, Tensor]:
+        """A copy of the tensors of the block that is being learnt."""
+
+    @abstractmethod
+    def _load_current(self, state: Mapping[str, Tensor]) -> None: ...
+
+    @abstractmethod
+    def _append_frozen(self, state: Mapping[str, Tensor]) -> None: ...
+
+    @abstractmethod
+    def _drop_current(self) -> None: ...
+
+    def load_current(self, state: Mapping[str, Tensor]) -> None:
+        """Overwrite the current block, for going on with its training.
+
+        Raises:
+            SnapshotError: the tensors are not those of a block of this kind and size.
+        """
+        self._check(state)
+        self._load_current(state)
+
+    def append_frozen(self, state: Mapping[str, Tensor]) -> None:
+        """Append a stored block behind the frozen ones.
+
+        Raises:
+            SnapshotError: the tensors are not those of a block of this kind and size.
+        """
+        self._check(state)
+        self._append_frozen(state)
+        self.frozen_blocks += 1
+
+    def freeze(self) -> None:
+        """Make the current block one of the frozen ones."""
+        self.append_frozen(self.current_state())
+        self._drop_current()
+
+    def _check(self, state: Mapping[str, Tensor]) -> None:
+        given = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        expected = self.shapes
+        if given != expected:
+            differing = sorted(set(given.items()) ^ set(expected.items()))
+            raise SnapshotError(
+                f"A stored block does not fit this backbone and pet section: {len(differing)} tensors differ, "
+                f"first {differing[0][0]}; use the pet settings that the pool was learnt with"
+            )
