@@ -13,7 +13,7 @@ from sapt_core.benchmarks.templates import TEMPLATES
 from sapt_core.config import AttentionConfig, BackboneConfig
 from sapt_core.errors import SaptError, SnapshotError, StoreError
 from sapt_core.predictor import Predictor, find_task
-from sapt_core.snapshot import LearntTask, Manifest, new_pool, store_block, store_router
+from sapt_core.snapshot import SCHEMA_VERSION, LearntTask, Manifest, new_pool, store_block, store_router
 from tests.core.tiny import DictStore, fill, lora, tiny_backbone, tiny_tokenizer
 
 ATTENTION = AttentionConfig(bottleneck=5, temperature=0.2)
@@ -158,7 +158,7 @@ def test_damage_is_found_when_it_is_loaded(store: DictStore, tmp_path: Path) -> 
     manifest = version(store, tmp_path / "t5")
     with pytest.raises(SnapshotError, match="not JSON"):
         Predictor.load(manifest.to_bytes()[:-5], store)
-    newer = json.dumps({**json.loads(manifest.to_bytes()), "schema_version": 2}).encode()
+    newer = json.dumps({**json.loads(manifest.to_bytes()), "schema_version": SCHEMA_VERSION + 1}).encode()
     with pytest.raises(SnapshotError, match="Update sapt-on-ray"):
         Predictor.load(newer, store)
     store.blobs[manifest.blocks[1]] = b"no tensors"

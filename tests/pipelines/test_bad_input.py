@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig
+from transformers import BertConfig, LlamaConfig, LlamaForCausalLM
 
 from pipelines import continual
 from tests.pipelines.commands import QUICKSTART, ROOT, TINY, Outcome
@@ -219,6 +219,49 @@ def test_target_modules_that_match_nothing(refuse: Refuse, section: str) -> None
     message = refuse(f"{section}.target_modules=q_proj")
     assert "q_proj" in message
     assert "wi_0" in message, "the names that are there"
+
+
+# Blocks and reflection
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("pet.type=prompt", "pet.length=0"), "pet.length: Input should be greater than or equal to 1"),
+        (("pet.type=prompt", "pet.r=4"), "pet.r: no such field; known here: type, length"),
+        (("pet.type=soft",), "pet: type must be lora or prompt"),
+        (("method.name=spat",), "method.name: Input should be 'sapt', 'sapt_paper' or 'sequential'"),
+        (("reflection.source=given",), "source given and data_dir"),
+        (("reflection.data_dir=elsewhere",), "source given and data_dir"),
+        (("reflection.source=memories",), "reflection.source: Input should be 'generated'"),
+        (("reflection.source=memory", "reflection.share=0"), "reflection.share: Input should be greater than 0"),
+    ],
+)
+def test_blocks_and_sources_that_there_are_not(refuse: Refuse, overrides: tuple[str, ...], said: str) -> None:
+    assert said in refuse(*overrides)
+
+
+def test_soft_prompts_longer_than_the_positions(refuse: Refuse) -> None:
+    folder = backbone("llama", "*.safetensors", "config.json")
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+            max_position_embeddings=120,
+        )
+    ).save_pretrained(folder)  # fmt: skip
+    targets = ("generator.pet.target_modules=q_proj", "pet.type=prompt")
+    message = refuse("backbone.path=llama", *targets, "pet.length=99")
+    assert "120 positions" in message
+    assert "pet.length, benchmark.max_source_tokens and max_target_tokens ask for 211" in message
+
+
+def test_given_samples_that_are_not_there(refuse: Refuse) -> None:
+    Path("samples/animal").mkdir(parents=True)
+    Path("samples/animal/train.json").write_text('{"Definition": "", "Instances": [{"output": ""}]}')
+    message = refuse("benchmark.tasks=animal,basket,ticket", "reflection.source=given", "reflection.data_dir=samples")
+    assert "animal/train.json: row 0: input is missing" in message
+    assert "basket/train.json: no such file" in message
+    assert "ticket" not in message  # nothing comes after it
 
 
 # Together

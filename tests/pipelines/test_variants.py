@@ -1,0 +1,113 @@
+"""The tiny sequence with every kind of block, source of reflection and departure from the paper, end to end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from pipelines import continual, predict
+from sapt_core.snapshot import Manifest
+from tests.pipelines.commands import TINY, Finished, Outcome, command
+
+Call = Callable[[Callable[[], None], list[str]], Outcome]
+LLAMA = ("backbone.path=llama", "pet.target_modules=q_proj,v_proj", "generator.pet.target_modules=q_proj,v_proj")
+
+
+def run(call: Call, store: Path, *overrides: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The summary, and the records by name of the stages that this run added."""
+    known = set((store / "records").glob("*.json"))
+    ended = call(continual.main, [*command(store)[2:], *overrides, "--summary", str(store / "summary.json")])
+    assert ended.code == 0, ended.out + ended.err
+    added = [json.loads(path.read_text()) for path in set((store / "records").glob("*.json")) - known]
+    return json.loads((store / "summary.json").read_text()), {record["name"]: record for record in added}
+
+
+def manifest(store: Path, digest: str) -> Manifest:
+    (path,) = (path for path in store.rglob(digest) if path.is_file())
+    return Manifest.from_bytes(path.read_bytes())
+
+
+def given_samples(folder: Path) -> str:
+    (folder / "animal").mkdir(parents=True)
+    rows = {"Definition": "", "Instances": [{"input": "a grey fox ran", "output": ""}]}
+    (folder / "animal/train.json").write_text(json.dumps(rows))
+    return f"reflection.data_dir={folder}"
+
+
+@pytest.mark.parametrize("source", ["memory", "statistics", "given"])
+def test_every_source_is_reflected_on(copied: Finished, tmp_path: Path, call: Call, source: str) -> None:
+    extra = [given_samples(tmp_path / "samples")] if source == "given" else []
+    # Soft attention: a sharp one routes these tasks so well that the term is zero to the last bit.
+    summary, added = run(call, copied.store, f"reflection.source={source}", "attention.temperature=5", *extra)
+    assert not [name for name in added if name.startswith(("prepare", "single", "pseudo_samples"))]
+    assert added[f"{source}[00 animal]"]["metrics"]["bytes"] > 0
+    assert added["train[01 basket]"]["metrics"]["last"]["kl"] > 0
+    assert summary["snapshot"] != copied.snapshot
+
+
+def test_nothing_to_reflect_on(copied: Finished, call: Call) -> None:
+    _, added = run(call, copied.store, "reflection.source=none", "attention.temperature=5")
+    assert added["train[01 basket]"]["metrics"]["last"]["kl"] == 0
+
+
+def test_departures_of_the_published_code_and_targets_of_an_input(copied: Finished, call: Call) -> None:
+    summary, added = run(
+        call,
+        copied.store,
+        "method.name=sapt_paper",
+        "attention.silu=after",
+        "attention.query=input",
+        "attention.pool_padding=true",
+        "attention.scale=vocabulary",
+        "attention.selection=uniform",
+        "pet.detach_frozen=true",
+        "reflection.target=instance",
+        "reflection.per_micro_batch=true",
+        "train.micro_batch_size=2",
+    )
+    assert added["train[01 basket]"]["metrics"]["last"]["kl"] > 0
+    assert added["evaluate[v01 on 00 animal]"]["metrics"]["weights"] == [0.5, 0.5]
+    kept = manifest(copied.store, summary["snapshot"])
+    assert kept.method == "sapt_paper"
+    assert kept.attention is not None
+    assert (kept.attention.temperature, kept.attention.query) == (1.0, "input")
+
+
+def test_prompts_are_learnt_and_asked(copied: Finished, call: Call) -> None:
+    summary, _ = run(call, copied.store, "pet.type=prompt", "pet.length=3", "train.learning_rate=0.1")
+    assert manifest(copied.store, summary["snapshot"]).pet.type == "prompt"
+    assert len(summary["single"]) == 2
+    asked = ["--snapshot", summary["snapshot"], "--task", "animal", "--input", "ada met a grey fox."]
+    answered = call(predict.main, [*asked, f"store.uri={copied.store}"])
+    assert answered.code == 0, answered.err
+    assert "animal" in answered.out
+
+
+@pytest.mark.parametrize("pet", ["lora", "prompt"])
+def test_a_decoder_only_backbone_end_to_end(
+    pet: str, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(TINY[0].partition("=")[2])
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=512,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained("llama")
+    tokenizer.save_pretrained("llama")
+    kind = ["pet.type=prompt", "pet.length=2", LLAMA[0], LLAMA[2]] if pet == "prompt" else list(LLAMA)
+    summary, added = run(call, tmp_path / "store", *kind, "reflection.source=statistics")
+    assert [len(row) for row in summary["scores"]] == [1, 2]
+    assert added["train[01 basket]"]["metrics"]["last"]["kl"] >= 0
+    assert manifest(tmp_path / "store", summary["snapshot"]).backbone.path == "llama"
