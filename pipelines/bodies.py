@@ -6,6 +6,7 @@ Plain functions of ``sapt_core``; they run the same inline, as a Ray task and on
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -17,10 +18,12 @@ from transformers.utils.logging import disable_progress_bar
 from cluster.stages import StageContext, StageRecord, StageResult
 from pipelines.progress import progress
 from sapt_core import metrics
+from sapt_core.analysis import MIN_ROWS, draw, sample_quality
 from sapt_core.backbone import BackboneRef, load_backbone
-from sapt_core.benchmarks.prepare import PreparedTask, PromptEncoder, prepare_task
+from sapt_core.benchmarks.prepare import PreparedTask, PromptEncoder, prepare_task, read_split
 from sapt_core.benchmarks.task import Task
 from sapt_core.blobs import BlobStore
+from sapt_core.blocks.lora import LoRABlocks
 from sapt_core.config import (
     AttentionConfig,
     EvaluationConfig,
@@ -35,6 +38,7 @@ from sapt_core.evaluation import answer, pooled_embeddings
 from sapt_core.generator import encode_pseudo_samples, generate_pseudo_samples
 from sapt_core.learning import learn_task
 from sapt_core.model import SaptModel
+from sapt_core.pool import PETPool
 from sapt_core.snapshot import LearntTask, Manifest, embedding_matrix, load_pool, new_pool
 
 disable_progress_bar()  # type: ignore[no-untyped-call]  # of loading weights: a stage has its own
@@ -174,6 +178,46 @@ def evaluate(context: StageContext) -> StageResult:
         outputs={"predictions": context.store.put(lines.encode())},
         metrics={"score": score, "weights": weights.mean(dim=0).tolist(), "rows": len(predictions)},
     )
+
+
+def attend(context: StageContext) -> StageResult:
+    """Mean attention of one version on the dev rows of every task it has learnt; no pass of the backbone.
+
+    Inputs: ``version``, the train stage; ``task 00`` and on. Test rows are not looked at, so that what
+    is set because of these figures was not chosen by what scores are measured on.
+    Metrics: ``weights``, a list a task of the mean weight of every block, oldest first.
+    """
+    manifest = Manifest.from_bytes(context.store.get(context.inputs["version"].outputs["manifest"]))
+    model, tokenizer = load_backbone(manifest.backbone, context.store)
+    pool = load_pool(manifest, context.store, model)
+    bare = SaptModel(model, pool)
+    weights = []
+    for _, record in sorted((name, record) for name, record in context.inputs.items() if name.startswith("task")):
+        rows = list(read_split(context.store.get(record.outputs["dev.arrow"])))
+        with torch.no_grad():
+            weights.append(pool.attend(pooled_embeddings(bare, tokenizer, rows)).mean(dim=0).tolist())
+    return StageResult(metrics={"weights": weights})
+
+
+def quality(context: StageContext) -> StageResult:
+    """Compare a task's pseudo-samples with its train rows.
+
+    Reads ``backbone``; inputs ``task``, ``pseudo``. Metrics: the fields of ``SampleQuality``.
+    """
+    samples, task = context.inputs["pseudo"].outputs, context.inputs["task"].outputs
+    generated: list[str] = json.loads(context.store.get(samples["samples"]))
+    train = read_split(context.store.get(task["train.arrow"]))
+    model, tokenizer = load_backbone(BackboneRef(**context.reads["backbone"]), context.store)
+    # Pooling asks the backbone's embeddings alone, so no linear needs a block.
+    bare = SaptModel(model, PETPool(LoRABlocks({}, LoRAConfig()), embedding_matrix(model).shape[1], None))
+    rows = [train[index] for index in draw(len(train), max(MIN_ROWS, len(generated)))]
+    found = sample_quality(
+        [str(text) for text in train["input"]],
+        generated,
+        pooled_embeddings(bare, tokenizer, rows).numpy(),
+        load_tensors(context.store.get(samples["pooled"]))["pooled"].numpy(),
+    )
+    return StageResult(metrics=asdict(found))
 
 
 def score_version(

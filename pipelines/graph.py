@@ -25,6 +25,9 @@ GENERATED_FROM = frozenset({"train.arrow"})
 LEARNT_FROM = frozenset({"train.arrow", "dev.arrow"})
 SCORED_ON = frozenset({"test.arrow", "meta.json"})
 POOLED = frozenset({"pooled"})
+SAMPLED = frozenset({"samples", "pooled"})
+ATTENDED_ON = frozenset({"dev.arrow"})
+ROUTED_BY = frozenset({"manifest"})
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class SequenceGraph:
         evaluate: row i holds the scores of version i on tasks 0..i.
         single: each task learnt alone and scored; empty if not asked for.
         pseudo: pseudo-samples of tasks 0..T-2; empty for a method without reflection.
+        quality: how they compare with the real rows; one a stage of ``pseudo``.
+        attend: version i's mean attention on the dev rows of tasks 0..i; empty for a method without attention.
         prepare: one stage a task.
     """
 
@@ -46,14 +51,16 @@ class SequenceGraph:
     train: tuple[Stage, ...]
     evaluate: tuple[tuple[Stage, ...], ...]
     single: tuple[Stage, ...]
+    quality: tuple[Stage, ...] = ()
+    attend: tuple[Stage, ...] = ()
 
     @property
     def stages(self) -> list[Stage]:
         """All of them, most urgent first: the chain, then task by task what the chain and the versions wait for."""
         found = list(self.train)
         for index, row in enumerate(self.evaluate):
-            found += [self.prepare[index], *self.pseudo[index : index + 1], *row]
-        return [*found, *self.single]
+            found += [self.prepare[index], *self.pseudo[index : index + 1], *row, *self.attend[index : index + 1]]
+        return [*found, *self.single, *self.quality]
 
 
 def build_graph(config: ExperimentConfig, tasks: Sequence[Task], ref: BackboneRef) -> SequenceGraph:
@@ -124,7 +131,32 @@ def build_graph(config: ExperimentConfig, tasks: Sequence[Task], ref: BackboneRe
             learner.evaluation(f"evaluate[single {label}]", version, prepared)
             for label, version, prepared in zip(labels, alone, prepare, strict=True)
         )
-    return SequenceGraph(tuple(task.name for task in tasks), prepare, pseudo, tuple(train), evaluate, single)
+    quality = tuple(
+        Stage(
+            name=f"quality[{label}]",
+            kind="quality",
+            body=bodies.quality,
+            reads={"backbone": backbone},
+            inputs={"task": prepared, "pseudo": samples},
+            uses={"task": GENERATED_FROM, "pseudo": SAMPLED},
+            cpus=config.cluster.cpus_per_worker,
+        )
+        for label, prepared, samples in zip(labels, prepare, pseudo, strict=False)
+    )
+    attend = tuple(
+        Stage(
+            name=f"attend[v{i:02d}]",
+            kind="attend",
+            body=bodies.attend,
+            inputs={"version": version, **{f"task {j:02d}": prepare[j] for j in range(i + 1)}},
+            uses={"version": ROUTED_BY, **{f"task {j:02d}": ATTENDED_ON for j in range(i + 1)}},
+            cpus=config.cluster.cpus_per_worker,
+        )
+        for i, version in enumerate(train)
+        if config.method.name == "sapt"
+    )
+    names = tuple(task.name for task in tasks)
+    return SequenceGraph(names, prepare, pseudo, tuple(train), evaluate, single, quality, attend)
 
 
 @dataclass(frozen=True)
