@@ -8,7 +8,6 @@ Submitted again after any interruption, the same command goes on where it stoppe
 from __future__ import annotations
 
 import json
-import sys
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,11 +64,11 @@ def _run_published(experiment: Experiment, store: ArtifactStore, *, all_done: bo
         reporter = Reporter(experiment, store, publisher)
         try:
             _run(experiment, store, executor, reporter)
+            _report(reporter, publisher)
         except BaseException as error:
             with suppress(TrackingError):  # the first error is the one to tell
                 publisher.abandon(killed=not isinstance(error, Exception))
             raise
-        _report(reporter, publisher)
     return reporter
 
 
@@ -78,15 +77,16 @@ def _report(reporter: Reporter, publisher: MLflowPublisher) -> None:
     from pipelines import report  # noqa: PLC0415  matplotlib, only where something is drawn
 
     folder = report.default_folder(reporter.experiment)
+    where = str(folder / report.PAGE)
     files = report.standing(folder, reporter.findings)
     if files is None:
         files = report.build(reporter.findings)
         try:
             report.write(folder, files)
-        except ServiceError as error:  # MLflow has it all the same
-            print(f"the report is in MLflow alone: {error}", file=sys.stderr)
+        except ServiceError as error:
+            where = f"in MLflow alone, for {error}"
     publisher.finish(reporter.summary(), files)
-    reporter.console.print(f"report: {folder / report.PAGE}", markup=False)
+    reporter.console.print(f"report: {where}", markup=False)
 
 
 def _ray(config: ExperimentConfig, stack: ExitStack) -> Executor[Any]:
