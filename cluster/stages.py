@@ -320,21 +320,29 @@ def run_graph(
     return records
 
 
+def done(stages: Sequence[Stage], store: ArtifactStore) -> dict[Stage, StageRecord]:
+    """Records of the stages, and of those they depend on, that a run would not repeat. Nothing is run."""
+    graph, _ = _graph(stages)
+    records: dict[Stage, StageRecord] = {}
+    for stage in graph.static_order():
+        if all(source in records for source in stage.inputs.values()):
+            key = stage_key(stage, {name: records[source] for name, source in stage.inputs.items()})
+            record = find_record(store, key)
+            if record is not None and not _lost_outputs(store, record):
+                records[stage] = record
+    return records
+
+
 def plan(stages: Sequence[Stage], store: ArtifactStore) -> dict[Stage, Literal["done", "to run", "unknown"]]:
     """What a run would do with each stage: ``unknown`` where the key depends on results not there yet."""
     graph, _ = _graph(stages)
+    records = done(stages, store)
     states: dict[Stage, Literal["done", "to run", "unknown"]] = {}
-    records: dict[Stage, StageRecord] = {}
     for stage in graph.static_order():
-        if any(states[source] != "done" for source in stage.inputs.values()):
-            states[stage] = "unknown"
-            continue
-        record = find_record(store, stage_key(stage, {name: records[source] for name, source in stage.inputs.items()}))
-        if record is None or _lost_outputs(store, record):
-            states[stage] = "to run"
-        else:
+        if stage in records:
             states[stage] = "done"
-            records[stage] = record
+        else:
+            states[stage] = "to run" if all(source in records for source in stage.inputs.values()) else "unknown"
     return states
 
 

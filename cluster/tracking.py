@@ -251,6 +251,13 @@ class Tracker:
             self._log(run_id, params={k: v for k, v in wanted.items() if k not in run.data.params}, tags=tags)
             return run_id
 
+    def find_sequence(self, key: str) -> str | None:
+        """Id of the run that ``start_sequence`` opened with ``key``, as it stands; None if there is none."""
+        with reported(self.config.uri):
+            experiment = client_of(self.config.uri).get_experiment_by_name(self.config.experiment)
+            runs = self._search(str(experiment.experiment_id), {RUN_KEY: key}) if experiment else []
+            return str(runs[0].info.run_id) if runs else None
+
     def log_stage(
         self,
         parent: str,
@@ -312,6 +319,11 @@ class Tracker:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(content.encode() if isinstance(content, str) else content)
             client_of(self.config.uri).log_artifacts(run_id, folder)
+
+    def log_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Set tags; one that is there is replaced."""
+        with reported(self.config.uri):
+            self._log(run_id, tags=tags)
 
     def finish(self, run_id: str, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
         """Close a run; ``start_sequence`` opens it again."""

@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from cluster.stages import StageContext, StageRecord, StageResult
 from pipelines.progress import progress
 from sapt_core import metrics
+from sapt_core.analysis import MIN_ROWS, draw, sample_quality
 from sapt_core.backbone import BackboneRef, load_backbone
-from sapt_core.benchmarks.prepare import PreparedTask, prepare_task
+from sapt_core.benchmarks.prepare import PreparedTask, PromptEncoder, prepare_task, read_split
 from sapt_core.benchmarks.task import Task
 from sapt_core.blobs import BlobStore
 from sapt_core.config import (
@@ -118,8 +120,8 @@ def statistics(context: StageContext) -> StageResult:
     reads = context.reads
     task = _prepared(context.store, context.inputs["task"])
     model, tokenizer = load_backbone(BackboneRef(**reads["backbone"]), context.store)
-    bare = SaptModel(model, new_pool(model, PromptConfig(length=1), AttentionConfig(**reads["attention"])))
-    kept = GaussianQueries.of(pooled_embeddings(bare, tokenizer, list(task.train)), reads["rank"])
+    pooled = pooled_embeddings(_bare(model, AttentionConfig(**reads["attention"])), tokenizer, list(task.train))
+    kept = GaussianQueries.of(pooled, reads["rank"])
     data = save_tensors({name: value.contiguous() for name, value in vars(kept).items()})
     return StageResult(outputs={"statistics": context.store.put(data)}, metrics={"bytes": len(data)})
 
@@ -192,6 +194,46 @@ def evaluate(context: StageContext) -> StageResult:
     )
 
 
+def attend(context: StageContext) -> StageResult:
+    """Mean attention of one version on the dev rows of every task it has learnt; no pass of the backbone.
+
+    Inputs: ``version``, the train stage; ``task 00`` and on. Test rows are not looked at, so that what
+    is set because of these figures was not chosen by what scores are measured on.
+    Metrics: ``weights``, a list a task of the mean weight of every block, oldest first.
+    """
+    manifest = Manifest.from_bytes(context.store.get(context.inputs["version"].outputs["manifest"]))
+    model, tokenizer = load_backbone(manifest.backbone, context.store)
+    pool = load_pool(manifest, context.store, model)
+    bare = SaptModel(model, pool)
+    weights = []
+    for _, record in sorted((name, record) for name, record in context.inputs.items() if name.startswith("task")):
+        rows = list(read_split(context.store.get(record.outputs["dev.arrow"])))
+        with torch.no_grad():
+            weights.append(pool.attend(pooled_embeddings(bare, tokenizer, rows)).mean(dim=0).tolist())
+    return StageResult(metrics={"weights": weights})
+
+
+def quality(context: StageContext) -> StageResult:
+    """Compare a task's pseudo-samples with its train rows.
+
+    Reads ``backbone``, ``max_source_tokens``; inputs ``task``, ``kept``. Metrics: the fields of ``SampleQuality``.
+    """
+    generated: list[str] = json.loads(context.store.get(context.inputs["kept"].outputs["samples"]))
+    task = _prepared(context.store, context.inputs["task"])
+    model, tokenizer = load_backbone(BackboneRef(**context.reads["backbone"]), context.store)
+    bare = _bare(model, AttentionConfig())
+    encoder = PromptEncoder(
+        tokenizer,
+        max_source_tokens=context.reads["max_source_tokens"],
+        is_encoder_decoder=bool(model.config.is_encoder_decoder),
+    )
+    drawn = [task.train[index] for index in draw(len(task.train), max(MIN_ROWS, len(generated)))]
+    made = [prompt.row for prompt in encoder.prompts(task.template, task.definition, generated)]
+    real, fake = (pooled_embeddings(bare, tokenizer, rows).numpy() for rows in (drawn, made))
+    found = sample_quality([str(text) for text in task.train["input"]], generated, real, fake)
+    return StageResult(metrics=asdict(found))
+
+
 def score_version(
     manifest: Manifest,
     task: PreparedTask,
@@ -217,6 +259,11 @@ def score_version(
         for row, text, accepted in zip(rows, texts, references, strict=True)
     ]
     return metrics.score(task.metric, texts, references), weights, predictions
+
+
+def _bare(model: PreTrainedModel, attention: AttentionConfig) -> SaptModel:
+    """A model to pool with: only the embeddings are asked, and what ``attention`` lets a query see."""
+    return SaptModel(model, new_pool(model, PromptConfig(length=1), attention))
 
 
 def _kept(store: BlobStore, record: StageRecord) -> Sequence[str] | GaussianQueries:

@@ -38,7 +38,7 @@ def check_output(path: Path | None) -> None:
         raise SaptError(f"{path} cannot be written: give a file in a folder that this user can write to")
 
 
-def write_output(path: Path, text: str) -> None:
+def write_output(path: Path, content: str | bytes) -> None:
     """Write a result file, whole or not at all; its folder is made.
 
     Raises:
@@ -46,9 +46,9 @@ def write_output(path: Path, text: str) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as part:
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as part:
             try:
-                part.write(text)
+                part.write(content.encode() if isinstance(content, str) else content)
                 part.close()
                 Path(part.name).chmod(0o644)
                 Path(part.name).replace(path)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.stages import Executor, InlineExecutor, plan, run_graph
 from cluster.store import ArtifactStore, open_store
@@ -18,7 +18,10 @@ from pipelines import cli
 from pipelines.experiment import Experiment, load_experiment
 from pipelines.reporter import Reporter
 from sapt_core.config import ExperimentConfig
-from sapt_core.errors import TrackingError
+from sapt_core.errors import ServiceError, TrackingError
+
+if TYPE_CHECKING:
+    from pipelines.publishing import MLflowPublisher
 
 
 def main() -> None:
@@ -61,12 +64,29 @@ def _run_published(experiment: Experiment, store: ArtifactStore, *, all_done: bo
         reporter = Reporter(experiment, store, publisher)
         try:
             _run(experiment, store, executor, reporter)
+            _report(reporter, publisher)
         except BaseException as error:
             with suppress(TrackingError):  # the first error is the one to tell
                 publisher.abandon(killed=not isinstance(error, Exception))
             raise
-        publisher.finish(reporter.summary())
     return reporter
+
+
+def _report(reporter: Reporter, publisher: MLflowPublisher) -> None:
+    """Close the run in MLflow with its report, which is kept in the working directory too."""
+    from pipelines import report  # noqa: PLC0415  matplotlib, only where something is drawn
+
+    folder = report.default_folder(reporter.experiment)
+    where = str(folder / report.PAGE)
+    files = report.standing(folder, reporter.findings)
+    if files is None:
+        files = report.build(reporter.findings)
+        try:
+            report.write(folder, files)
+        except ServiceError as error:
+            where = f"in MLflow alone, for {error}"
+    publisher.finish(reporter.summary(), files)
+    reporter.console.print(f"report: {where}", markup=False)
 
 
 def _ray(config: ExperimentConfig, stack: ExitStack) -> Executor[Any]:

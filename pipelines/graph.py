@@ -24,6 +24,10 @@ from sapt_core.trainer import step_seed
 KEPT_FROM = frozenset({"train.arrow"})
 LEARNT_FROM = frozenset({"train.arrow", "dev.arrow"})
 SCORED_ON = frozenset({"test.arrow", "meta.json"})
+COMPARED_WITH = frozenset({"train.arrow", "meta.json"})
+SAMPLED = frozenset({"samples"})
+ATTENDED_ON = frozenset({"dev.arrow"})
+ROUTED_BY = frozenset({"manifest"})
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,8 @@ class SequenceGraph:
         evaluate: row i holds the scores of version i on tasks 0..i.
         single: each task learnt alone and scored; empty if not asked for.
         kept: what there is to reflect on of tasks 0..T-2; empty for a method without reflection.
+        quality: how the pseudo-samples in ``kept`` compare with the real rows; empty where there are none.
+        attend: version i's mean attention on the dev rows of tasks 0..i; empty for a method without attention.
         prepare: one stage a task.
     """
 
@@ -45,14 +51,16 @@ class SequenceGraph:
     train: tuple[Stage, ...]
     evaluate: tuple[tuple[Stage, ...], ...]
     single: tuple[Stage, ...]
+    quality: tuple[Stage, ...] = ()
+    attend: tuple[Stage, ...] = ()
 
     @property
     def stages(self) -> list[Stage]:
         """All of them, most urgent first: the chain, then task by task what the chain and the versions wait for."""
         found = list(self.train)
         for index, row in enumerate(self.evaluate):
-            found += [self.prepare[index], *self.kept[index : index + 1], *row]
-        return [*found, *self.single]
+            found += [self.prepare[index], *self.kept[index : index + 1], *row, *self.attend[index : index + 1]]
+        return [*found, *self.single, *self.quality]
 
 
 def build_graph(
@@ -111,7 +119,33 @@ def build_graph(
             learner.evaluation(f"evaluate[single {label}]", version, prepared)
             for label, version, prepared in zip(labels, alone, prepare, strict=True)
         )
-    return SequenceGraph(tuple(task.name for task in tasks), prepare, kept, tuple(train), evaluate, single)
+    quality = tuple(
+        Stage(
+            name=f"quality[{label}]",
+            kind="quality",
+            body=bodies.quality,
+            reads={"backbone": backbone, "max_source_tokens": config.benchmark.max_source_tokens},
+            inputs={"task": prepared, "kept": samples},
+            uses={"task": COMPARED_WITH, "kept": SAMPLED},
+            cpus=config.cluster.cpus_per_worker,
+        )
+        for label, prepared, samples in zip(labels, prepare, kept, strict=False)
+        if config.reflection.source in {"generated", "given"}
+    )
+    attend = tuple(
+        Stage(
+            name=f"attend[v{i:02d}]",
+            kind="attend",
+            body=bodies.attend,
+            inputs={"version": version, **{f"task {j:02d}": prepare[j] for j in range(i + 1)}},
+            uses={"version": ROUTED_BY, **{f"task {j:02d}": ATTENDED_ON for j in range(i + 1)}},
+            cpus=config.cluster.cpus_per_worker,
+        )
+        for i, version in enumerate(train)
+        if config.method.shared_attention
+    )
+    names = tuple(task.name for task in tasks)
+    return SequenceGraph(names, prepare, kept, tuple(train), evaluate, single, quality, attend)
 
 
 @dataclass(frozen=True)

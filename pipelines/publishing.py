@@ -4,16 +4,50 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from cluster.registry import PoolRegistry
 from cluster.stages import StageRecord
 from cluster.store import resolved
-from cluster.tracking import Tracker
+from cluster.tracking import Tracker, check_readable, redacted
 from pipelines.experiment import Experiment
 from pipelines.reporter import git_commit
 from sapt_core.config import TrackingConfig
+from sapt_core.errors import TrackingError
 from sapt_core.snapshot import Manifest
+
+
+@dataclass(frozen=True)
+class SequenceRun:
+    """The parent run of a sequence that was published."""
+
+    tracker: Tracker
+    run_id: str
+
+    @classmethod
+    def find(cls, experiment: Experiment) -> SequenceRun:
+        """The run of an experiment, left as it is.
+
+        Raises:
+            TrackingError: MLflow cannot be reached or has no run of it.
+        """
+        config = experiment.config.tracking
+        tracker = Tracker(check_readable(config))
+        run_id = tracker.find_sequence(experiment.key)
+        if run_id is None:
+            raise TrackingError(
+                f"MLflow at {redacted(config.uri)} has no run of experiment {experiment.key[:12]} in "
+                f"{config.experiment!r}: give the tracking.uri and tracking.experiment that pipelines/continual.py ran "
+                "with, or --inline to write the folder alone."
+            )
+        return cls(tracker, run_id)
+
+    def log_report(self, files: Mapping[str, bytes], version: int | None = None) -> str:
+        """Put a report's files into the run; returns the artifact folder."""
+        folder = "report" if version is None else f"report/version-{version}"
+        self.tracker.log_artifacts(self.run_id, {f"{folder}/{name}": data for name, data in files.items()})
+        return folder
 
 
 class MLflowPublisher:
@@ -38,7 +72,7 @@ class MLflowPublisher:
             "git_commit": git_commit(),
         }
         name = f"{config.method.name} {config.benchmark.suite} {len(experiment.tasks)} tasks seed {config.seed}"
-        params = _flat(config.model_dump(mode="json", exclude={"store", "tracking", "cluster"}))
+        params = _flat(config.model_dump(mode="json", exclude={"store", "tracking", "cluster", "diagnostics"}))
         self.run_id = self._tracker.start_sequence(name, key=experiment.key, params=params, tags=self._tags)
 
     def stage(self, record: StageRecord, curve: list[dict[str, float]] | None) -> None:
@@ -76,11 +110,15 @@ class MLflowPublisher:
             metrics=metrics,
         )
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        """Close the parent run with the figures of the end."""
+    def finish(self, summary: Mapping[str, Any], report: Mapping[str, bytes]) -> None:
+        """Close the parent run with the figures of the end, its warnings and its report."""
         figures = {name: summary[name] for name in ("ap", "f_ra", "fwt", "bwt") if summary[name] is not None}
+        figures["warnings"] = len(summary["warnings"])
         self._tracker.log_scores(self.run_id, len(summary["tasks"]), figures)
+        said = "\n".join(warning["text"] for warning in summary["warnings"])
+        self._tracker.log_tags(self.run_id, {"warnings": said or "none"})
         self._tracker.log_artifacts(self.run_id, {"summary.json": json.dumps(summary, indent=1)})
+        SequenceRun(self._tracker, self.run_id).log_report(report)
         self._tracker.finish(self.run_id, "FINISHED")
 
     def abandon(self, *, killed: bool) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from itertools import takewhile
+from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,8 +19,12 @@ from rich.table import Table
 from cluster.stages import Stage, StageEvent, StageRecord
 from cluster.store import ArtifactStore
 from pipelines.experiment import Experiment
+from pipelines.findings import Findings, collect, moved, read_curve, read_manifest, scored_versions
+from sapt_core.analysis import gate_ends
 from sapt_core.metrics import ScoreMatrix
 from sapt_core.snapshot import Manifest
+
+UNTOLD = {"evaluate", "attend", "quality"}  # many and short: the rows of scores tell that they are done
 
 
 class Publisher(Protocol):
@@ -55,31 +59,37 @@ class Reporter:
     def on_event(self, event: StageEvent) -> None:
         """Take news of one stage."""
         stage = event.stage
-        if event.kind == "started" and stage.kind != "evaluate":
+        if event.kind == "started" and stage.kind not in UNTOLD:
             self._say(f"{stage.name} started")
         elif event.kind == "failed":
             self._say(f"{stage.name} failed")
         if event.record is None:
             return
         self.records[stage] = event.record
-        if event.kind == "finished" and stage.kind != "evaluate":
+        if event.kind == "finished" and stage.kind not in UNTOLD:
             self._say(f"{stage.name} finished in {event.record.seconds:.0f} s")
         if self._publisher is not None and "curve" in event.record.metrics:
-            self._publisher.stage(event.record, json.loads(self._store.get(event.record.metrics["curve"])))
+            self._publisher.stage(event.record, read_curve(event.record, self._store))
+        elif self._publisher is not None and stage.kind == "quality":
+            self._publisher.stage(event.record, None)
         self._publish_rows()
 
     def matrix(self) -> ScoreMatrix:
         """Scores so far: the rows that are complete, without gaps."""
         graph = self.experiment.graph
-        complete_rows = takewhile(lambda row: all(stage in self.records for stage in row), graph.evaluate)
+        complete_rows = graph.evaluate[: scored_versions(self.experiment, self.records)]
         rows = tuple(tuple(self.records[stage].metrics["score"] for stage in row) for row in complete_rows)
         single = tuple(self.records[stage].metrics["score"] for stage in graph.single if stage in self.records)
         return ScoreMatrix(graph.tasks, rows, single if len(single) == len(graph.tasks) else None)
 
     def manifest(self, index: int) -> Manifest:
         """Version ``index`` (from 0) of the pool."""
-        record = self.records[self.experiment.graph.train[index]]
-        return Manifest.from_bytes(self._store.get(record.outputs["manifest"]))
+        return read_manifest(self.records[self.experiment.graph.train[index]], self._store)
+
+    @cached_property
+    def findings(self) -> Findings:
+        """All there is to say of the sequence; to be asked for once it has ended."""
+        return collect(self.experiment, self.records, self._store, len(self.experiment.tasks))
 
     def summary(self) -> dict[str, Any]:
         """The figures of the end, for scripts."""
@@ -100,6 +110,7 @@ class Reporter:
             "method": config.method.name,
             "seed": config.seed,
             "key": self.experiment.key,
+            "warnings": [{**asdict(each), "text": str(each)} for each in self.findings.diagnoses],
             "seconds": self.stage_seconds(),
         }
 
@@ -138,6 +149,8 @@ class Reporter:
             f"FWT {'not measured' if fwt is None else f'{fwt:.2f}'}  "
             f"BWT {matrix.bwt():.2f} (over T: {matrix.bwt_over_t():.2f})"
         )
+        for diagnosis in self.findings.diagnoses:
+            self.console.print(f"warning: {diagnosis}", style="yellow", markup=False)
         if self._publisher is not None:
             version = self.versions[-1]
             self.console.print(f"registered: {config.tracking.model} version {version}")
@@ -158,7 +171,8 @@ class Reporter:
         graph = self.experiment.graph
         while len(self.versions) < len(graph.tasks):
             index = len(self.versions)
-            if not all(stage in self.records for stage in (graph.train[index], *graph.evaluate[index])):
+            attend = graph.attend[index : index + 1]
+            if not all(stage in self.records for stage in (graph.train[index], *graph.evaluate[index], *attend)):
                 return
             matrix = self.matrix()
             row = matrix.rows[index]
@@ -166,13 +180,25 @@ class Reporter:
             if self._publisher is not None:
                 scores = {f"score/{name}": score for name, score in zip(graph.tasks, row, strict=False)}
                 figures = {"ap": matrix.ap(index), "f_ra": matrix.f_ra(index), "bwt": matrix.bwt(index)}
-                version = self._publisher.version(self.manifest(index), index, {**scores, **figures})
+                manifest = self.manifest(index)
+                routing = self._routing(index, manifest) if attend else {}
+                version = self._publisher.version(manifest, index, {**scores, **figures, **routing})
             self.versions.append(version)
             name = "" if version is None else f"version {version}: "
             self._say(
                 f"after {graph.tasks[index]}: {name}AP {matrix.ap(index):.1f}, F.Ra {matrix.f_ra(index):.1f} | "
                 + " ".join(f"{score:.1f}" for score in row)
             )
+
+    def _routing(self, index: int, manifest: Manifest) -> dict[str, float]:
+        """How version ``index`` attends: each task's weight of its own block and its KL, and the new block's start."""
+        graph = self.experiment.graph
+        weights = self.records[graph.attend[index]].metrics["weights"]
+        start, end = gate_ends(read_curve(self.records[graph.train[index]], self._store))
+        figures = {"gate/first_steps": start, "gate/end": end}
+        for name, row, kl, own in zip(graph.tasks, weights, moved(manifest, weights), range(index + 1), strict=False):
+            figures |= {f"own_weight/{name}": row[own], f"attention_kl/{name}": kl}
+        return figures
 
     def _say(self, text: str) -> None:
         self.console.print(f"{time.strftime('%H:%M:%S')} {text}", markup=False)

@@ -286,6 +286,16 @@ class EvaluationConfig(Section):
     single_task: bool = Field(True, description="Learn every task alone too: the baseline of FWT.")
 
 
+class DiagnosticsConfig(Section):
+    """From when on the end of a run warns. Nothing that is computed depends on it."""
+
+    forgetting: float = Field(5.0, ge=0, description="Points of score an earlier task may fall by from its best.")
+    transfer: float = Field(5.0, ge=0, description="Points a task may be learnt worse than alone.")
+    misalignment: float = Field(
+        0.5, gt=0, description="Nats (KL) a task's attention may be away from where it was when it was learnt."
+    )
+
+
 class ClusterConfig(Section):
     """What Ray gives each stage."""
 
@@ -344,6 +354,7 @@ class ExperimentConfig(PlacesConfig):
     method: MethodConfig = MethodConfig()
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    diagnostics: DiagnosticsConfig = DiagnosticsConfig()
     cluster: ClusterConfig = ClusterConfig()
 
     @model_validator(mode="before")
@@ -363,6 +374,7 @@ class ExperimentConfig(PlacesConfig):
         Paths are left out: data and backbone count by their content, which this does not see.
         """
         unread: Any = {
+            "diagnostics": True,
             "cluster": True,
             "store": True,
             "tracking": True,

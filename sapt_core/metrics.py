@@ -91,18 +91,27 @@ class ScoreMatrix:
 
     def f_ra(self, i: int | None = None) -> float:
         """Forgetting rate: mean over j < T-1 of (max of a[s][j] over s in j..T-2) - a[T-1][j]; 0 if T = 1."""
+        return _mean(self.forgotten(i))
+
+    def forgotten(self, i: int | None = None) -> tuple[float, ...]:
+        """What ``f_ra`` is the mean of: for each earlier task its best earlier score minus the one at stage i."""
         last = self._stage(i)
-        return _mean([max(self.rows[s][j] for s in range(j, last)) - self.rows[last][j] for j in range(last)])
+        return tuple(max(self.rows[s][j] for s in range(j, last)) - self.rows[last][j] for j in range(last))
 
     def fwt(self, i: int | None = None) -> float | None:
         """Forward transfer: mean over j of a[j][j] - single[j]; None without single-task scores.
 
         This is SAPT's measure, not that of Lopez-Paz and Ranzato, which scores tasks not learnt yet.
         """
+        gained = self.transferred(i)
+        return None if gained is None else _mean(gained)
+
+    def transferred(self, i: int | None = None) -> tuple[float, ...] | None:
+        """What ``fwt`` is the mean of: for each task its score when it was learnt minus the one alone."""
         last = self._stage(i)
         if self.single is None:
             return None
-        return _mean([self.rows[j][j] - self.single[j] for j in range(last + 1)])
+        return tuple(self.rows[j][j] - self.single[j] for j in range(last + 1))
 
     def bwt(self, i: int | None = None) -> float:
         """Backward transfer: 1/(T-1) times the sum over j < T-1 of a[T-1][j] - a[j][j]; 0 if T = 1."""

@@ -207,9 +207,14 @@ class PreparedTask:
     def from_blobs(cls, blobs: Mapping[str, bytes]) -> PreparedTask:
         """Read what ``to_blobs`` wrote; the tables are used in place, not copied."""
         meta = json.loads(blobs["meta.json"])
-        splits = {split: datasets.Dataset.from_buffer(pa.py_buffer(blobs[f"{split}.arrow"])) for split in SPLITS}
+        splits = {split: read_split(blobs[f"{split}.arrow"]) for split in SPLITS}
         own = {key: meta[key] for key in ("name", "definition", "template", "metric", "truncated")}
         return cls(**own, **splits)
+
+
+def read_split(data: bytes) -> datasets.Dataset:
+    """One split that ``to_blobs`` wrote, used in place."""
+    return datasets.Dataset.from_buffer(pa.py_buffer(data))
 
 
 def prepare_task(

@@ -15,6 +15,7 @@ from cluster.stages import (
     StageEvent,
     StageRecord,
     StageResult,
+    done,
     plan,
     run_graph,
     stage_key,
@@ -61,8 +62,8 @@ class Graph:
     def run(self, **reads: int) -> dict[str, StageRecord]:
         self.ran.clear()
         self.events.clear()
-        done = run_graph(self.stages(**reads), self.store, InlineExecutor(self.store), self.events.append)
-        return {stage.name: record for stage, record in done.items()}
+        records = run_graph(self.stages(**reads), self.store, InlineExecutor(self.store), self.events.append)
+        return {stage.name: record for stage, record in records.items()}
 
 
 @pytest.fixture
@@ -148,6 +149,16 @@ def test_missing_blob_makes_a_record_void(graph: Graph, caplog: pytest.LogCaptur
     graph.run()
     assert graph.ran == ["both"]
     assert "both runs again: its text" in caplog.text
+
+
+def test_done_are_the_records_that_a_run_would_keep(graph: Graph) -> None:
+    assert done(graph.stages(), graph.store) == {}
+    records = graph.run()
+    assert {stage.name: record for stage, record in done(graph.stages(), graph.store).items()} == records
+    graph.store.delete_record(records["both"].key)
+    graph.ran.clear()
+    assert [stage.name for stage in done(graph.stages(), graph.store)] == ["left", "right"]
+    assert graph.ran == []
 
 
 def test_plan(graph: Graph) -> None:

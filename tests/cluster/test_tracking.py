@@ -193,6 +193,25 @@ def test_answers_that_are_not_yes(status: int, body: bytes, expected: str) -> No
     assert "hunter2" not in str(caught.value)
 
 
+def test_a_sequence_is_found_as_it_stands(tracker: Tracker, config: TrackingConfig) -> None:
+    assert tracker.find_sequence("a1") is None
+    run = start(tracker)
+    tracker.finish(run, "FINISHED")
+    assert tracker.find_sequence("a1") == run
+    assert tracker.find_sequence("b2") is None
+    assert client_of(config.uri).get_run(run).info.status == "FINISHED"
+    elsewhere = Tracker(config.model_copy(update={"experiment": "not there"}))
+    assert elsewhere.find_sequence("a1") is None
+    assert client_of(config.uri).get_experiment_by_name("not there") is None
+
+
+def test_tags_are_replaced(tracker: Tracker, config: TrackingConfig) -> None:
+    run = start(tracker)
+    tracker.log_tags(run, {"warnings": "two"})
+    tracker.log_tags(run, {"warnings": "none"})
+    assert client_of(config.uri).get_run(run).data.tags["warnings"] == "none"
+
+
 # --- names --------------------------------------------------------------------------------------------
 
 

@@ -43,6 +43,7 @@ def test_overrides_win_and_keep_what_they_do_not_name() -> None:
         ["cluster.train_workers=4"],
         ["train.checkpoint_every_steps=1"],
         ["backbone.path=moved"],
+        ["diagnostics.forgetting=1", "diagnostics.transfer=1", "diagnostics.misalignment=1"],
     ],
 )
 def test_the_digest_leaves_out_where_it_runs_and_lies(overrides: list[str]) -> None:

@@ -56,6 +56,14 @@ def test_summaries_by_hand() -> None:
     assert MATRIX.bwt_over_t() == pytest.approx(((70 - 80) + (30 - 50)) / 3)
 
 
+def test_what_the_summaries_are_means_of() -> None:
+    assert MATRIX.forgotten() == (10.0, 20.0)
+    assert MATRIX.forgotten(1) == (20.0,)
+    assert MATRIX.forgotten(0) == ()
+    assert MATRIX.transferred() == (5.0, -5.0, 5.0)
+    assert ScoreMatrix(MATRIX.tasks, MATRIX.rows).transferred() is None
+
+
 def test_summaries_so_far() -> None:
     assert MATRIX.ap(1) == pytest.approx(55.0)
     assert MATRIX.f_ra(1) == pytest.approx(20.0)

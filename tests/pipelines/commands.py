@@ -57,3 +57,21 @@ def records(store: Path) -> dict[str, tuple[str, int]]:
     for path in (store / "records").glob("*.json"):
         found[path.name] = (json.loads(path.read_text())["name"], path.stat().st_mtime_ns)
     return found
+
+
+def change_metrics(store: Path, name: str, **metrics: Any) -> None:
+    """Let a stage have given other figures."""
+    for path in (store / "records").glob("*.json"):
+        record = json.loads(path.read_text())
+        if record["name"] == name:
+            path.write_text(json.dumps({**record, "metrics": {**record["metrics"], **metrics}}))
+            return
+    raise AssertionError(f"no record of {name}")
+
+
+def level_scores(store: Path) -> None:
+    """Let every version have scored alike on every task, so that no warning hangs on a tiny run."""
+    for path in (store / "records").glob("*.json"):
+        record = json.loads(path.read_text())
+        if record["kind"] == "evaluate":
+            path.write_text(json.dumps({**record, "metrics": {**record["metrics"], "score": 50.0}}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -15,9 +16,9 @@ import pytest
 
 from pipelines import continual
 from pipelines.reporter import git_commit
-from tests.pipelines.commands import QUICKSTART, TINY, Finished, Outcome, command, records
+from tests.pipelines.commands import QUICKSTART, TINY, Finished, Outcome, change_metrics, command, level_scores, records
 
-KINDS = {"prepare", "pseudo_samples", "train", "evaluate", "single"}
+KINDS = {"prepare", "pseudo_samples", "train", "evaluate", "single", "attend", "quality"}
 
 
 def test_inline_runs_where_ray_mlflow_and_boto3_are_not_installed(finished: Finished) -> None:
@@ -41,7 +42,7 @@ def test_the_proof_above_could_fail(module: str, finished: Finished) -> None:
 def test_summary_has_the_figures_of_the_end(finished: Finished) -> None:
     summary = finished.summary
     promised = {"tasks", "scores", "single", "ap", "f_ra", "fwt", "bwt", "model", "version", "seconds"}
-    assert set(summary) == promised | {"bwt_over_t", "snapshot", "method", "seed", "key"}
+    assert set(summary) == promised | {"bwt_over_t", "snapshot", "method", "seed", "key", "warnings"}
     assert summary["tasks"] == ["animal", "basket"]
     (first,), (forgot, second) = summary["scores"]
     alone = summary["single"]
@@ -120,7 +121,7 @@ def test_another_weight_of_reflection_shares_what_it_does_not_reach(
     assert again.code == 0, again.err
     new = {name for file, (name, _) in records(copied.store).items() if file not in before}
     assert "train[01 basket]" in new
-    assert new <= {"train[01 basket]", "evaluate[v01 on 00 animal]", "evaluate[v01 on 01 basket]"}
+    assert new <= {"train[01 basket]", "attend[v01]", "evaluate[v01 on 00 animal]", "evaluate[v01 on 01 basket]"}
 
 
 def test_other_test_rows_retrain_nothing(
@@ -133,6 +134,25 @@ def test_other_test_rows_retrain_nothing(
     assert new == {"prepare", "evaluate"}
 
 
+def test_warnings_are_told_and_kept(
+    copied: Finished, tmp_path: Path, call: Callable[[Callable[[], None], list[str]], Outcome]
+) -> None:
+    level_scores(copied.store)
+    change_metrics(copied.store, "attend[v01]", weights=[[0.5, 0.5], [0.0, 1.0]])
+    before = contents(copied.store)
+    summary = tmp_path / "again.json"
+    again = call(
+        continual.main, [*command(copied.store)[2:], "--summary", str(summary), "diagnostics.misalignment=0.6"]
+    )
+    assert again.code == 0, again.err
+    assert contents(copied.store) == before  # another limit computes nothing
+    (warning,) = json.loads(summary.read_text())["warnings"]
+    assert set(warning) == {"kind", "task", "figure", "limit", "cure", "text"}
+    assert (warning["kind"], warning["task"], warning["limit"]) == ("misalignment", "animal", 0.6)
+    assert warning["figure"] == pytest.approx(math.log(2))
+    assert f"warning: {warning['text']}" in again.out.splitlines()
+
+
 def test_dry_run_writes_nothing(
     tmp_path: Path, call: Callable[[Callable[[], None], list[str]], Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,7 +161,7 @@ def test_dry_run_writes_nothing(
         arguments = ["--config", QUICKSTART, "--dry-run", *extra, *TINY, "--summary", "new/summary.json"]
         shown = call(continual.main, arguments)
         assert shown.code == 0, shown.err
-        assert "12 stages" in shown.out
+        assert "15 stages" in shown.out
         assert list(tmp_path.iterdir()) == []
 
 
@@ -158,6 +178,8 @@ def test_dry_run_shows_what_is_done(
         "pseudo_samples": [1, 0, 0],
         "single": [2, 0, 0],
         "evaluate": [0, 5, 0],
+        "attend": [2, 0, 0],
+        "quality": [1, 0, 0],
     }
     assert contents(finished.store) == before
 

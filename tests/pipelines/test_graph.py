@@ -36,6 +36,8 @@ def identities(graph: SequenceGraph) -> dict[str, list[str]]:
         "evaluate": tuple(stage for row in graph.evaluate for stage in row),
         "single": tuple(stage.inputs["version"] for stage in graph.single),
         "single score": graph.single,
+        "attend": graph.attend,
+        "quality": graph.quality,
     }
     return {group: [identity(stage) for stage in stages] for group, stages in groups.items()}
 
@@ -48,7 +50,7 @@ def base() -> dict[str, list[str]]:
 def test_every_stage_is_there_once_and_reads_what_it_needs() -> None:
     graph = experiment().graph
     names = [stage.name for stage in graph.stages]
-    assert len(names) == len(set(names)) == 3 + 3 + 2 + 6 + 3
+    assert len(names) == len(set(names)) == 3 + 3 + 2 + 6 + 3 + 3 + 2
     assert graph.tasks == ("animal", "basket", "ticket")
     assert [stage.name for stage in graph.train] == ["train[00 animal]", "train[01 basket]", "train[02 ticket]"]
     first, second, third = graph.train
@@ -68,6 +70,13 @@ def test_every_stage_is_there_once_and_reads_what_it_needs() -> None:
     for index, scored in enumerate(graph.single):
         assert scored.inputs["task"] is graph.prepare[index]
         assert scored.inputs["version"].inputs == {"task": graph.prepare[index]}
+    assert [stage.name for stage in graph.attend] == ["attend[v00]", "attend[v01]", "attend[v02]"]
+    for i, stage in enumerate(graph.attend):
+        tasks = {f"task {j:02d}": graph.prepare[j] for j in range(i + 1)}
+        assert stage.inputs == {"version": graph.train[i], **tasks}
+        assert stage.uses == {"version": {"manifest"}, **{name: {"dev.arrow"} for name in tasks}}
+    for stage, prepared, samples in zip(graph.quality, graph.prepare, graph.kept, strict=False):
+        assert stage.inputs == {"task": prepared, "kept": samples}
 
 
 def test_only_training_and_pseudo_samples_take_train_workers() -> None:
@@ -76,7 +85,8 @@ def test_only_training_and_pseudo_samples_take_train_workers() -> None:
         assert (stage.workers, stage.cpus, stage.gpus) == (3, 2, 1)
     for stage in (*(s for row in graph.evaluate for s in row), *graph.single):
         assert (stage.workers, stage.cpus, stage.gpus) == (0, 2, 1)
-    assert {(stage.workers, stage.gpus) for stage in graph.prepare} == {(0, 0)}
+    light = (*graph.prepare, *graph.attend, *graph.quality)
+    assert {(stage.workers, stage.cpus, stage.gpus) for stage in light} == {(0, 2, 0)}
 
 
 def changed(base: dict[str, list[str]], *overrides: str) -> dict[str, list[bool]]:
@@ -86,6 +96,10 @@ def changed(base: dict[str, list[str]], *overrides: str) -> dict[str, list[bool]
 
 def expected(**groups: list[bool]) -> dict[str, list[bool]]:
     sizes = {"prepare": 3, "kept": 2, "train": 3, "evaluate": 6, "single": 3, "single score": 3}
+    sizes |= {"attend": 3, "quality": 2}
+    # What changes a version or pseudo-samples changes what is said of them.
+    groups.setdefault("attend", groups.get("train", [False] * 3))
+    groups.setdefault("quality", groups.get("kept", [False] * 2))
     return {group: groups.get(group.replace(" ", "_"), [False] * size) for group, size in sizes.items()}
 
 
@@ -99,8 +113,12 @@ def test_reflection_reaches_no_task_before_there_is_something_to_reflect_on(base
 
 @pytest.mark.parametrize("source", ["memory", "statistics"])
 def test_another_source_of_reflection_reaches_no_first_task(base: dict[str, list[str]], source: str) -> None:
-    assert changed(base, f"reflection.source={source}") == expected(kept=[True] * 2, **AFTER_FIRST)
     graph = experiment(f"reflection.source={source}", "cluster.train_workers=2").graph
+    now = identities(graph)
+    assert now.pop("quality") == []  # real inputs and statistics are not told from real inputs
+    differing = {group: [a != b for a, b in zip(base[group], keys, strict=True)] for group, keys in now.items()}
+    wanted = expected(kept=[True] * 2, **AFTER_FIRST)
+    assert differing == {group: flags for group, flags in wanted.items() if group != "quality"}
     assert [stage.name for stage in graph.kept] == [f"{source}[00 animal]", f"{source}[01 basket]"]
     assert {stage.workers for stage in graph.kept} == {0}
 
@@ -151,6 +169,7 @@ def test_decoding_counts_in_training_where_dev_chooses_the_weights() -> None:
         ["cluster.train_workers=4", "cluster.cpus_per_worker=2", "cluster.gpus_per_worker=1"],
         ["cluster.max_failures=9", "cluster.address=127.0.0.1:6379"],
         ["train.checkpoint_every_steps=1"],
+        ["diagnostics.forgetting=1", "diagnostics.misalignment=2"],
     ],
 )
 def test_where_it_runs_changes_no_key(base: dict[str, list[str]], overrides: list[str]) -> None:
@@ -168,7 +187,7 @@ def test_a_seed_reaches_all_that_is_random_and_no_preparation(base: dict[str, li
 def test_sequential_shares_its_first_task_with_the_task_alone(base: dict[str, list[str]]) -> None:
     graph = experiment("method.name=sequential").graph
     keys = identities(graph)
-    assert graph.kept == ()
+    assert graph.kept == graph.quality == graph.attend == ()
     assert keys["train"][0] == keys["single"][0] == base["single"][0]
     assert keys["single"] == base["single"]
     assert graph.train[1].inputs == {"task": graph.prepare[1], "parent": graph.train[0]}
@@ -192,14 +211,15 @@ def test_what_only_sapt_reads_changes_nothing_of_sequential(override: str) -> No
 def test_without_reflection_there_are_no_pseudo_samples() -> None:
     assert experiment("reflection.source=none").graph.kept == ()
     graph = experiment("reflection.weight=0").graph
-    assert graph.kept == ()
+    assert graph.kept == graph.quality == ()
+    assert len(graph.attend) == 3
     assert not any(name.startswith("kept") for stage in graph.train for name in stage.inputs)
 
 
 def test_tasks_are_not_learnt_alone_unless_asked_for() -> None:
     graph = experiment("evaluation.single_task=false").graph
     assert graph.single == ()
-    assert len(graph.stages) == 3 + 3 + 2 + 6
+    assert len(graph.stages) == 3 + 3 + 2 + 6 + 3 + 2
 
 
 def test_a_task_more_changes_nothing_before_it(base: dict[str, list[str]]) -> None:

@@ -19,7 +19,7 @@ import requests
 from cluster.registry import PoolRegistry
 from cluster.store import open_store
 from cluster.tracking import Tracker
-from pipelines import continual, evaluate, predict
+from pipelines import continual, evaluate, predict, report
 from sapt_core.benchmarks.synthetic import synthetic_sequence
 from sapt_core.config import BenchmarkConfig, StoreConfig, TrackingConfig, load_config
 from sapt_core.snapshot import Manifest
@@ -46,7 +46,7 @@ def commands(program: str, script: str = "") -> list[list[str]]:
 def test_the_tests_below_see_every_command() -> None:
     said = [words for words in COMMANDS if words[0] in RUNS]
     scripts = [words[1] for words in said if words[0] == "python"]
-    assert sorted(scripts) == [f"pipelines/{name}.py" for name in ("continual", "evaluate", "predict")]
+    assert sorted(scripts) == [f"pipelines/{name}.py" for name in ("continual", "evaluate", "predict", "report")]
     assert [len(commands(program)) for program in ("make", "mlflow", "ray")] == [2, 1, 1]
 
 
@@ -89,8 +89,8 @@ def test_the_job_asks_for_what_there_is() -> None:
 @pytest.fixture
 def published(finished: Finished, sqlite_tracking: TrackingConfig) -> TrackingConfig:
     """The tiny sequence as version 1 of the model that the quickstart registers."""
-    tracking = sqlite_tracking.model_copy(update={"model": "quickstart"})
-    run = Tracker(tracking).start_sequence("tiny", key="ab", params={}, tags={})
+    tracking = sqlite_tracking.model_copy(update={"experiment": "quickstart", "model": "quickstart"})
+    run = Tracker(tracking).start_sequence("tiny", key=finished.summary["key"], params={}, tags={})
     places = StoreConfig(uri=str(finished.store))
     manifest = open_store(places).get(finished.snapshot)
     digest = Manifest.from_bytes(manifest).digest
@@ -109,6 +109,17 @@ def test_versions_are_scored_and_asked(
     ended = call(main, [*words[2:], *small, f"tracking.uri={published.uri}"])
     assert ended.code == 0, ended.err
     assert "animal" in ended.out
+
+
+def test_the_report_is_written(
+    published: TrackingConfig, finished: Finished, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (words,) = commands("python", "report")
+    monkeypatch.chdir(tmp_path)
+    given = [word.replace("pipelines/configs", str(ROOT / "pipelines/configs")) for word in words[2:]]
+    ended = call(report.main, [*given, *TINY, f"store.uri={finished.store}", f"tracking.uri={published.uri}"])
+    assert ended.code == 0, ended.err
+    assert len(list(tmp_path.glob("runs/report/*/index.html"))) == 1
 
 
 @pytest.mark.integration
