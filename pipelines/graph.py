@@ -6,12 +6,12 @@ sequence and of each other, and a version is scored while the next one is learnt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
-from cluster.stages import Stage
+from cluster.stages import Stage, StageContext, StageResult
 from pipelines import bodies
 from sapt_core.backbone import BackboneRef
 from sapt_core.benchmarks.task import Task
@@ -26,6 +26,8 @@ LEARNT_FROM = frozenset({"train.arrow", "dev.arrow"})
 SCORED_ON = frozenset({"test.arrow", "meta.json"})
 POOLED = frozenset({"pooled"})
 
+Body: TypeAlias = Callable[[StageContext], StageResult]
+
 
 @dataclass(frozen=True)
 class SequenceGraph:
@@ -38,6 +40,9 @@ class SequenceGraph:
         single: each task learnt alone and scored; empty if not asked for.
         pseudo: pseudo-samples of tasks 0..T-2; empty for a method without reflection.
         prepare: one stage a task.
+        unseen: names of tasks that are scored and never learnt.
+        transfer: row i holds the scores of version i on the unseen tasks.
+        zero_shot: scores of the bare backbone on the unseen tasks.
     """
 
     tasks: tuple[str, ...]
@@ -46,42 +51,34 @@ class SequenceGraph:
     train: tuple[Stage, ...]
     evaluate: tuple[tuple[Stage, ...], ...]
     single: tuple[Stage, ...]
+    unseen: tuple[str, ...]
+    transfer: tuple[tuple[Stage, ...], ...]
+    zero_shot: tuple[Stage, ...]
 
     @property
     def stages(self) -> list[Stage]:
         """All of them, most urgent first: the chain, then task by task what the chain and the versions wait for."""
         found = list(self.train)
         for index, row in enumerate(self.evaluate):
-            found += [self.prepare[index], *self.pseudo[index : index + 1], *row]
-        return [*found, *self.single]
+            found += [self.prepare[index], *self.pseudo[index : index + 1], *row, *self.transfer[index]]
+        return [*found, *self.single, *self.zero_shot]
 
 
-def build_graph(config: ExperimentConfig, tasks: Sequence[Task], ref: BackboneRef) -> SequenceGraph:
+def build_graph(
+    config: ExperimentConfig, tasks: Sequence[Task], unseen: Sequence[Task], ref: BackboneRef
+) -> SequenceGraph:
     """The graph of a configured experiment; nothing is run.
 
     Args:
         config: the experiment.
-        tasks: as loaded for ``config.benchmark``.
+        tasks: those of the sequence, as loaded for ``config.benchmark``.
+        unseen: those that are scored only.
         ref: the configured backbone, by content.
     """
     labels = [f"{index:02d} {task.name}" for index, task in enumerate(tasks)]
     backbone = ref.model_dump(mode="json")
     learner = _Learner(config, backbone)
-    prepare = tuple(
-        Stage(
-            name=f"prepare[{label}]",
-            kind="prepare",
-            body=bodies.prepare,
-            reads={
-                "task": task.digest,
-                "backbone": backbone,
-                "max_source_tokens": config.benchmark.max_source_tokens,
-                "max_target_tokens": config.benchmark.max_target_tokens,
-            },
-            cpus=config.cluster.cpus_per_worker,
-        )
-        for label, task in zip(labels, tasks, strict=True)
-    )
+    prepare = tuple(learner.preparation(f"prepare[{label}]", task) for label, task in zip(labels, tasks, strict=True))
     reflects = config.method.name == "sapt" and config.reflection.weight > 0
     pseudo = tuple(
         Stage(
@@ -124,12 +121,34 @@ def build_graph(config: ExperimentConfig, tasks: Sequence[Task], ref: BackboneRe
             learner.evaluation(f"evaluate[single {label}]", version, prepared)
             for label, version, prepared in zip(labels, alone, prepare, strict=True)
         )
-    return SequenceGraph(tuple(task.name for task in tasks), prepare, pseudo, tuple(train), evaluate, single)
+    prepared_unseen = [learner.preparation(f"prepare[unseen {task.name}]", task) for task in unseen]
+    transfer = tuple(
+        tuple(
+            learner.evaluation(f"evaluate[v{i:02d} on unseen {task.name}]", version, prepared)
+            for task, prepared in zip(unseen, prepared_unseen, strict=True)
+        )
+        for i, version in enumerate(train)
+    )
+    zero_shot = tuple(
+        learner.zero_shot(f"zero_shot[{task.name}]", prepared)
+        for task, prepared in zip(unseen, prepared_unseen, strict=True)
+    )
+    return SequenceGraph(
+        tasks=tuple(task.name for task in tasks),
+        prepare=prepare,
+        pseudo=pseudo,
+        train=tuple(train),
+        evaluate=evaluate,
+        single=single,
+        unseen=tuple(task.name for task in unseen),
+        transfer=transfer,
+        zero_shot=zero_shot,
+    )
 
 
 @dataclass(frozen=True)
 class _Learner:
-    """Makes train and evaluate stages that read exactly what can change their result."""
+    """Makes stages that read exactly what can change their result."""
 
     config: ExperimentConfig
     backbone: dict[str, Any]
@@ -138,6 +157,21 @@ class _Learner:
     def workers(self) -> dict[str, Any]:
         cluster = self.config.cluster
         return {"workers": cluster.train_workers, "cpus": cluster.cpus_per_worker, "gpus": cluster.gpus_per_worker}
+
+    def preparation(self, name: str, task: Task) -> Stage:
+        config = self.config
+        return Stage(
+            name=name,
+            kind="prepare",
+            body=bodies.prepare,
+            reads={
+                "task": task.digest,
+                "backbone": self.backbone,
+                "max_source_tokens": config.benchmark.max_source_tokens,
+                "max_target_tokens": config.benchmark.max_target_tokens,
+            },
+            cpus=config.cluster.cpus_per_worker,
+        )
 
     def stage(self, name: str, task: Task, method: MethodConfig, inputs: dict[str, Stage]) -> Stage:
         config = self.config
@@ -180,17 +214,24 @@ class _Learner:
         )
 
     def evaluation(self, name: str, version: Stage, task: Stage) -> Stage:
+        return self._scoring(name, "evaluate", bodies.evaluate, {}, {"version": version, "task": task})
+
+    def zero_shot(self, name: str, task: Stage) -> Stage:
+        return self._scoring(name, "zero_shot", bodies.zero_shot, {"backbone": self.backbone}, {"task": task})
+
+    def _scoring(self, name: str, kind: str, body: Body, reads: dict[str, Any], inputs: dict[str, Stage]) -> Stage:
         config = self.config
         return Stage(
             name=name,
-            kind="evaluate",
-            body=bodies.evaluate,
+            kind=kind,
+            body=body,
             reads={
                 "evaluation": config.evaluation.model_dump(mode="json", exclude={"single_task"}),
                 "precision": config.train.precision,
                 "max_target_tokens": config.benchmark.max_target_tokens,
+                **reads,
             },
-            inputs={"version": version, "task": task},
+            inputs=inputs,
             uses={"task": SCORED_ON},
             cpus=config.cluster.cpus_per_worker,
             gpus=config.cluster.gpus_per_worker,

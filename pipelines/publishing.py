@@ -79,6 +79,9 @@ class MLflowPublisher:
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Close the parent run with the figures of the end."""
         figures = {name: summary[name] for name in ("ap", "f_ra", "fwt", "bwt") if summary[name] is not None}
+        # Step 0, where nothing is learnt, is the bare backbone's.
+        zero_shot = {f"unseen/{name}": score for name, score in summary.get("zero_shot", {}).items()}
+        self._tracker.log_scores(self.run_id, 0, zero_shot)
         self._tracker.log_scores(self.run_id, len(summary["tasks"]), figures)
         self._tracker.log_artifacts(self.run_id, {"summary.json": json.dumps(summary, indent=1)})
         self._tracker.finish(self.run_id, "FINISHED")

@@ -8,9 +8,10 @@ import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -30,8 +31,8 @@ class Publisher(Protocol):
         """A finished stage with its training curve."""
         ...
 
-    def version(self, manifest: Manifest, index: int, metrics: Mapping[str, float]) -> int:
-        """A version with its scores; returns its number. Publishing it again gives the same number."""
+    def version(self, manifest: Manifest, index: int, metrics: Mapping[str, float]) -> int | None:
+        """A version with its scores; returns its number, if it gets one. Publishing it again gives the same."""
         ...
 
 
@@ -42,27 +43,32 @@ class Reporter:
         experiment: the sequence.
         store: holds what the stages gave.
         publisher: MLflow, or None without it.
+        label: put before every line, where several sequences run at once.
     """
 
-    def __init__(self, experiment: Experiment, store: ArtifactStore, publisher: Publisher | None) -> None:
+    def __init__(
+        self, experiment: Experiment, store: ArtifactStore, publisher: Publisher | None, label: str = ""
+    ) -> None:
         self.experiment = experiment
         self.console = wide_console()
         self.records: dict[Stage, StageRecord] = {}
         self.versions: list[int | None] = []
         self._store = store
         self._publisher = publisher
+        self._label = label
 
     def on_event(self, event: StageEvent) -> None:
         """Take news of one stage."""
         stage = event.stage
-        if event.kind == "started" and stage.kind != "evaluate":
+        told = stage.kind not in {"evaluate", "zero_shot"}
+        if event.kind == "started" and told:
             self._say(f"{stage.name} started")
         elif event.kind == "failed":
             self._say(f"{stage.name} failed")
         if event.record is None:
             return
         self.records[stage] = event.record
-        if event.kind == "finished" and stage.kind != "evaluate":
+        if event.kind == "finished" and told:
             self._say(f"{stage.name} finished in {event.record.seconds:.0f} s")
         if self._publisher is not None and "curve" in event.record.metrics:
             self._publisher.stage(event.record, json.loads(self._store.get(event.record.metrics["curve"])))
@@ -72,7 +78,7 @@ class Reporter:
         """Scores so far: the rows that are complete, without gaps."""
         graph = self.experiment.graph
         complete_rows = takewhile(lambda row: all(stage in self.records for stage in row), graph.evaluate)
-        rows = tuple(tuple(self.records[stage].metrics["score"] for stage in row) for row in complete_rows)
+        rows = tuple(self._scores(row) for row in complete_rows)
         single = tuple(self.records[stage].metrics["score"] for stage in graph.single if stage in self.records)
         return ScoreMatrix(graph.tasks, rows, single if len(single) == len(graph.tasks) else None)
 
@@ -101,7 +107,22 @@ class Reporter:
             "seed": config.seed,
             "key": self.experiment.key,
             "seconds": self.stage_seconds(),
+            **self._transfer(),
         }
+
+    def _transfer(self) -> dict[str, Any]:
+        """Scores on the unseen tasks, if there are any: after every version, and of the bare backbone."""
+        graph = self.experiment.graph
+        if not graph.unseen:
+            return {}
+        after = zip(*(self._scores(row) for row in graph.transfer), strict=True)
+        return {
+            "unseen": {name: list(scores) for name, scores in zip(graph.unseen, after, strict=True)},
+            "zero_shot": dict(zip(graph.unseen, self._scores(graph.zero_shot), strict=True)),
+        }
+
+    def _scores(self, stages: Sequence[Stage]) -> tuple[float, ...]:
+        return tuple(self.records[stage].metrics["score"] for stage in stages)
 
     def stage_seconds(self) -> dict[str, float]:
         """Seconds of every kind of stage, as their records state them, whichever run did the work."""
@@ -138,6 +159,8 @@ class Reporter:
             f"FWT {'not measured' if fwt is None else f'{fwt:.2f}'}  "
             f"BWT {matrix.bwt():.2f} (over T: {matrix.bwt_over_t():.2f})"
         )
+        if self.experiment.unseen:
+            self._show_transfer()
         if self._publisher is not None:
             version = self.versions[-1]
             self.console.print(f"registered: {config.tracking.model} version {version}")
@@ -153,12 +176,25 @@ class Reporter:
                 f"--task {matrix.tasks[0]} --input 'your text' store.uri={config.store.uri}{endpoint}"
             )
 
+    def _show_transfer(self) -> None:
+        graph = self.experiment.graph
+        table = Table(title="Scores on tasks that are never learnt", title_justify="left")
+        table.add_column("after")
+        for name in (*map(_short, graph.unseen), "mean"):
+            table.add_column(name, justify="right")
+        labels = [f"{index} {_short(name)}" for index, name in enumerate(graph.tasks)]
+        for label, row in zip(["backbone", *labels], [graph.zero_shot, *graph.transfer], strict=True):
+            scores = self._scores(row)
+            table.add_row(label, *(f"{score:.1f}" for score in (*scores, fmean(scores))))
+        self.console.print(table)
+
     def _publish_rows(self) -> None:
         """Publish every version whose scores are complete, in the order of the tasks."""
         graph = self.experiment.graph
         while len(self.versions) < len(graph.tasks):
             index = len(self.versions)
-            if not all(stage in self.records for stage in (graph.train[index], *graph.evaluate[index])):
+            needed = (graph.train[index], *graph.evaluate[index], *graph.transfer[index])
+            if not all(stage in self.records for stage in needed):
                 return
             matrix = self.matrix()
             row = matrix.rows[index]
@@ -166,7 +202,9 @@ class Reporter:
             if self._publisher is not None:
                 scores = {f"score/{name}": score for name, score in zip(graph.tasks, row, strict=False)}
                 figures = {"ap": matrix.ap(index), "f_ra": matrix.f_ra(index), "bwt": matrix.bwt(index)}
-                version = self._publisher.version(self.manifest(index), index, {**scores, **figures})
+                transfer = dict(zip(graph.unseen, self._scores(graph.transfer[index]), strict=True))
+                unseen = {f"unseen/{name}": score for name, score in transfer.items()}
+                version = self._publisher.version(self.manifest(index), index, {**scores, **unseen, **figures})
             self.versions.append(version)
             name = "" if version is None else f"version {version}: "
             self._say(
@@ -175,7 +213,7 @@ class Reporter:
             )
 
     def _say(self, text: str) -> None:
-        self.console.print(f"{time.strftime('%H:%M:%S')} {text}", markup=False)
+        self.console.print(f"{time.strftime('%H:%M:%S')} {self._label}{text}", markup=False)
 
 
 def wide_console() -> Console:

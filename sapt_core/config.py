@@ -56,6 +56,7 @@ class BenchmarkConfig(Section):
     data_dir: Path | None = Field(None, description="Folder that holds one folder a task. Not for synthetic.")
     order: int | None = Field(None, ge=1, description="Numbered task order of the suite.")
     tasks: NameList | None = Field(None, description="Task folders in the order to learn; wins over order.")
+    unseen: NameList = Field((), description="Task folders that every version is scored on and none ever learns.")
     template: Literal["superni", "long_sequence"] | None = Field(None, description="Prompt; default: the suite's.")
     metric: Literal["rouge_l", "exact_match"] | None = Field(None, description="Score; default: the suite's.")
     max_source_tokens: int = Field(512, ge=8)
@@ -257,13 +258,14 @@ class ExperimentConfig(PlacesConfig):
     def digest(self) -> str:
         """sha256 of what decides the science, whatever it runs on and wherever it lies.
 
-        Paths are left out: data and backbone count by their content, which this does not see.
+        Paths are left out: data and backbone count by their content, which this does not see, and so
+        do unseen tasks, which decide nothing of what is learnt.
         """
         unread: Any = {
             "cluster": True,
             "store": True,
             "tracking": True,
-            "benchmark": {"data_dir"},
+            "benchmark": {"data_dir", "unseen"},
             "backbone": {"path", "revision"},
             "train": {"checkpoint_every_steps"},
         }

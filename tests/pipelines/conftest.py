@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from pipelines import cli
-from tests.pipelines.commands import Finished, Outcome, command
+from tests.pipelines.commands import ROOT, Finished, Outcome, command
 
 # As if they were not installed: accelerate asks for boto3 and uses it where it is there.
 BLOCKER = """
@@ -49,7 +49,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     folder = tmp_path_factory.mktemp("finished")
     (folder / "blocker").mkdir()
     (folder / "blocker/sitecustomize.py").write_text(BLOCKER)
-    environment = {**os.environ, "PYTHONPATH": str(folder / "blocker")}
+    # The checkout that is tested, whichever is installed.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder / "blocker"), str(ROOT)])}
     summary = folder / "new/summary.json"
     ended = subprocess.run(
         command(folder / "store", "--summary", str(summary)),
