@@ -22,13 +22,18 @@ class MLflowPublisher:
     Args:
         experiment: the sequence.
         tracking: as ``cluster.tracking.check`` returned it.
+        parent: run of the comparison that the sequence is part of. Its versions are scored and not registered:
+            the registry is for what somebody may serve, and ``pipelines/continual.py`` puts it there.
+        name: of the run; default: method, suite, tasks and seed.
     """
 
-    def __init__(self, experiment: Experiment, tracking: TrackingConfig) -> None:
+    def __init__(
+        self, experiment: Experiment, tracking: TrackingConfig, *, parent: str | None = None, name: str | None = None
+    ) -> None:
         config = experiment.config
         self._experiment = experiment
         self._tracker = Tracker(tracking)
-        self._registry = PoolRegistry(tracking)
+        self._registry = PoolRegistry(tracking) if parent is None else None
         self._store = resolved(config.store)
         self._tags = {
             "method": config.method.name,
@@ -37,9 +42,12 @@ class MLflowPublisher:
             "data_digest": experiment.data_digest,
             "git_commit": git_commit(),
         }
-        name = f"{config.method.name} {config.benchmark.suite} {len(experiment.tasks)} tasks seed {config.seed}"
+        suite = f"{config.benchmark.suite} {len(experiment.tasks)} tasks"
+        name = name or f"{config.method.name} {suite} seed {config.seed}"
         params = _flat(config.model_dump(mode="json", exclude={"store", "tracking", "cluster"}))
-        self.run_id = self._tracker.start_sequence(name, key=experiment.key, params=params, tags=self._tags)
+        self.run_id = self._tracker.start_sequence(
+            name, key=experiment.key, params=params, tags=self._tags, parent=parent
+        )
 
     def stage(self, record: StageRecord, curve: list[dict[str, float]] | None) -> None:
         """Log a stage as a child run, once."""
@@ -63,9 +71,11 @@ class MLflowPublisher:
             tags={"kind": record.kind, "world_size": str(record.world_size)},
         )
 
-    def version(self, manifest: Manifest, index: int, metrics: Mapping[str, float]) -> int:
+    def version(self, manifest: Manifest, index: int, metrics: Mapping[str, float]) -> int | None:
         """Log the scores and publish the version, once."""
         self._tracker.log_scores(self.run_id, index + 1, metrics)
+        if self._registry is None:
+            return None
         return self._registry.publish(
             manifest.to_bytes(),
             self._store,

@@ -147,9 +147,9 @@ class Reporter:
         table = Table(title=f"Scores of {config.method.name}, row i after task i", title_justify="left")
         table.add_column("after")
         for index, name in enumerate(matrix.tasks):
-            table.add_column(f"{index} {_short(name)}", justify="right")
+            table.add_column(f"{index} {short_name(name)}", justify="right")
         for index, row in enumerate(matrix.rows):
-            table.add_row(f"{index} {_short(matrix.tasks[index])}", *(f"{score:.1f}" for score in row))
+            table.add_row(f"{index} {short_name(matrix.tasks[index])}", *(f"{score:.1f}" for score in row))
         if matrix.single is not None:
             table.add_row("alone", *(f"{score:.1f}" for score in matrix.single))
         self.console.print(table)
@@ -180,9 +180,9 @@ class Reporter:
         graph = self.experiment.graph
         table = Table(title="Scores on tasks that are never learnt", title_justify="left")
         table.add_column("after")
-        for name in (*map(_short, graph.unseen), "mean"):
+        for name in (*map(short_name, graph.unseen), "mean"):
             table.add_column(name, justify="right")
-        labels = [f"{index} {_short(name)}" for index, name in enumerate(graph.tasks)]
+        labels = [f"{index} {short_name(name)}" for index, name in enumerate(graph.tasks)]
         for label, row in zip(["backbone", *labels], [graph.zero_shot, *graph.transfer], strict=True):
             scores = self._scores(row)
             table.add_row(label, *(f"{score:.1f}" for score in (*scores, fmean(scores))))
@@ -245,5 +245,6 @@ def _group(stage: Stage) -> str:
     return stage.name.partition("[")[0]
 
 
-def _short(name: str) -> str:
+def short_name(name: str) -> str:
+    """A task's name for a narrow column: of a numbered one its number."""
     return name.partition("_")[0] if name.startswith("task") else name
