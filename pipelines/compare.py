@@ -278,12 +278,15 @@ def _arguments() -> argparse.Namespace:
 
 
 def _names(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError("give one or more names, with commas between them")
+    return names
 
 
 def _seeds(text: str) -> list[int]:
     seeds = [int(part) for part in _names(text)]
-    if not seeds or min(seeds) < 0:
+    if min(seeds) < 0:
         raise argparse.ArgumentTypeError("give one or more whole numbers from 0 on, as in 0,1,2")
     return seeds
 

@@ -106,14 +106,15 @@ class Comparison:
     overrides: tuple[str, ...]
 
     def places(self, rows: Sequence[str] | None = None, seeds: Sequence[int] | None = None) -> list[Place]:
-        """The cells of some rows, all by default, with the file's seeds or others."""
-        return [
+        """The cells of some rows, all by default, with the file's seeds or others; each once."""
+        wanted = [
             Place(row.name, order, seed)
             for row in self.config.rows
             if rows is None or row.name in rows
             for order in self.config.orders or (None,)
             for seed in seeds or row.seeds or self.config.seeds
         ]
+        return list(dict.fromkeys(wanted))
 
     def row(self, name: str) -> Row:
         """The row of a name.

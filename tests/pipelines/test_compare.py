@@ -327,6 +327,7 @@ def test_faults_of_the_data_name_their_rows(tmp_path: Path, call: Call) -> None:
     [
         (["--rows", "SAPTT"], "no row 'SAPTT'; did you mean 'SAPT'?"),
         (["--seeds", "one"], "invalid"),
+        (["--rows", ","], "one or more names"),
         (["--seeds", "-1"], "whole numbers from 0 on"),
         (["--markdown", "README.md"], "<!-- compare:tiny begin -->\n<!-- compare:tiny end -->"),
         (["--markdown", "missing.md"], "missing.md cannot be read"),
