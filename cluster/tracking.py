@@ -225,8 +225,10 @@ class Tracker:
 
     config: TrackingConfig
 
-    def start_sequence(self, name: str, *, key: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> str:
-        """Open the parent run of a sequence, or go on in the one that has ``key``.
+    def start_sequence(
+        self, name: str, *, key: str, params: Mapping[str, Any], tags: Mapping[str, str], parent: str | None = None
+    ) -> str:
+        """Open the parent run of a sequence or of a comparison, or go on in the one that has ``key``.
 
         MLflow has no create-if-absent: two drivers that start the same new sequence within the same instant
         make two runs, of which later ones go on in the older.
@@ -236,6 +238,7 @@ class Tracker:
             key: identity of the run (hex digest): the same command must give the same key.
             params: flat; those a resumed run already has stay as they are.
             tags: more tags, such as the config digest and the git commit.
+            parent: run of the comparison that the sequence is part of; a sequence that ran by itself moves there.
 
         Returns:
             The run's id; its status is RUNNING.
@@ -248,7 +251,9 @@ class Tracker:
             if run.info.status != "RUNNING":
                 client.update_run(run_id, status="RUNNING")
             wanted = {metric_name(k): _cut(str(v), _MAX_PARAM) for k, v in params.items()}
-            self._log(run_id, params={k: v for k, v in wanted.items() if k not in run.data.params}, tags=tags)
+            nested = {PARENT: parent} if parent is not None else {}
+            new = {k: v for k, v in wanted.items() if k not in run.data.params}
+            self._log(run_id, params=new, tags={**tags, **nested})
             return run_id
 
     def find_sequence(self, key: str) -> str | None:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from cluster.stages import StageContext, StageRecord, StageResult
@@ -25,11 +25,13 @@ from sapt_core.backbone import BackboneRef, load_backbone
 from sapt_core.benchmarks.prepare import PreparedTask, PromptEncoder, prepare_task, read_split
 from sapt_core.benchmarks.task import Task
 from sapt_core.blobs import BlobStore
+from sapt_core.blocks.lora import LoRABlocks
 from sapt_core.config import (
     PET_TYPES,
     AttentionConfig,
     EvaluationConfig,
     GeneratorConfig,
+    LoRAConfig,
     MethodConfig,
     PromptConfig,
     ReflectionConfig,
@@ -40,8 +42,9 @@ from sapt_core.evaluation import answer, pooled_embeddings
 from sapt_core.generator import generate_pseudo_samples
 from sapt_core.learning import learn_task
 from sapt_core.model import SaptModel
+from sapt_core.pool import PETPool
 from sapt_core.reflection import GaussianQueries
-from sapt_core.snapshot import LearntTask, Manifest, load_pool, new_pool
+from sapt_core.snapshot import LearntTask, Manifest, embedding_matrix, load_pool, new_pool
 
 disable_progress_bar()  # type: ignore[no-untyped-call]  # of loading weights: a stage has its own
 
@@ -187,9 +190,8 @@ def evaluate(context: StageContext) -> StageResult:
         precision=reads["precision"],
         max_target_tokens=reads["max_target_tokens"],
     )
-    lines = "\n".join(json.dumps(prediction) for prediction in predictions)
     return StageResult(
-        outputs={"predictions": context.store.put(lines.encode())},
+        outputs={"predictions": _store_predictions(context, predictions)},
         metrics={"score": score, "weights": weights.mean(dim=0).tolist(), "rows": len(predictions)},
     )
 
@@ -234,6 +236,28 @@ def quality(context: StageContext) -> StageResult:
     return StageResult(metrics=asdict(found))
 
 
+def zero_shot(context: StageContext) -> StageResult:
+    """Score the bare backbone on one task's test rows.
+
+    Reads ``backbone``, ``evaluation``, ``precision``, ``max_target_tokens``; input ``task``.
+    """
+    reads = context.reads
+    model, tokenizer = load_backbone(BackboneRef(**reads["backbone"]), context.store)
+    nothing = PETPool(LoRABlocks({}, LoRAConfig()), embedding_matrix(model).shape[1], None)
+    score, _, predictions = _score(
+        SaptModel(model, nothing).to(default_device()),
+        tokenizer,
+        _prepared(context.store, context.inputs["task"]),
+        EvaluationConfig(**reads["evaluation"]),
+        precision=reads["precision"],
+        max_target_tokens=reads["max_target_tokens"],
+    )
+    return StageResult(
+        outputs={"predictions": _store_predictions(context, predictions)},
+        metrics={"score": score, "rows": len(predictions)},
+    )
+
+
 def score_version(
     manifest: Manifest,
     task: PreparedTask,
@@ -246,13 +270,23 @@ def score_version(
     """Score, mixture weights (N, T) and predictions of a version on a task's test rows."""
     model, tokenizer = load_backbone(manifest.backbone, store)
     attached = SaptModel(model, load_pool(manifest, store, model)).to(default_device())
+    return _score(attached, tokenizer, task, config, precision=precision, max_target_tokens=max_target_tokens)
+
+
+def _score(
+    model: SaptModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: PreparedTask,
+    config: EvaluationConfig,
+    *,
+    precision: Any,
+    max_target_tokens: int,
+) -> tuple[float, Tensor, list[dict[str, Any]]]:
     rows: list[dict[str, Any]] = list(task.test)
     try:
-        texts, weights = answer(
-            attached, tokenizer, rows, config, max_new_tokens=max_target_tokens, precision=precision
-        )
+        texts, weights = answer(model, tokenizer, rows, config, max_new_tokens=max_target_tokens, precision=precision)
     finally:
-        attached.detach()
+        model.detach()
     references = [list(row["references"]) for row in rows]
     predictions = [
         {"input": row["input"], "prediction": text, "references": accepted}
@@ -275,6 +309,10 @@ def _kept(store: BlobStore, record: StageRecord) -> Sequence[str] | GaussianQuer
 
 def _prepared(store: BlobStore, record: StageRecord) -> PreparedTask:
     return PreparedTask.from_blobs({name: store.get(digest) for name, digest in record.outputs.items()})
+
+
+def _store_predictions(context: StageContext, predictions: list[dict[str, Any]]) -> str:
+    return context.store.put("\n".join(json.dumps(prediction) for prediction in predictions).encode())
 
 
 def _store_curve(context: StageContext, curve: list[dict[str, float]]) -> str:

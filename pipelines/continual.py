@@ -59,7 +59,7 @@ def _run_published(experiment: Experiment, store: ArtifactStore, *, all_done: bo
 
     checked = tracking.check(experiment.config.tracking)
     with ExitStack() as stack:
-        executor = InlineExecutor(store) if all_done else _ray(experiment.config, stack)
+        executor = InlineExecutor(store) if all_done else ray_executor(experiment.config, stack)
         publisher = MLflowPublisher(experiment, checked)  # MLflow sees the run once nothing forbids it
         reporter = Reporter(experiment, store, publisher)
         try:
@@ -89,7 +89,8 @@ def _report(reporter: Reporter, publisher: MLflowPublisher) -> None:
     reporter.console.print(f"report: {where}", markup=False)
 
 
-def _ray(config: ExperimentConfig, stack: ExitStack) -> Executor[Any]:
+def ray_executor(config: ExperimentConfig, stack: ExitStack) -> Executor[Any]:
+    """Connect to Ray until ``stack`` is closed, and see that it has what the config asks for."""
     from cluster.session import check_resources, connect  # noqa: PLC0415  not with --inline
 
     stack.enter_context(connect(config.cluster))

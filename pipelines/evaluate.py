@@ -38,7 +38,7 @@ def main() -> None:
     experiment = load_experiment(arguments.config, arguments.overrides)
     manifest, store = versions.open_version(arguments, experiment.config)
     require_backbone(manifest, experiment.backbone)
-    figures = evaluate(manifest, store, experiment.tasks, experiment.config)
+    figures = evaluate(manifest, store, (*experiment.tasks, *experiment.unseen), experiment.config)
     _show(figures)
     if arguments.summary is not None:
         cli.write_output(arguments.summary, json.dumps(figures, indent=1))

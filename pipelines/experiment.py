@@ -14,16 +14,25 @@ from pipelines.graph import SequenceGraph, build_graph
 from sapt_core.backbone import BackboneRef, check_backbone, identify, store_backbone
 from sapt_core.benchmarks import load_inputs, load_sequence
 from sapt_core.benchmarks.task import Task
-from sapt_core.config import ExperimentConfig, canonical_hash, load_config
+from sapt_core.config import BackboneConfig, BenchmarkConfig, ExperimentConfig, canonical_hash, load_config
 from sapt_core.errors import FaultsError, SaptError
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What a run needs to know. ``key`` names it: the same science has the same key anywhere."""
+    """What a run needs to know. ``key`` names it: the same science has the same key anywhere.
+
+    Attributes:
+        config: as validated.
+        tasks: those of the sequence, oldest first.
+        unseen: those that are scored and never learnt.
+        backbone: by content.
+        graph: the stages.
+    """
 
     config: ExperimentConfig
     tasks: tuple[Task, ...]
+    unseen: tuple[Task, ...]
     backbone: BackboneRef
     graph: SequenceGraph
     samples: Mapping[str, bytes]
@@ -32,16 +41,17 @@ class Experiment:
     def key(self) -> str:
         """sha256 over config, data and backbone."""
         given = [hashlib.sha256(data).hexdigest() for data in self.samples.values()]
-        return canonical_hash([self.config.digest(), self.data_digest, self.backbone.digest, *given])
+        unseen = [[task.digest for task in self.unseen]] if self.unseen else []
+        return canonical_hash([self.config.digest(), self.data_digest, self.backbone.digest, *given, *unseen])
 
     @property
     def data_digest(self) -> str:
-        """sha256 over all tasks' text."""
+        """sha256 over the text of all tasks of the sequence."""
         return canonical_hash([task.digest for task in self.tasks])
 
     def upload(self, store: ArtifactStore) -> None:
         """Put what the stages start from into the store: the tasks' text, given samples and the backbone's files."""
-        for data in (*(task.to_json() for task in self.tasks), *self.samples.values()):
+        for data in (*(task.to_json() for task in (*self.tasks, *self.unseen)), *self.samples.values()):
             store.put(data)
         store_backbone(self.config.backbone, self.backbone, store)
 
@@ -53,7 +63,26 @@ def load_experiment(path: Path, overrides: Sequence[str]) -> Experiment:
         ConfigError: with all faults of the config.
         SaptError: with all faults of the task files and of the backbone.
     """
-    config = load_config(path, overrides)
+    return assemble(load_config(path, overrides), str(path))
+
+
+def assemble(
+    config: ExperimentConfig,
+    name: str,
+    *,
+    load: Callable[[BenchmarkConfig], tuple[Task, ...]] = load_sequence,
+    identified: Callable[[BackboneConfig], BackboneRef] = identify,
+) -> Experiment:
+    """Check a configured experiment without starting or writing anything.
+
+    Args:
+        config: the experiment.
+        name: what messages call it.
+        load, identified: for those who assemble many experiments on the same data and backbone.
+
+    Raises:
+        SaptError: with all faults of the task files and of the backbone.
+    """
     faults: list[SaptError] = []
 
     def attempt(check: Callable[[], Any]) -> Any:
@@ -63,17 +92,19 @@ def load_experiment(path: Path, overrides: Sequence[str]) -> Experiment:
             faults.append(error)
             return None
 
-    tasks = attempt(lambda: load_sequence(config.benchmark))
-    samples = attempt(lambda: _given_samples(config, tasks or ()))
-    ref = attempt(lambda: identify(config.backbone))
+    tasks = attempt(lambda: load(config.benchmark))
+    learnt = len(tasks or ()) - len(config.benchmark.unseen)
+    samples = attempt(lambda: _given_samples(config, (tasks or ())[:learnt]))
+    ref = attempt(lambda: identified(config.backbone))
     if ref is not None:
         attempt(lambda: check_backbone(config, tasks or ()))
     if len(faults) > 1:
-        raise FaultsError(f"{path} cannot be run:", [str(fault).replace("\n", "\n  ") for fault in faults])
+        raise FaultsError(f"{name} cannot be run:", [str(fault).replace("\n", "\n  ") for fault in faults])
     if faults:
         raise faults[0]
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in samples.items()}
-    return Experiment(config, tasks, ref, build_graph(config, tasks, ref, digests), samples)
+    tasks, unseen = tasks[:learnt], tasks[learnt:]
+    return Experiment(config, tasks, unseen, ref, build_graph(config, tasks, unseen, ref, digests), samples)
 
 
 def _given_samples(config: ExperimentConfig, tasks: Sequence[Task]) -> dict[str, bytes]:

@@ -6,12 +6,12 @@ sequence and of each other, and a version is scored while the next one is learnt
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
-from cluster.stages import Stage
+from cluster.stages import Stage, StageContext, StageResult
 from pipelines import bodies
 from sapt_core.backbone import BackboneRef
 from sapt_core.benchmarks.task import Task
@@ -29,6 +29,8 @@ SAMPLED = frozenset({"samples"})
 ATTENDED_ON = frozenset({"dev.arrow"})
 ROUTED_BY = frozenset({"manifest"})
 
+Body: TypeAlias = Callable[[StageContext], StageResult]
+
 
 @dataclass(frozen=True)
 class SequenceGraph:
@@ -43,6 +45,9 @@ class SequenceGraph:
         quality: how the pseudo-samples in ``kept`` compare with the real rows; empty where there are none.
         attend: version i's mean attention on the dev rows of tasks 0..i; empty for a method without attention.
         prepare: one stage a task.
+        unseen: names of tasks that are scored and never learnt.
+        transfer: row i holds the scores of version i on the unseen tasks.
+        zero_shot: scores of the bare backbone on the unseen tasks.
     """
 
     tasks: tuple[str, ...]
@@ -51,47 +56,42 @@ class SequenceGraph:
     train: tuple[Stage, ...]
     evaluate: tuple[tuple[Stage, ...], ...]
     single: tuple[Stage, ...]
-    quality: tuple[Stage, ...] = ()
-    attend: tuple[Stage, ...] = ()
+    unseen: tuple[str, ...]
+    transfer: tuple[tuple[Stage, ...], ...]
+    zero_shot: tuple[Stage, ...]
+    quality: tuple[Stage, ...]
+    attend: tuple[Stage, ...]
 
     @property
     def stages(self) -> list[Stage]:
         """All of them, most urgent first: the chain, then task by task what the chain and the versions wait for."""
         found = list(self.train)
         for index, row in enumerate(self.evaluate):
-            found += [self.prepare[index], *self.kept[index : index + 1], *row, *self.attend[index : index + 1]]
-        return [*found, *self.single, *self.quality]
+            found += [self.prepare[index], *self.kept[index : index + 1], *row, *self.transfer[index]]
+            found += self.attend[index : index + 1]
+        return [*found, *self.single, *self.quality, *self.zero_shot]
 
 
 def build_graph(
-    config: ExperimentConfig, tasks: Sequence[Task], ref: BackboneRef, samples: Mapping[str, str] | None = None
+    config: ExperimentConfig,
+    tasks: Sequence[Task],
+    unseen: Sequence[Task],
+    ref: BackboneRef,
+    samples: Mapping[str, str] | None = None,
 ) -> SequenceGraph:
     """The graph of a configured experiment; nothing is run.
 
     Args:
         config: the experiment.
-        tasks: as loaded for ``config.benchmark``.
+        tasks: those of the sequence, as loaded for ``config.benchmark``.
+        unseen: those that are scored only.
         ref: the configured backbone, by content.
         samples: for reflection source ``given``, the blob of every earlier task's inputs by its name.
     """
     labels = [f"{index:02d} {task.name}" for index, task in enumerate(tasks)]
     backbone = ref.model_dump(mode="json")
     learner = _Learner(config, backbone, samples or {})
-    prepare = tuple(
-        Stage(
-            name=f"prepare[{label}]",
-            kind="prepare",
-            body=bodies.prepare,
-            reads={
-                "task": task.digest,
-                "backbone": backbone,
-                "max_source_tokens": config.benchmark.max_source_tokens,
-                "max_target_tokens": config.benchmark.max_target_tokens,
-            },
-            cpus=config.cluster.cpus_per_worker,
-        )
-        for label, task in zip(labels, tasks, strict=True)
-    )
+    prepare = tuple(learner.preparation(f"prepare[{label}]", task) for label, task in zip(labels, tasks, strict=True))
     reflects = config.method.shared_attention and config.reflection.source != "none" and config.reflection.weight > 0
     kept = tuple(
         learner.keeping(label, task, prepared)
@@ -144,13 +144,36 @@ def build_graph(
         for i, version in enumerate(train)
         if config.method.shared_attention
     )
-    names = tuple(task.name for task in tasks)
-    return SequenceGraph(names, prepare, kept, tuple(train), evaluate, single, quality, attend)
+    prepared_unseen = [learner.preparation(f"prepare[unseen {task.name}]", task) for task in unseen]
+    transfer = tuple(
+        tuple(
+            learner.evaluation(f"evaluate[v{i:02d} on unseen {task.name}]", version, prepared)
+            for task, prepared in zip(unseen, prepared_unseen, strict=True)
+        )
+        for i, version in enumerate(train)
+    )
+    zero_shot = tuple(
+        learner.zero_shot(f"zero_shot[{task.name}]", prepared)
+        for task, prepared in zip(unseen, prepared_unseen, strict=True)
+    )
+    return SequenceGraph(
+        tasks=tuple(task.name for task in tasks),
+        prepare=prepare,
+        kept=kept,
+        train=tuple(train),
+        evaluate=evaluate,
+        single=single,
+        quality=quality,
+        attend=attend,
+        unseen=tuple(task.name for task in unseen),
+        transfer=transfer,
+        zero_shot=zero_shot,
+    )
 
 
 @dataclass(frozen=True)
 class _Learner:
-    """Makes train and evaluate stages that read exactly what can change their result."""
+    """Makes stages that read exactly what can change their result."""
 
     config: ExperimentConfig
     backbone: dict[str, Any]
@@ -160,6 +183,21 @@ class _Learner:
     def workers(self) -> dict[str, Any]:
         cluster = self.config.cluster
         return {"workers": cluster.train_workers, "cpus": cluster.cpus_per_worker, "gpus": cluster.gpus_per_worker}
+
+    def preparation(self, name: str, task: Task) -> Stage:
+        config = self.config
+        return Stage(
+            name=name,
+            kind="prepare",
+            body=bodies.prepare,
+            reads={
+                "task": task.digest,
+                "backbone": self.backbone,
+                "max_source_tokens": config.benchmark.max_source_tokens,
+                "max_target_tokens": config.benchmark.max_target_tokens,
+            },
+            cpus=config.cluster.cpus_per_worker,
+        )
 
     def stage(self, name: str, task: Task, method: MethodConfig, inputs: dict[str, Stage]) -> Stage:
         config = self.config
@@ -232,17 +270,24 @@ class _Learner:
         return Stage(name=f"given[{label}]", kind="given", body=bodies.given_samples, reads=reads)
 
     def evaluation(self, name: str, version: Stage, task: Stage) -> Stage:
+        return self._scoring(name, "evaluate", bodies.evaluate, {}, {"version": version, "task": task})
+
+    def zero_shot(self, name: str, task: Stage) -> Stage:
+        return self._scoring(name, "zero_shot", bodies.zero_shot, {"backbone": self.backbone}, {"task": task})
+
+    def _scoring(self, name: str, kind: str, body: Body, reads: dict[str, Any], inputs: dict[str, Stage]) -> Stage:
         config = self.config
         return Stage(
             name=name,
-            kind="evaluate",
-            body=bodies.evaluate,
+            kind=kind,
+            body=body,
             reads={
                 "evaluation": config.evaluation.model_dump(mode="json", exclude={"single_task"}),
                 "precision": config.train.precision,
                 "max_target_tokens": config.benchmark.max_target_tokens,
+                **reads,
             },
-            inputs={"version": version, "task": task},
+            inputs=inputs,
             uses={"task": SCORED_ON},
             cpus=config.cluster.cpus_per_worker,
             gpus=config.cluster.gpus_per_worker,

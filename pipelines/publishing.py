@@ -56,13 +56,18 @@ class MLflowPublisher:
     Args:
         experiment: the sequence.
         tracking: as ``cluster.tracking.check`` returned it.
+        parent: run of the comparison that the sequence is part of. Its versions are scored and not registered:
+            the registry is for what somebody may serve, and ``pipelines/continual.py`` puts it there.
+        name: of the run; default: method, suite, tasks and seed.
     """
 
-    def __init__(self, experiment: Experiment, tracking: TrackingConfig) -> None:
+    def __init__(
+        self, experiment: Experiment, tracking: TrackingConfig, *, parent: str | None = None, name: str | None = None
+    ) -> None:
         config = experiment.config
         self._experiment = experiment
         self._tracker = Tracker(tracking)
-        self._registry = PoolRegistry(tracking)
+        self._registry = PoolRegistry(tracking) if parent is None else None
         self._store = resolved(config.store)
         self._tags = {
             "method": config.method.name,
@@ -71,9 +76,12 @@ class MLflowPublisher:
             "data_digest": experiment.data_digest,
             "git_commit": git_commit(),
         }
-        name = f"{config.method.name} {config.benchmark.suite} {len(experiment.tasks)} tasks seed {config.seed}"
+        suite = f"{config.benchmark.suite} {len(experiment.tasks)} tasks"
+        name = name or f"{config.method.name} {suite} seed {config.seed}"
         params = _flat(config.model_dump(mode="json", exclude={"store", "tracking", "cluster", "diagnostics"}))
-        self.run_id = self._tracker.start_sequence(name, key=experiment.key, params=params, tags=self._tags)
+        self.run_id = self._tracker.start_sequence(
+            name, key=experiment.key, params=params, tags=self._tags, parent=parent
+        )
 
     def stage(self, record: StageRecord, curve: list[dict[str, float]] | None) -> None:
         """Log a stage as a child run, once."""
@@ -97,9 +105,11 @@ class MLflowPublisher:
             tags={"kind": record.kind, "world_size": str(record.world_size)},
         )
 
-    def version(self, manifest: Manifest, index: int, metrics: Mapping[str, float]) -> int:
+    def version(self, manifest: Manifest, index: int, metrics: Mapping[str, float]) -> int | None:
         """Log the scores and publish the version, once."""
         self._tracker.log_scores(self.run_id, index + 1, metrics)
+        if self._registry is None:
+            return None
         return self._registry.publish(
             manifest.to_bytes(),
             self._store,
@@ -114,6 +124,9 @@ class MLflowPublisher:
         """Close the parent run with the figures of the end, its warnings and its report."""
         figures = {name: summary[name] for name in ("ap", "f_ra", "fwt", "bwt") if summary[name] is not None}
         figures["warnings"] = len(summary["warnings"])
+        # Step 0, where nothing is learnt, is the bare backbone's.
+        zero_shot = {f"unseen/{name}": score for name, score in summary.get("zero_shot", {}).items()}
+        self._tracker.log_scores(self.run_id, 0, zero_shot)
         self._tracker.log_scores(self.run_id, len(summary["tasks"]), figures)
         said = "\n".join(warning["text"] for warning in summary["warnings"])
         self._tracker.log_tags(self.run_id, {"warnings": said or "none"})

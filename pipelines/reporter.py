@@ -7,10 +7,11 @@ import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -24,7 +25,7 @@ from sapt_core.analysis import gate_ends
 from sapt_core.metrics import ScoreMatrix
 from sapt_core.snapshot import Manifest
 
-UNTOLD = {"evaluate", "attend", "quality"}  # many and short: the rows of scores tell that they are done
+UNTOLD = {"evaluate", "zero_shot", "attend", "quality"}  # many and short: the rows of scores tell that they are done
 
 
 class Publisher(Protocol):
@@ -34,8 +35,8 @@ class Publisher(Protocol):
         """A finished stage with its training curve."""
         ...
 
-    def version(self, manifest: Manifest, index: int, metrics: Mapping[str, float]) -> int:
-        """A version with its scores; returns its number. Publishing it again gives the same number."""
+    def version(self, manifest: Manifest, index: int, metrics: Mapping[str, float]) -> int | None:
+        """A version with its scores; returns its number, if it gets one. Publishing it again gives the same."""
         ...
 
 
@@ -46,15 +47,19 @@ class Reporter:
         experiment: the sequence.
         store: holds what the stages gave.
         publisher: MLflow, or None without it.
+        label: put before every line, where several sequences run at once.
     """
 
-    def __init__(self, experiment: Experiment, store: ArtifactStore, publisher: Publisher | None) -> None:
+    def __init__(
+        self, experiment: Experiment, store: ArtifactStore, publisher: Publisher | None, label: str = ""
+    ) -> None:
         self.experiment = experiment
         self.console = wide_console()
         self.records: dict[Stage, StageRecord] = {}
         self.versions: list[int | None] = []
         self._store = store
         self._publisher = publisher
+        self._label = label
 
     def on_event(self, event: StageEvent) -> None:
         """Take news of one stage."""
@@ -78,7 +83,7 @@ class Reporter:
         """Scores so far: the rows that are complete, without gaps."""
         graph = self.experiment.graph
         complete_rows = graph.evaluate[: scored_versions(self.experiment, self.records)]
-        rows = tuple(tuple(self.records[stage].metrics["score"] for stage in row) for row in complete_rows)
+        rows = tuple(self._scores(row) for row in complete_rows)
         single = tuple(self.records[stage].metrics["score"] for stage in graph.single if stage in self.records)
         return ScoreMatrix(graph.tasks, rows, single if len(single) == len(graph.tasks) else None)
 
@@ -112,7 +117,22 @@ class Reporter:
             "key": self.experiment.key,
             "warnings": [{**asdict(each), "text": str(each)} for each in self.findings.diagnoses],
             "seconds": self.stage_seconds(),
+            **self._transfer(),
         }
+
+    def _transfer(self) -> dict[str, Any]:
+        """Scores on the unseen tasks, if there are any: after every version, and of the bare backbone."""
+        graph = self.experiment.graph
+        if not graph.unseen:
+            return {}
+        after = zip(*(self._scores(row) for row in graph.transfer), strict=True)
+        return {
+            "unseen": {name: list(scores) for name, scores in zip(graph.unseen, after, strict=True)},
+            "zero_shot": dict(zip(graph.unseen, self._scores(graph.zero_shot), strict=True)),
+        }
+
+    def _scores(self, stages: Sequence[Stage]) -> tuple[float, ...]:
+        return tuple(self.records[stage].metrics["score"] for stage in stages)
 
     def stage_seconds(self) -> dict[str, float]:
         """Seconds of every kind of stage, as their records state them, whichever run did the work."""
@@ -137,9 +157,9 @@ class Reporter:
         table = Table(title=f"Scores of {config.method.name}, row i after task i", title_justify="left")
         table.add_column("after")
         for index, name in enumerate(matrix.tasks):
-            table.add_column(f"{index} {_short(name)}", justify="right")
+            table.add_column(f"{index} {short_name(name)}", justify="right")
         for index, row in enumerate(matrix.rows):
-            table.add_row(f"{index} {_short(matrix.tasks[index])}", *(f"{score:.1f}" for score in row))
+            table.add_row(f"{index} {short_name(matrix.tasks[index])}", *(f"{score:.1f}" for score in row))
         if matrix.single is not None:
             table.add_row("alone", *(f"{score:.1f}" for score in matrix.single))
         self.console.print(table)
@@ -149,6 +169,8 @@ class Reporter:
             f"FWT {'not measured' if fwt is None else f'{fwt:.2f}'}  "
             f"BWT {matrix.bwt():.2f} (over T: {matrix.bwt_over_t():.2f})"
         )
+        if self.experiment.unseen:
+            self._show_transfer()
         for diagnosis in self.findings.diagnoses:
             self.console.print(f"warning: {diagnosis}", style="yellow", markup=False)
         if self._publisher is not None:
@@ -166,13 +188,26 @@ class Reporter:
                 f"--task {matrix.tasks[0]} --input 'your text' store.uri={config.store.uri}{endpoint}"
             )
 
+    def _show_transfer(self) -> None:
+        graph = self.experiment.graph
+        table = Table(title="Scores on tasks that are never learnt", title_justify="left")
+        table.add_column("after")
+        for name in (*map(short_name, graph.unseen), "mean"):
+            table.add_column(name, justify="right")
+        labels = [f"{index} {short_name(name)}" for index, name in enumerate(graph.tasks)]
+        for label, row in zip(["backbone", *labels], [graph.zero_shot, *graph.transfer], strict=True):
+            scores = self._scores(row)
+            table.add_row(label, *(f"{score:.1f}" for score in (*scores, fmean(scores))))
+        self.console.print(table)
+
     def _publish_rows(self) -> None:
         """Publish every version whose scores are complete, in the order of the tasks."""
         graph = self.experiment.graph
         while len(self.versions) < len(graph.tasks):
             index = len(self.versions)
             attend = graph.attend[index : index + 1]
-            if not all(stage in self.records for stage in (graph.train[index], *graph.evaluate[index], *attend)):
+            needed = (graph.train[index], *graph.evaluate[index], *graph.transfer[index], *attend)
+            if not all(stage in self.records for stage in needed):
                 return
             matrix = self.matrix()
             row = matrix.rows[index]
@@ -182,7 +217,9 @@ class Reporter:
                 figures = {"ap": matrix.ap(index), "f_ra": matrix.f_ra(index), "bwt": matrix.bwt(index)}
                 manifest = self.manifest(index)
                 routing = self._routing(index, manifest) if attend else {}
-                version = self._publisher.version(manifest, index, {**scores, **figures, **routing})
+                transfer = dict(zip(graph.unseen, self._scores(graph.transfer[index]), strict=True))
+                unseen = {f"unseen/{name}": score for name, score in transfer.items()}
+                version = self._publisher.version(manifest, index, {**scores, **unseen, **figures, **routing})
             self.versions.append(version)
             name = "" if version is None else f"version {version}: "
             self._say(
@@ -201,7 +238,7 @@ class Reporter:
         return figures
 
     def _say(self, text: str) -> None:
-        self.console.print(f"{time.strftime('%H:%M:%S')} {text}", markup=False)
+        self.console.print(f"{time.strftime('%H:%M:%S')} {self._label}{text}", markup=False)
 
 
 def wide_console() -> Console:
@@ -233,5 +270,6 @@ def _group(stage: Stage) -> str:
     return stage.name.partition("[")[0]
 
 
-def _short(name: str) -> str:
+def short_name(name: str) -> str:
+    """A task's name for a narrow column: of a numbered one its number."""
     return name.partition("_")[0] if name.startswith("task") else name

@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -58,6 +58,7 @@ class BenchmarkConfig(Section):
     data_dir: Path | None = Field(None, description="Folder that holds one folder a task. Not for synthetic.")
     order: int | None = Field(None, ge=1, description="Numbered task order of the suite.")
     tasks: NameList | None = Field(None, description="Task folders in the order to learn; wins over order.")
+    unseen: NameList = Field((), description="Task folders that every version is scored on and none ever learns.")
     template: Literal["superni", "long_sequence"] | None = Field(None, description="Prompt; default: the suite's.")
     metric: Literal["rouge_l", "exact_match"] | None = Field(None, description="Score; default: the suite's.")
     max_source_tokens: int = Field(512, ge=8)
@@ -371,14 +372,15 @@ class ExperimentConfig(PlacesConfig):
     def digest(self) -> str:
         """sha256 of what decides the science, whatever it runs on and wherever it lies.
 
-        Paths are left out: data and backbone count by their content, which this does not see.
+        Paths are left out: data and backbone count by their content, which this does not see, and so
+        do unseen tasks, which decide nothing of what is learnt.
         """
         unread: Any = {
             "diagnostics": True,
             "cluster": True,
             "store": True,
             "tracking": True,
-            "benchmark": {"data_dir"},
+            "benchmark": {"data_dir", "unseen"},
             "backbone": {"path", "revision"},
             "train": {"checkpoint_every_steps"},
             "reflection": {"data_dir"},
@@ -397,8 +399,26 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> ExperimentCo
     Raises:
         ConfigError: with every fault and its dotted path.
     """
+    changes = parsed(overrides)
+    return validated(ExperimentConfig, [read_mapping(path), *changes], f"{path} with its overrides")
+
+
+def load_places(overrides: Sequence[str]) -> PlacesConfig:
+    """Store and tracking from their defaults and dotted ``key=value`` overrides alone.
+
+    Raises:
+        ConfigError: with every fault and its dotted path.
+    """
+    return validated(PlacesConfig, parsed(overrides), "What the command line gives")
+
+
+def read_mapping(path: Path | str) -> DictConfig:
+    """The YAML mapping that a file holds, not validated.
+
+    Raises:
+        ConfigError: it cannot be read or holds something else.
+    """
     path = Path(path)
-    changes = _parsed(overrides)
     try:
         loaded = OmegaConf.load(path)
     except FileNotFoundError as error:
@@ -408,40 +428,40 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> ExperimentCo
     except (YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path} is not valid YAML:", [str(error)]) from error
     if not isinstance(loaded, DictConfig):
-        raise ConfigError(f"{path} is not an experiment:", ["the file must hold a YAML mapping of sections"])
-    return _validated(ExperimentConfig, [loaded, *changes], f"{path} with its overrides")
+        raise ConfigError(f"{path} is not a config:", ["the file must hold a YAML mapping"])
+    return loaded
 
 
-def load_places(overrides: Sequence[str]) -> PlacesConfig:
-    """Store and tracking from their defaults and dotted ``key=value`` overrides alone.
+def parsed(overrides: Sequence[str]) -> list[DictConfig]:
+    """Dotted ``key=value`` overrides, each a layer.
 
     Raises:
-        ConfigError: with every fault and its dotted path.
+        ConfigError: with every one that has not this form.
     """
-    return _validated(PlacesConfig, _parsed(overrides), "What the command line gives")
-
-
-def _parsed(overrides: Sequence[str]) -> list[DictConfig]:
-    parsed, faults = [], []
+    layers, faults = [], []
     for item in overrides:
         key, separator, _ = item.partition("=")
         if not separator or not key:
             faults.append(f"{item!r}: give a dotted key, '=' and a value")
             continue
         try:
-            parsed.append(OmegaConf.from_dotlist([item]))
+            layers.append(OmegaConf.from_dotlist([item]))
         except (YAMLError, OmegaConfBaseException) as error:
             faults.append(f"{key}: the value is not valid YAML: {' '.join(str(error).split())}")
     if faults:
         raise ConfigError("Overrides have the form key=value, for example train.epochs=3:", faults)
-    return parsed
+    return layers
 
 
 Values = TypeVar("Values", bound=BaseModel)
 
 
-def _validated(model: type[Values], layers: Sequence[DictConfig], what: str) -> Values:
-    """The layers merged, the later over the earlier, as a ``model``."""
+def validated(model: type[Values], layers: Sequence[DictConfig], what: str) -> Values:
+    """The layers merged, the later over the earlier, as a ``model``.
+
+    Raises:
+        ConfigError: with every fault and its dotted path.
+    """
     try:
         values = OmegaConf.to_container(_merged(layers), resolve=True)
     except OmegaConfBaseException as error:
@@ -486,7 +506,10 @@ def _faults(error: ValidationError, root: type[BaseModel]) -> list[str]:
 def _nearest(location: tuple[str, ...], section: type[BaseModel], pet: str) -> str:
     """The known names beside an unknown one, nearest first."""
     for part in location[:-1]:
-        annotation = section.model_fields[part].annotation
+        if part.isdigit():  # a place in a list of sections
+            continue
+        annotation: Any = section.model_fields[part].annotation
+        annotation = get_args(annotation)[0] if get_origin(annotation) is tuple else annotation
         if section is ExperimentConfig and part == "pet":
             annotation = PET_TYPES[pet]
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):

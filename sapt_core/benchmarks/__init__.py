@@ -10,7 +10,7 @@ __all__ = ["load_inputs", "load_sequence"]
 
 
 def load_sequence(config: BenchmarkConfig) -> tuple[Task, ...]:
-    """The tasks of ``config`` in the order they are learnt, oldest first.
+    """The tasks of ``config`` in the order they are learnt, oldest first, and behind them the unseen ones.
 
     Raises:
         ConfigError: the suite has no such order.

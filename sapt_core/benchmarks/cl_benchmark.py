@@ -18,7 +18,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from sapt_core.benchmarks.task import Example, Task, dev_rows
+from sapt_core.benchmarks.task import SEEN, Example, Task, dev_rows
 from sapt_core.config import BenchmarkConfig
 from sapt_core.errors import ConfigError, DataError
 
@@ -105,7 +105,7 @@ METRICS = {"superni": "rouge_l", "long_sequence": "exact_match"}
 
 
 def load_folders(config: BenchmarkConfig) -> tuple[Task, ...]:
-    """Read the tasks of ``config``, in order.
+    """Read the tasks of ``config``, in order, and behind them the unseen ones.
 
     ``train_rows`` and ``test_rows`` take the first usable rows of a file, before the dev split. The split
     depends on ``split_seed`` and the number of rows alone; train rows keep their order in the file.
@@ -131,7 +131,7 @@ def load_folders(config: BenchmarkConfig) -> tuple[Task, ...]:
 
 
 def _folders(config: BenchmarkConfig, data_dir: Path, faults: list[str]) -> list[str]:
-    """Folder names of the sequence; those that cannot be found are added to ``faults``."""
+    """Folder names of the sequence and of the unseen tasks; those that cannot be found are added to ``faults``."""
     if config.tasks is not None:
         wanted: Sequence[str] = config.tasks
     else:
@@ -144,7 +144,7 @@ def _folders(config: BenchmarkConfig, data_dir: Path, faults: list[str]) -> list
     present = sorted(entry.name for entry in data_dir.iterdir() if entry.is_dir())
     found: list[str] = []
     missing = 0
-    for name in wanted:
+    for place, name in enumerate((*wanted, *config.unseen)):
         # A task number is enough: task748 for task748_glucose_reverse_cause_event_detection.
         matches = [name] if name in present else [folder for folder in present if folder.startswith(f"{name}_")]
         if not matches:
@@ -152,11 +152,13 @@ def _folders(config: BenchmarkConfig, data_dir: Path, faults: list[str]) -> list
             faults.append(f"{name}: no such folder{_hint(name, data_dir, present)}")
         elif len(matches) > 1:
             faults.append(f"{name}: fits several folders, give one in full: {', '.join(matches)}")
-        elif matches[0] in found:
+        elif matches[0] in found and place < len(wanted):
             faults.append(f"{name}: names {matches[0]}, which the sequence already has")
+        elif matches[0] in found:
+            faults.append(f"benchmark.unseen: {name} names {matches[0]}, {SEEN}")
         else:
             found.append(matches[0])
-    if missing and found and config.tasks is None:
+    if missing and found and config.tasks is None and not config.unseen:
         faults.append(f"to learn only the folders that are there, give benchmark.tasks={','.join(found)}")
     return found
 

@@ -30,7 +30,7 @@ from sapt_core.benchmarks.lexicon import (
     TOOLS,
     UNKIND,
 )
-from sapt_core.benchmarks.task import Example, Task, dev_rows
+from sapt_core.benchmarks.task import SEEN, Example, Task, dev_rows
 from sapt_core.config import BenchmarkConfig
 from sapt_core.errors import DataError
 
@@ -158,13 +158,13 @@ ORDERS = {
 
 
 def synthetic_sequence(config: BenchmarkConfig) -> tuple[Task, ...]:
-    """Generate the tasks that ``config`` names, in its order.
+    """Generate the tasks that ``config`` names, in its order, and behind them the unseen ones.
 
     A task's rows are one fixed stream, so asking for fewer gives the first of them. Whether an input
     is a train or a test row is decided by its text alone: the splits can never overlap.
 
     Args:
-        config: its tasks, order, rows, dev split, template and metric are read; 240 train and
+        config: its tasks, order, unseen, rows, dev split, template and metric are read; 240 train and
             50 test rows a task, order 1, ``superni`` prompts and ``exact_match`` by default.
 
     Raises:
@@ -172,7 +172,17 @@ def synthetic_sequence(config: BenchmarkConfig) -> tuple[Task, ...]:
     """
     names = config.tasks if config.tasks is not None else ORDERS.get(config.order or 1, ())
     train_rows, test_rows = config.train_rows or TRAIN_ROWS, config.test_rows or TEST_ROWS
-    faults = [f"benchmark.tasks: no synthetic task {name!r}{_nearest(name)}" for name in names if name not in TASKS]
+    faults = [
+        f"benchmark.{field}: no synthetic task {name!r}{_nearest(name)}"
+        for field, named in (("tasks", names), ("unseen", config.unseen))
+        for name in named
+        if name not in TASKS
+    ]
+    faults += [
+        f"benchmark.unseen: {name}, {SEEN}"
+        for place, name in enumerate(config.unseen)
+        if name in (*names, *config.unseen[:place])
+    ]
     if not names:
         faults.append(f"benchmark.order: {config.order} is not an order of synthetic; allowed: {_listed(ORDERS)}")
     faults += [
@@ -182,7 +192,7 @@ def synthetic_sequence(config: BenchmarkConfig) -> tuple[Task, ...]:
     ]
     if faults:
         raise DataError("The synthetic sequence cannot be generated:", faults)
-    return tuple(_task(name, train_rows, test_rows, config) for name in names)
+    return tuple(_task(name, train_rows, test_rows, config) for name in (*names, *config.unseen))
 
 
 def _task(name: str, train_rows: int, test_rows: int, config: BenchmarkConfig) -> Task:

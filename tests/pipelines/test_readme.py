@@ -19,7 +19,7 @@ import requests
 from cluster.registry import PoolRegistry
 from cluster.store import open_store
 from cluster.tracking import Tracker
-from pipelines import continual, evaluate, predict, report
+from pipelines import compare, continual, evaluate, predict, report
 from sapt_core.benchmarks.synthetic import synthetic_sequence
 from sapt_core.config import BenchmarkConfig, StoreConfig, TrackingConfig, load_config
 from sapt_core.snapshot import Manifest
@@ -46,7 +46,8 @@ def commands(program: str, script: str = "") -> list[list[str]]:
 def test_the_tests_below_see_every_command() -> None:
     said = [words for words in COMMANDS if words[0] in RUNS]
     scripts = [words[1] for words in said if words[0] == "python"]
-    assert sorted(scripts) == [f"pipelines/{name}.py" for name in ("continual", "evaluate", "predict", "report")]
+    named = ("compare", "continual", "evaluate", "predict", "report")
+    assert sorted(scripts) == [f"pipelines/{name}.py" for name in named]
     assert [len(commands(program)) for program in ("make", "mlflow", "ray")] == [2, 1, 1]
 
 
@@ -84,6 +85,17 @@ def test_the_job_asks_for_what_there_is() -> None:
     path, *overrides = inner[inner.index("--config") + 1 :]
     config = load_config(ROOT / path, overrides)
     assert config.store.uri == "s3://BUCKET/PREFIX"
+
+
+def test_a_comparison_ends_in_its_table(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (words,) = commands("python", "compare")
+    monkeypatch.chdir(tmp_path)  # where it leaves its records
+    given = [word.replace("pipelines/configs", str(ROOT / "pipelines/configs")) for word in words[2:]]
+    small = [*TINY, "evaluation.single_task=false", "--rows", "sequential", "--seeds", "0"]
+    ended = call(compare.main, [*given, *small, "--inline"])
+    assert ended.code == 0, ended.err
+    assert "1 of 3" in ended.out
+    assert [path.name for path in Path("docs/results/quickstart").iterdir()] == ["sequential_seed0.json"]
 
 
 @pytest.fixture

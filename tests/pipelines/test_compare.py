@@ -1,0 +1,451 @@
+"""A tiny comparison of two rows and two seeds, in one process: what it shares, where it goes on, what it says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cluster import stages
+from cluster.stages import InlineExecutor, StageContext, StageResult
+from cluster.tracking import PARENT, client_of
+from pipelines import bodies, compare
+from pipelines.comparison import Comparison, ComparisonConfig, Row, load_comparison
+from pipelines.records import Figures, Machine, Record, read_records, results, write_markdown
+from sapt_core.config import TrackingConfig
+from sapt_core.errors import ConfigError, DataError, SaptError
+from tests.pipelines.commands import QUICKSTART, ROOT, TINY, Outcome, records
+
+pytest_plugins = ["tests.mlflow_servers"]
+
+Call = Callable[[Callable[[], None], list[str]], Outcome]
+CONFIGS = sorted((ROOT / "pipelines/configs").glob("compare_*.yaml"))
+MARKED = "# Results\n<!-- compare:tiny begin -->\nold\n<!-- compare:tiny end -->\nThe end.\n"
+
+
+def write(folder: Path, **changes: Any) -> Path:
+    """The tiny comparison's file, with some of it changed."""
+    values: dict[str, Any] = {
+        "base": QUICKSTART,
+        "overrides": [*TINY, "evaluation.single_task=false", f"store.uri={folder}/store"],
+        "seeds": [0, 1],
+        "rows": [
+            {"name": "SAPT", "note": "as it is"},
+            {"name": "no reflection", "overrides": ["reflection.weight=0"]},
+        ],
+        "results": str(folder / "results"),
+        **changes,
+    }
+    path = folder / "compare_tiny.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The folder of a comparison that was interrupted once and then ran to its end."""
+
+    folder: Path
+    interrupted: Outcome
+    results_then: tuple[str, ...]
+    stages_then: tuple[str, ...]
+    outcome: Outcome
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Compared:
+    folder = tmp_path_factory.mktemp("compared")
+    path = write(folder)
+    left = 11  # all of the first cell and some of the second
+
+    class Interrupted(InlineExecutor):
+        def wait(self, handles: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+            return super().wait(handles)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, "InlineExecutor", Interrupted)
+        interrupted = in_process(["--config", str(path), "--inline"])
+    then = tuple(sorted(file.name for file in (folder / "results").iterdir()))
+    names = tuple(name for name, _ in records(folder / "store").values())
+    (folder / "results.md").write_text(MARKED)
+    outcome = in_process(["--config", str(path), "--inline", "--markdown", str(folder / "results.md")])
+    assert outcome.code == 0, outcome.err
+    return Compared(folder, interrupted, then, names, outcome)
+
+
+def in_process(arguments: list[str]) -> Outcome:
+    """Call the entry point outside of a test."""
+    import contextlib
+    import io
+
+    from pipelines import cli
+
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr("sys.argv", ["compare.py", *arguments])
+        try:
+            cli.run(compare.main)
+        except SystemExit as ended:
+            code = int(str(ended.code or 0))
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture
+def again(compared: Compared, tmp_path: Path) -> Path:
+    """A copy of the finished comparison, to change."""
+    shutil.copytree(compared.folder, tmp_path, dirs_exist_ok=True)
+    return write(tmp_path)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in (folder / "results").iterdir()}
+
+
+def test_what_cells_share_runs_once(compared: Compared) -> None:
+    names = [name.partition(": ")[2].partition("[")[0] for name, _ in records(compared.folder / "store").values()]
+    # For each seed both rows share the first task and its score; all share what is prepared.
+    assert Counter(names) == {"prepare": 2, "train": 2 * 3, "pseudo_samples": 2, "evaluate": 2 * 5}
+
+
+def test_a_record_is_written_as_soon_as_its_cell_is_complete(compared: Compared) -> None:
+    assert compared.interrupted.code == 130
+    assert compared.results_then == ("sapt_seed0.json",)
+    assert len(compared.stages_then) == 11
+
+
+def test_an_interrupted_comparison_goes_on_where_it_stopped(compared: Compared) -> None:
+    assert "3 cells to learn, 1 have their record" in compared.outcome.out
+    lines = compared.outcome.out.splitlines()
+    started = {line[9:].removesuffix(" started") for line in lines if line.endswith(" started")}
+    # Seed 1 had all its training done but that of the other row; scoring is not told of.
+    assert "SAPT seed 1: train[01 basket]" in compared.stages_then
+    assert started == {f"no reflection seed {seed}: train[01 basket]" for seed in (0, 1)}
+
+
+def test_records_say_what_was_run(compared: Compared) -> None:
+    found = {record.place.name: record for record in read_records(compared.folder / "results")}
+    assert set(found) == {f"{row} seed {seed}" for row in ("SAPT", "no reflection") for seed in (0, 1)}
+    record = found["no reflection seed 1"]
+    assert record.overrides == ("reflection.weight=0",)
+    assert record.method == "sapt"
+    assert record.settings == found["no reflection seed 0"].settings != found["SAPT seed 0"].settings
+    assert record.key != found["no reflection seed 0"].key
+    assert record.tasks == ("animal", "basket")
+    (first,), last = record.scores
+    assert record.figures.ap == pytest.approx(sum(last) / 2, abs=1e-4)
+    assert record.figures.f_ra == pytest.approx(first - last[0], abs=1e-4)
+    assert record.figures.fwt is None
+    assert [len(row) for row in record.attention] == [1, 2]
+    assert sum(record.attention[1][0]) == pytest.approx(1, abs=1e-3)
+    assert record.sizes == {"tasks": 2, "train_rows": 44, "dev_rows": 4, "test_rows": 24}
+    assert set(record.seconds) == {"prepare", "train", "evaluate"}
+    assert found["SAPT seed 0"].source_seconds > 0 == record.source_seconds
+    assert record.machine.cores > 0
+
+
+def test_the_table_is_printed_and_put_between_its_markers(compared: Compared) -> None:
+    text = (compared.folder / "results.md").read_text()
+    assert text.startswith("# Results\n<!-- compare:tiny begin -->\n| row | cells | AP |")
+    assert text.endswith("\n<!-- compare:tiny end -->\nThe end.\n")
+    assert "old" not in text
+    for name in ("SAPT", "no reflection"):
+        assert f"\n| {name} | 2 | " in text
+        assert f"│ {name} " in compared.outcome.out
+
+
+def test_what_has_its_record_is_not_run_again(again: Path, call: Call) -> None:
+    before = contents(again.parent)
+    shutil.rmtree(again.parent / "store")
+    ended = call(compare.main, ["--config", str(again), "--inline"])
+    assert ended.code == 0, ended.err
+    assert contents(again.parent) == before
+    assert "0 cells to learn, 4 have their record" in ended.out
+
+
+def test_a_lost_record_is_put_together_from_its_stages(again: Path, call: Call) -> None:
+    lost = again.parent / "results/sapt_seed1.json"
+    before = json.loads(lost.read_text())
+    lost.unlink()
+    ended = call(compare.main, ["--config", str(again), "--inline"])
+    assert ended.code == 0, ended.err
+    assert " started" not in ended.out
+    del before["written_at"]
+    assert json.loads(lost.read_text()).items() >= before.items()
+
+
+def test_a_record_of_other_settings_is_replaced_with_a_notice(again: Path, call: Call) -> None:
+    before = contents(again.parent)
+    arguments = ["--config", str(again), "--inline", "--rows", "SAPT", "--seeds", "0", "evaluation.batch_size=5"]
+    shown = call(compare.main, [*arguments, "--dry-run"])
+    assert shown.code == 0, shown.err
+    assert "SAPT seed 0: its record is of other settings, data or backbone; it is replaced" in shown.out
+    assert contents(again.parent) == before
+    ended = call(compare.main, arguments)
+    assert ended.code == 0, ended.err
+    assert "it is replaced" in ended.out
+    after = contents(again.parent)
+    assert [name for name in after if after[name] != before[name]] == ["sapt_seed0.json"]
+    # Its row has no mean of two settings.
+    assert "Left out, of other settings than the newest of its row: SAPT seed 1." in ended.out
+    assert "1 of 2" in ended.out
+
+
+def test_the_table_alone_needs_no_data_and_runs_nothing(again: Path, call: Call) -> None:
+    shutil.rmtree(again.parent / "store")
+    (again.parent / "results/sapt_seed1.json").unlink()
+    write(again.parent, overrides=["backbone.path=nowhere"])
+    ended = call(compare.main, ["--config", str(again), "--table-only"])
+    assert ended.code == 0, ended.err
+    assert "No record yet: SAPT seed 1." in ended.out
+    assert not (again.parent / "store").exists()
+
+
+def test_a_failed_cell_is_told_of_and_the_others_go_on(
+    tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(context: StageContext) -> StageResult:
+        raise SaptError("too few samples")
+
+    monkeypatch.setattr(bodies, "pseudo_samples", fails)
+    ended = call(compare.main, ["--config", str(write(tmp_path, seeds=[0])), "--inline"])
+    assert ended.code == 2
+    assert "SAPT seed 0: too few samples" in ended.err
+    assert "Traceback" not in ended.err
+    assert "│ SAPT          │ 0 of 1 │" in ended.out
+    assert list(contents(tmp_path)) == ["no-reflection_seed0.json"]
+
+
+def test_what_stops_everything_is_no_failure_of_a_cell(
+    again: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> Mapping[str, Any] | None:
+        raise SaptError("the store is gone")
+
+    (again.parent / "results/sapt_seed1.json").unlink()
+    monkeypatch.setattr(stages, "_valid_record", broken)
+    ended = call(compare.main, ["--config", str(again), "--inline"])
+    assert (ended.code, ended.err) == (2, "error: the store is gone\n")
+
+
+def test_sequences_are_children_of_the_comparisons_run(
+    again: Path, call: Call, sqlite_tracking: TrackingConfig
+) -> None:
+    shutil.rmtree(again.parent / "results")
+    # All stages are done, so that no Ray is started.
+    arguments = ["--config", str(again), f"tracking.uri={sqlite_tracking.uri}", "tracking.experiment=unit"]
+    ended = call(compare.main, [*arguments, "--seeds", "0"])
+    assert ended.code == 0, ended.err
+    client = client_of(sqlite_tracking.uri)
+    runs = client.search_runs([client.get_experiment_by_name("unit").experiment_id])
+    (parent,) = [run for run in runs if PARENT not in run.data.tags]
+    assert (parent.info.run_name, parent.info.status) == ("compare tiny", "FINISHED")
+    assert [file.path for file in client.list_artifacts(parent.info.run_id)] == ["tiny.md"]
+    sequences = {run.info.run_name: run for run in runs if run.data.tags.get(PARENT) == parent.info.run_id}
+    assert set(sequences) == {"SAPT seed 0", "no reflection seed 0"}
+    for run in sequences.values():
+        assert run.info.status == "FINISHED"
+        assert "ap" in run.data.metrics
+        children = {each.info.run_name for each in runs if each.data.tags.get(PARENT) == run.info.run_id}
+        assert {"train[00 animal]", "train[01 basket]"} <= children
+    assert client.search_registered_models() == []
+
+
+# What people get wrong
+
+
+def faults(path: Path, *overrides: str) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as caught:
+        load_comparison(path, overrides)
+    return caught.value.faults
+
+
+def test_all_faults_at_once(tmp_path: Path) -> None:
+    rows = [
+        {"name": "one", "overrides": ["reflection.wait=0"]},
+        {"name": "One", "overrides": ["seed=3", "store.uri=elsewhere"], "sedes": [1]},
+        {"name": "three", "overrides": ["train.epochs"]},
+        {"name": "one"},
+    ]
+    found = faults(write(tmp_path, base="nowhere.yaml", rows=rows, result="x"), "benchmark.order=2")
+    for part in (
+        "result: no such field; did you mean results?",
+        "rows.1.sedes: no such field; did you mean seeds?",
+        "nowhere.yaml: no such file",
+        "rows.one: reflection.wait: no such field; did you mean weight?",
+        "rows.three: 'train.epochs': give a dotted key, '=' and a value",
+        "command line: benchmark.order: give orders",
+    ):
+        assert [fault for fault in found if part in fault], (part, found)
+    assert len(found) == len(set(found))
+
+
+def test_rows_of_one_name(tmp_path: Path) -> None:
+    (fault,) = faults(write(tmp_path, rows=[{"name": "one"}, {"name": "One"}, {"name": "two"}]))
+    assert fault == "config: rows of one name: one, One"
+
+
+def test_rows_set_nothing_that_all_share(tmp_path: Path) -> None:
+    row = {"name": "one", "overrides": ["seed=3", "store.uri=x", "tracking.model=x", "cluster.max_failures=0"]}
+    found = faults(write(tmp_path, rows=[row]))
+    assert [fault.split(": ")[1] for fault in found] == ["seed", "store.uri", "tracking.model", "cluster.max_failures"]
+
+
+def test_orders_and_named_tasks(tmp_path: Path) -> None:
+    found = faults(write(tmp_path, orders=[1, 2]))
+    assert found[0].startswith("orders: row SAPT names benchmark.tasks")
+
+
+def test_a_fault_of_the_base_is_told_once(tmp_path: Path) -> None:
+    assert faults(write(tmp_path), "train.epochs=0") == ("train.epochs: Input should be greater than 0 (given: 0)",)
+
+
+def test_faults_of_the_data_name_their_rows(tmp_path: Path, call: Call) -> None:
+    rows = [{"name": "one"}, {"name": "two", "overrides": ["benchmark.tasks=animl"]}]
+    path = write(tmp_path, rows=rows)
+    ended = call(compare.main, ["--config", str(path), "--inline", "backbone.path=./nowhere"])
+    assert ended.code == 2
+    assert "did you mean animal?" in ended.err
+    assert "two seed 0, two seed 1: " in ended.err
+    assert "backbone.path ./nowhere" in ended.err
+    assert sorted(file.name for file in tmp_path.iterdir()) == [path.name]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--rows", "SAPTT"], "no row 'SAPTT'; did you mean 'SAPT'?"),
+        (["--seeds", "one"], "invalid"),
+        (["--rows", ","], "one or more names"),
+        (["--seeds", "-1"], "whole numbers from 0 on"),
+        (["--markdown", "README.md"], "<!-- compare:tiny begin -->\n<!-- compare:tiny end -->"),
+        (["--markdown", "missing.md"], "missing.md cannot be read"),
+    ],
+)
+def test_what_is_refused_before_the_work(
+    tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch, arguments: list[str], part: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("README.md").write_text("no markers")
+    ended = call(compare.main, ["--config", str(write(tmp_path)), "--inline", *arguments])
+    assert ended.code == 2
+    assert part in ended.err
+    assert "Traceback" not in ended.err
+    assert not Path("store").exists()
+
+
+def test_a_file_that_is_no_record(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("{")
+    (tmp_path / "b.json").write_text('{"row": "x"}')
+    with pytest.raises(DataError) as caught:
+        read_records(tmp_path)
+    assert [fault.partition(":")[0] for fault in caught.value.faults] == ["a.json", "b.json"]
+
+
+# The table by hand
+
+
+def record(row: str, seed: int, ap: float, **changes: Any) -> Record:
+    values: dict[str, Any] = {
+        "row": row,
+        "order": 1,
+        "seed": seed,
+        "overrides": (),
+        "method": "sapt",
+        "key": f"{row}{seed}",
+        "settings": f"of {row}",
+        "snapshot": "5" * 64,
+        "commit": "0123456789",
+        "written_at": datetime(2026, 11, 24 + seed, tzinfo=UTC),
+        "machine": Machine(cpu="A CPU", cores=2, gpu=None, dtype="float32"),
+        "sizes": {"tasks": 2},
+        "figures": Figures(ap=ap, f_ra=1.0, fwt=None if row == "plain" else 0.5, bwt=-1.0, bwt_over_t=-0.5),
+        "tasks": ("task1_a", "task2_b"),
+        "scores": ((10.0,), (9.0, 20.0)),
+        "single": None,
+        "unseen": {},
+        "zero_shot": {},
+        "attention": (((1.0,),), ((0.75, 0.25), (0.25 + seed / 2, 0.75 - seed / 2))),
+        "seconds": {"train": 10.0 + seed, "memory": 2.0, "prepare": 7.0},
+        "source_bytes": 1536,
+        **changes,
+    }
+    return Record(**values)
+
+
+def comparison(**changes: Any) -> Comparison:
+    rows = (Row(name="full", note="a|b", seeds=(0, 1)), Row(name="plain", seeds=(0, 3)), Row(name="later"))
+    config = ComparisonConfig(base=Path("b.yaml"), orders=(1,), rows=rows, results=Path("results"), **changes)
+    return Comparison("tiny", Path("compare_tiny.yaml"), config, ())
+
+
+def test_markdown_by_hand(tmp_path: Path) -> None:
+    path = tmp_path / "results.md"
+    path.write_text(MARKED)
+    there = [
+        record("full", 0, 10.0),
+        record("full", 1, 12.0),
+        record("full", 2, 99.0, settings="older", written_at=datetime(2026, 1, 1, tzinfo=UTC)),
+        record("plain", 0, 5.0, source_bytes=None, seconds={"train": 4.0}),
+        record("gone", 0, 5.0),
+    ]
+    write_markdown(path, comparison(), results(comparison(), there))
+    assert path.read_text() == (
+        "# Results\n<!-- compare:tiny begin -->\n"
+        "| row | cells | AP | F.Ra | FWT | BWT | train s | source s | kept | note |\n"
+        "| --- | --: | --: | --: | --: | --: | --: | --: | --: | --- |\n"
+        "| full | 2 | 11.00 ± 1.41 | 1.00 ± 0.00 | 0.50 ± 0.00 | -1.00 ± 0.00 | 10 | 2 | 1.5 KiB | a\\|b |\n"
+        "| plain | 1 of 2 | 5.00 | 1.00 | – | -1.00 | 4 | 0 | – |  |\n"
+        "| later | 0 of 1 | – | – | – | – | – | – | – |  |\n"
+        "\n"
+        "Mean ± standard deviation over a row's cells (orders and seeds). 2026-11-24 to 2026-11-25, code at 0123456. "
+        "A CPU, 2 cores, float32.\n"
+        "\n"
+        "No record yet: plain order 1 seed 3.\n"
+        "\n"
+        "Left out, of other settings than the newest of its row: full order 1 seed 2.\n"
+        "\n"
+        "Records of rows that the comparison no longer has: gone.\n"
+        "<!-- compare:tiny end -->\nThe end.\n"
+    )
+
+
+def test_attention_and_unseen_tasks_by_hand() -> None:
+    transfer = {"unseen": {"x": (1.0, 2.0), "y": (3.0, 4.0)}, "zero_shot": {"x": 0.0, "y": 0.0}}
+    there = [record("full", 0, 10.0, **transfer), record("full", 1, 12.0, **transfer), record("plain", 0, 5.0)]
+    made = results(comparison(attention=True), there)
+    assert made.header[6] == "unseen"
+    assert [row[6] for row in made.rows] == ["3.00 ± 0.00", "–", "–"]
+    assert made.attention[:4] == (
+        ("row", "version", "block 1", "block 2", "on task"),
+        ("full order 1", "1", "1.00", "", "task1"),
+        ("full order 1", "2", "0.75", "0.25", "task1"),
+        ("full order 1", "2", "0.50", "0.50", "task2"),
+    )
+    assert "Mean attention on each task's test rows" in made.markdown()
+    assert len(made.tables()) == 2
+
+
+# What ships
+
+
+@pytest.mark.parametrize(
+    "shipped",
+    [pytest.param(path, id=path.stem) for path in CONFIGS],
+)
+def test_what_ships_validates(shipped: Path) -> None:
+    found = load_comparison(shipped)
+    assert str(found.config.results) == f"docs/results/{found.name}"
+    head = shipped.read_text().splitlines()[1]
+    assert head.startswith(f"# python pipelines/compare.py --config pipelines/configs/{shipped.name}")
