@@ -107,9 +107,8 @@ def finish(reporter: Reporter, finished: Finished) -> None:
     example: dict[str, Any] = next(iter(done.values()))
     for stage in reporter.experiment.graph.stages:
         stored = done.get(stage.name, {**example, "outputs": {}, "metrics": {}, "kind": stage.kind})
-        record = StageRecord.model_validate(
-            {**stored, "name": stage.name, "metrics": {"score": SCORES.get(stage.name, 0.0)}}
-        )
+        scored = {"score": SCORES.get(stage.name, 0.0)} if stage.kind in {"evaluate", "zero_shot"} else {}
+        record = StageRecord.model_validate({**stored, "name": stage.name, "metrics": {**stored["metrics"], **scored}})
         reporter.on_event(StageEvent("cached", stage, record.key, record))
 
 
@@ -131,7 +130,7 @@ def test_scores_are_metrics_of_every_version(finished: Finished, sqlite_tracking
     publisher = MLflowPublisher(given, sqlite_tracking)
     reporter = Reporter(given, open_store(given.config.store), publisher)
     finish(reporter, finished)
-    publisher.finish(reporter.summary())
+    publisher.finish(reporter.summary(), {})
     client = client_of(sqlite_tracking.uri)
     points = client.get_metric_history(publisher.run_id, "unseen/stock")
     assert [(point.step, point.value) for point in sorted(points, key=lambda point: point.step)] == [
