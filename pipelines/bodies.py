@@ -218,21 +218,23 @@ def attend(context: StageContext) -> StageResult:
 def quality(context: StageContext) -> StageResult:
     """Compare a task's pseudo-samples with its train rows.
 
-    Reads ``backbone``, ``max_source_tokens``; inputs ``task``, ``kept``. Metrics: the fields of ``SampleQuality``.
+    Reads ``backbone``, ``max_source_tokens``, ``template``, ``definition``; inputs ``task``, ``kept``. Metrics: the
+    fields of ``SampleQuality``.
     """
+    reads = context.reads
     generated: list[str] = json.loads(context.store.get(context.inputs["kept"].outputs["samples"]))
-    task = _prepared(context.store, context.inputs["task"])
-    model, tokenizer = load_backbone(BackboneRef(**context.reads["backbone"]), context.store)
+    train = read_split(context.store.get(context.inputs["task"].outputs["train.arrow"]))
+    model, tokenizer = load_backbone(BackboneRef(**reads["backbone"]), context.store)
     bare = _bare(model, AttentionConfig())
     encoder = PromptEncoder(
         tokenizer,
-        max_source_tokens=context.reads["max_source_tokens"],
+        max_source_tokens=reads["max_source_tokens"],
         is_encoder_decoder=bool(model.config.is_encoder_decoder),
     )
-    drawn = [task.train[index] for index in draw(len(task.train), max(MIN_ROWS, len(generated)))]
-    made = [prompt.row for prompt in encoder.prompts(task.template, task.definition, generated)]
+    drawn = [train[index] for index in draw(len(train), max(MIN_ROWS, len(generated)))]
+    made = [prompt.row for prompt in encoder.prompts(reads["template"], reads["definition"], generated)]
     real, fake = (pooled_embeddings(bare, tokenizer, rows).numpy() for rows in (drawn, made))
-    found = sample_quality([str(text) for text in task.train["input"]], generated, real, fake)
+    found = sample_quality([str(text) for text in train["input"]], generated, real, fake)
     return StageResult(metrics=asdict(found))
 
 

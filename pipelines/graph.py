@@ -24,7 +24,6 @@ from sapt_core.trainer import step_seed
 KEPT_FROM = frozenset({"train.arrow"})
 LEARNT_FROM = frozenset({"train.arrow", "dev.arrow"})
 SCORED_ON = frozenset({"test.arrow", "meta.json"})
-COMPARED_WITH = frozenset({"train.arrow", "meta.json"})
 SAMPLED = frozenset({"samples"})
 ATTENDED_ON = frozenset({"dev.arrow"})
 ROUTED_BY = frozenset({"manifest"})
@@ -124,12 +123,17 @@ def build_graph(
             name=f"quality[{label}]",
             kind="quality",
             body=bodies.quality,
-            reads={"backbone": backbone, "max_source_tokens": config.benchmark.max_source_tokens},
+            reads={
+                "backbone": backbone,
+                "max_source_tokens": config.benchmark.max_source_tokens,
+                "template": task.template,
+                "definition": task.definition,
+            },
             inputs={"task": prepared, "kept": samples},
-            uses={"task": COMPARED_WITH, "kept": SAMPLED},
+            uses={"task": KEPT_FROM, "kept": SAMPLED},
             cpus=config.cluster.cpus_per_worker,
         )
-        for label, prepared, samples in zip(labels, prepare, kept, strict=False)
+        for label, task, prepared, samples in zip(labels, tasks, prepare, kept, strict=False)
         if config.reflection.source in {"generated", "given"}
     )
     attend = tuple(

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from sapt_core.config import EvaluationConfig
 from sapt_core.device import Precision, autocast
 from sapt_core.model import SaptModel
+from sapt_core.snapshot import embedding_matrix
 
 
 def answer(
@@ -71,4 +72,5 @@ def pooled_embeddings(
     collator = model.collator(tokenizer.pad_token_id)
     device = next(model.backbone.parameters()).device
     batches = [collator.prompts(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
-    return torch.cat([model.pooled(batch.to(device)).cpu() for batch in batches])
+    nothing = torch.empty(0, embedding_matrix(model.backbone).shape[1])
+    return torch.cat([nothing, *(model.pooled(batch.to(device)).cpu() for batch in batches)])

@@ -322,3 +322,4 @@ def test_pooled_embeddings_are_those_of_the_prompts() -> None:
         max_pool(embedded[torch.tensor([row["prompt_ids"]])], torch.ones(1, len(row["prompt_ids"]))) for row in rows
     ]
     assert torch.equal(pooled_embeddings(model, tiny_tokenizer(), rows, batch_size=3), torch.cat(wanted))
+    assert pooled_embeddings(model, tiny_tokenizer(), []).shape == (0, 16)
