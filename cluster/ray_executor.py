@@ -16,7 +16,7 @@ from sapt_core.config import ClusterConfig, StoreConfig
 from sapt_core.errors import ClusterError, SaptError
 
 # How long a stage may take to unwind before its process is killed.
-CANCEL_SECONDS = 10
+CANCEL_SECONDS = 30
 
 Ref: TypeAlias = "ray.ObjectRef[StageRecord]"
 
