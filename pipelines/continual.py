@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.stages import Executor, InlineExecutor, plan, run_graph
 from cluster.store import ArtifactStore, open_store
-from pipelines import cli
+from pipelines import cli, report
 from pipelines.experiment import Experiment, load_experiment
 from pipelines.reporter import Reporter
 from sapt_core.config import ExperimentConfig
@@ -74,8 +74,6 @@ def _run_published(experiment: Experiment, store: ArtifactStore, *, all_done: bo
 
 def _report(reporter: Reporter, publisher: MLflowPublisher) -> None:
     """Close the run in MLflow with its report, which is kept in the working directory too."""
-    from pipelines import report  # noqa: PLC0415  matplotlib, only where something is drawn
-
     folder = report.default_folder(reporter.experiment)
     where = str(folder / report.PAGE)
     files = report.standing(folder, reporter.findings)

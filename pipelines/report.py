@@ -18,7 +18,6 @@ from cluster.store import ArtifactStore, open_store
 from pipelines import cli
 from pipelines.experiment import Experiment, load_experiment
 from pipelines.findings import Findings, collect, scored_versions
-from pipelines.sections import SECTIONS, Plot
 from sapt_core.config import canonical_hash
 from sapt_core.errors import SaptError
 
@@ -77,6 +76,8 @@ def find(experiment: Experiment, store: ArtifactStore, version: int | None) -> F
 
 def build(findings: Findings) -> dict[str, bytes]:
     """The report's files by name: the page, which needs no other, and its plots, for use elsewhere."""
+    from pipelines.sections import SECTIONS, Plot  # noqa: PLC0415  matplotlib, only where something is drawn
+
     sections = [section for make in SECTIONS if (section := make(findings)) is not None]
     plots = [part for section in sections for part in section.parts if isinstance(part, Plot)]
     matrix, config, total = findings.matrix, findings.experiment.config, len(findings.experiment.tasks)
