@@ -63,12 +63,14 @@ class RayExecutor:
         return [(handle, self._outcome(handle)) for handle in ended]
 
     def cancel(self, handles: Sequence[Ref]) -> None:
+        # Not what a stage has started itself: Ray Train's controller would take its workers' end for a failure and
+        # start them anew while it is told to stop, and the new ones would keep their places in the cluster.
         for handle in handles:
-            ray.cancel(handle, recursive=True)
+            ray.cancel(handle, recursive=False)
         # The request is on its way only; a driver that leaves now could leave a busy worker behind.
         _, left = ray.wait(list(handles), num_returns=len(handles), timeout=CANCEL_SECONDS) if handles else ([], [])
         for handle in left:
-            ray.cancel(handle, force=True, recursive=True)
+            ray.cancel(handle, force=True, recursive=False)
 
     def _outcome(self, handle: Ref) -> Outcome:
         name = self._running.pop(handle).name

@@ -240,7 +240,11 @@ class PoolRegistry:
         with tempfile.TemporaryDirectory() as folder:
             saved = Path(folder, "model")
             _save(saved, manifest, store, model_id=model.model_id, run_id=run_id)
-            client.log_model_artifacts(model.model_id, str(saved))
+            try:
+                client.log_model_artifacts(model.model_id, str(saved))
+            except FileExistsError:
+                # MLflow's copy stumbles when who publishes the same at this moment makes a folder a step ahead of it.
+                client.log_model_artifacts(model.model_id, str(saved))
         if metrics:
             when = score_time(self.config, run_id, index)
             points = [Metric(metric_name(n), float(v), when, index, model.model_id) for n, v in metrics.items()]

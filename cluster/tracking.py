@@ -331,9 +331,13 @@ class Tracker:
             self._log(run_id, tags=tags)
 
     def finish(self, run_id: str, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
-        """Close a run; ``start_sequence`` opens it again."""
+        """Close a run; ``start_sequence`` opens it again. A stage's run that an interrupt left half-written goes."""
         with reported(self.config.uri):
-            client_of(self.config.uri).set_terminated(run_id, status=status)
+            client, experiment = client_of(self.config.uri), experiment_of(self.config)
+            for child in self._search(experiment, {PARENT: run_id}):
+                if STAGE_KEY in child.data.tags and child.info.status == "RUNNING":
+                    client.delete_run(child.info.run_id)
+            client.set_terminated(run_id, status=status)
 
     def _search(self, experiment: str, tags: Mapping[str, str]) -> list[Run]:
         """Runs with these tags, oldest first."""

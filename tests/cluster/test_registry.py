@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
@@ -160,17 +161,26 @@ def test_publish_that_died_half_way_is_completed(
     assert registry.load_manifest("1")[0] == manifest(1)
 
 
+def together(call: Callable[..., object]) -> Callable[..., object]:
+    """``call`` for two threads; the first call of each waits for the other's."""
+    barrier, waited = Barrier(2, timeout=60), threading.local()
+
+    def called(*args: object) -> object:
+        if not hasattr(waited, "once"):
+            waited.once = True
+            barrier.wait()
+        return call(*args)
+
+    return called
+
+
 def test_two_publishers_at_once_leave_one_version(
     registry: PoolRegistry, store: StoreConfig, run_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client, together = client_of(registry.config.uri), Barrier(2, timeout=60)
-    finalize = client.finalize_logged_model
-
-    def finalize_together(*args: object) -> object:
-        together.wait()  # both have looked for the version and found none
-        return finalize(*args)
-
-    monkeypatch.setattr(client, "finalize_logged_model", finalize_together)
+    client = client_of(registry.config.uri)
+    # Both copy into the same logged model, and both have looked for the version and found none.
+    for name in ("log_model_artifacts", "finalize_logged_model"):
+        monkeypatch.setattr(client, name, together(getattr(client, name)))
     with ThreadPoolExecutor(2) as pool:
         versions = list(pool.map(lambda _: publish(registry, store, run_id, 1), range(2)))
     assert versions == [1, 1]

@@ -314,6 +314,24 @@ def test_half_written_stage_is_replaced(
     assert len(client_of(config.uri).get_metric_history(run_id, "loss")) == 1
 
 
+def test_closing_a_sequence_leaves_no_stage_half_written(
+    tracker: Tracker, config: TrackingConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    comparison, parent = start(tracker, "c3"), start(tracker)
+    nested = tracker.start_sequence("runs still", key="d4", params={}, tags={}, parent=parent)
+    whole = tracker.log_stage(parent, "prepare", key="beef", metrics={}, seconds=1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(client_of(config.uri), "set_terminated", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            tracker.log_stage(parent, "train", key="f00d", metrics={"loss": 0.5}, seconds=1.0)
+    tracker.finish(parent, "KILLED")
+    statuses = {run.info.run_id: run.info.status for run in runs(config)}
+    assert statuses == {comparison: "RUNNING", nested: "RUNNING", parent: "KILLED", whole: "FINISHED"}
+
+
 def test_scores_are_points_over_the_tasks_learnt(tracker: Tracker, config: TrackingConfig) -> None:
     run_id = start(tracker)
     tracker.log_scores(run_id, 1, {"AP": 90.0, "score/a+b": 90.0})

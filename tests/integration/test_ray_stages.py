@@ -182,7 +182,7 @@ def test_interrupt_frees_the_cluster(config: StoreConfig, tmp_path: Path) -> Non
     with pytest.raises(KeyboardInterrupt):
         run_graph(stages, open_store(config), RayExecutor(config, CLUSTER), interrupt)
     assert Path(reads["file"]).exists()
-    deadline = time.monotonic() + 150
+    deadline = time.monotonic() + 60
     while ray.available_resources().get("CPU", 0) < 4 and time.monotonic() < deadline:
         time.sleep(0.2)
     assert ray.available_resources()["CPU"] == 4
