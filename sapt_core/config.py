@@ -153,7 +153,8 @@ class AttentionConfig(Section):
         False, description="Let padding take part in the query, as the published code does: it depends on the batch."
     )
     key_init: Literal["uniform", "task_mean"] = Field(
-        "uniform", description="Paper: U(-1, 1); task_mean: mean query of the task's own train inputs."
+        "uniform",
+        description="Paper: U(-1, 1); task_mean: mean query of the task's own train inputs, scaled to length √D.",
     )
     centre: Literal["none", "vocabulary"] = Field(
         "none",
@@ -169,7 +170,11 @@ class AttentionConfig(Section):
         False, description="Add the projection to the pooled embedding, starting from it alone (W_up zero)."
     )
     hold: float = Field(
-        0.0, ge=0, le=1, description="Share of a task's steps over which the new block's weight is let go from 1."
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of a task's steps over which the new block's weight is let go from 1; meanwhile the "
+        "task's loss does not move the router.",
     )
     learning_rate_ratio: float = Field(1.0, gt=0, description="Router's rate as a multiple of train.learning_rate.")
     selection: Literal["attention", "uniform"] = Field(
@@ -264,6 +269,9 @@ class TrainConfig(Section):
     """One task's training loop. Batches are counted over all workers."""
 
     learning_rate: float = Field(3e-4, gt=0)
+    schedule: Literal["constant", "linear"] = Field(
+        "constant", description="Paper: the rate stays; linear: it falls from the first step to zero after the last."
+    )
     weight_decay: float = Field(0.0, ge=0)
     epochs: float = Field(10, gt=0)
     batch_size: int = Field(32, ge=1, description="Rows in an optimizer step, over all workers.")

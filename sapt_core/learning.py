@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sapt_core import metrics
@@ -190,7 +192,9 @@ def _start_routing(model: SaptModel, pooled: Tensor, config: AttentionConfig, *,
         if first:
             pool.attention.start(embedding_matrix(model.backbone))
         if config.key_init == "task_mean":
-            pool.key.copy_(pool.attention.query(pooled).mean(dim=0))
+            # Keys of one length: a task of varied inputs, whose mean is short, would lose to one of similar inputs.
+            mean = pool.attention.query(pooled).mean(dim=0)
+            pool.key.copy_(F.normalize(mean, dim=0) * math.sqrt(len(mean)))
 
 
 def _objective(  # noqa: PLR0917

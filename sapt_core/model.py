@@ -31,6 +31,7 @@ class SaptModel(nn.Module):
         self.is_encoder_decoder = bool(backbone.config.is_encoder_decoder)
         # Not cleared after a forward: activation checkpointing asks for it again during backward.
         self._weights: Tensor | None = None
+        self._used: Tensor | None = None
         self._handles: list[RemovableHandle] = []
 
     def detach(self) -> PreTrainedModel:
@@ -51,7 +52,7 @@ class SaptModel(nn.Module):
             return
         for handle in attached:
             handle.remove()
-        self._handles = self.pool.blocks.attach(self.backbone, self._current_weights)
+        self._handles = self.pool.blocks.attach(self.backbone, self._mixture)
         setattr(self.backbone, _HANDLES, self._handles)
 
     def collator(self, pad_token_id: int) -> Collator:
@@ -72,8 +73,7 @@ class SaptModel(nn.Module):
         """Logits (B, L, V) of a training batch, aligned with its labels (shifted by one for a decoder-only model)."""
         assert batch.labels is not None  # noqa: S101 - a training batch has labels
         self._attach()
-        self._weights = self.pool.mixture(self.pooled(batch))
-        inputs, prompt_length = self._inputs(batch, self._weights)
+        inputs, prompt_length = self._inputs(batch, self.pool.mixture(self.pooled(batch)))
         if self.is_encoder_decoder:
             inputs["decoder_input_ids"] = self.backbone.prepare_decoder_input_ids_from_labels(batch.labels)  # type: ignore[operator]
         logits: Tensor = self.backbone(**inputs, use_cache=False).logits
@@ -94,8 +94,7 @@ class SaptModel(nn.Module):
             options: generation settings, such as ``max_new_tokens``, ``num_beams``, ``do_sample``.
         """
         self._attach()
-        self._weights = self.pool.select(self.pooled(batch))
-        inputs, _ = self._inputs(batch, self._weights)
+        inputs, _ = self._inputs(batch, self.pool.select(self.pooled(batch)))
         sequences: Tensor = self.backbone.generate(**inputs, **options)  # type: ignore[operator]
         if self.is_encoder_decoder:
             return sequences[:, 1:]
@@ -107,6 +106,7 @@ class SaptModel(nn.Module):
 
         In front of left padding too: attention skips the padding, and positions are counted without it.
         """
+        self._weights, self._used = weights, self.pool.in_use(weights)
         prompts = self.pool.blocks.prompts(weights)
         if prompts is None:
             return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}, 0
@@ -126,7 +126,7 @@ class SaptModel(nn.Module):
         """Mixture (B, T) of the last forward or generate."""
         return self._weights
 
-    def _current_weights(self) -> Tensor:
-        if self._weights is None:
+    def _mixture(self) -> tuple[Tensor, Tensor]:
+        if self._weights is None or self._used is None:
             raise RuntimeError("the backbone of a SaptModel runs through SaptModel.forward or generate only")
-        return self._weights
+        return self._weights, self._used

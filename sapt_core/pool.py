@@ -22,7 +22,8 @@ class PETPool(nn.Module):
         key: key of the block being learnt (D), or None.
         hold: share of the mixture that goes to the last block whatever the attention says, in
             [0, 1]. While a new block is still zero the old ones lower the loss faster, and an
-            attention that is free from the first step runs away from it.
+            attention that follows the loss runs away from it: while the block is held, no gradient
+            passes through the mixture to the attention.
     """
 
     frozen_keys: Tensor
@@ -79,5 +80,16 @@ class PETPool(nn.Module):
         if self.hold:
             newest = torch.zeros_like(weights)
             newest[:, -1] = self.hold
-            weights = (1 - self.hold) * weights + newest
+            # Times zero and not cut off: DistributedDataParallel waits for a gradient of every parameter.
+            settled = weights.detach() + 0 * weights
+            weights = (1 - self.hold) * settled + newest
         return weights
+
+    def in_use(self, weights: Tensor) -> Tensor:
+        """Blocks (U,), ascending, that some input of weights (B, T) gives more than rounding error.
+
+        The others are not computed. The block that is being learnt is always in use.
+        """
+        used = weights.detach().amax(dim=0) > torch.finfo(weights.dtype).eps
+        used[-1] |= self.key is not None
+        return used.nonzero().flatten()

@@ -129,16 +129,8 @@ def train(
         # Needed by re-entrant checkpointing alone, and left on the embeddings it would cost every later task.
         model.backbone.disable_input_require_grads()  # type: ignore[no-untyped-call]
     trainable = {name: parameter for name, parameter in model.pool.named_parameters() if parameter.requires_grad}
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for n, p in trainable.items() if n.startswith("blocks.")], "lr": config.learning_rate},
-            {
-                "params": [p for n, p in trainable.items() if not n.startswith("blocks.")],
-                "lr": objective.router_learning_rate or config.learning_rate,
-            },
-        ],
-        weight_decay=config.weight_decay,
-    )
+    optimizer = _optimizer(trainable, config, objective)
+    rates = [group["lr"] for group in optimizer.param_groups]
     position, best = _restore(checkpoints.load(), trainable, optimizer)
     step_module = accelerator.prepare(_Step(model, reflection))
 
@@ -152,6 +144,8 @@ def train(
             batches = epoch_batches(lengths, config.batch_size, seed, epoch)
         model.train()
         model.pool.hold = max(0.0, 1 - position.step / (objective.hold * total)) if objective.hold else 0.0
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * (1 - position.step / total if config.schedule == "linear" else 1)
         torch.manual_seed(step_seed(seed, "dropout", position.step, rank))
         draws = torch.Generator().manual_seed(step_seed(seed, "reflection", position.step))
         batch = [rows[i] for i in batches[within]]
@@ -186,6 +180,21 @@ def train(
         model.backbone.activation_checkpointing_disable()  # type: ignore[no-untyped-call]
     model.eval()
     return position.curve
+
+
+def _optimizer(
+    trainable: Mapping[str, nn.Parameter], config: TrainConfig, objective: Objective
+) -> torch.optim.Optimizer:
+    """AdamW with the block in one group and key and query projection in the other."""
+    block = [parameter for name, parameter in trainable.items() if name.startswith("blocks.")]
+    router = [parameter for name, parameter in trainable.items() if not name.startswith("blocks.")]
+    return torch.optim.AdamW(
+        [
+            {"params": block, "lr": config.learning_rate},
+            {"params": router, "lr": objective.router_learning_rate or config.learning_rate},
+        ],
+        weight_decay=config.weight_decay,
+    )
 
 
 def _step(

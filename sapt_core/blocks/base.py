@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from sapt_core.errors import SnapshotError
 
-Weights: TypeAlias = Callable[[], Tensor]
-"""The mixture (B, T) of the batch that is running."""
+Mixture: TypeAlias = Callable[[], tuple[Tensor, Tensor]]
+"""Of the batch that is running: weights (B, T) of the blocks, and the indices (U,) of those in use."""
 
 
 class PETBlocks(nn.Module, ABC):
@@ -35,7 +35,7 @@ class PETBlocks(nn.Module, ABC):
         """Names and shapes of one block's tensors."""
 
     @abstractmethod
-    def attach(self, backbone: PreTrainedModel, weights: Weights) -> list[RemovableHandle]:
+    def attach(self, backbone: PreTrainedModel, mixture: Mixture) -> list[RemovableHandle]:
         """Mix the blocks into the backbone's linears by forward hooks; none for blocks that only ``prompts``."""
 
     @abstractmethod

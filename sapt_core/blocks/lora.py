@@ -3,6 +3,7 @@
 
 ``y = W x + Σ_i a_i · s · B_i A_i x`` (SAPT section 3.2, s = lora_alpha / r) is computed as
 ``h = A x`` with all A stacked to (T·R, in), ``h ·= s · a`` and ``y += B h`` with B (out, T·R).
+Blocks that no input of the batch uses are left out of the stack.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from sapt_core.blocks.base import PETBlocks, Weights
+from sapt_core.blocks.base import Mixture, PETBlocks
 from sapt_core.config import LoRAConfig
 from sapt_core.errors import BackboneError
 
@@ -77,30 +78,37 @@ class LoRASite(nn.Module):
         self.frozen_A = torch.cat([self.frozen_A, lora_A.to(self.frozen_A)])
         self.frozen_B = torch.cat([self.frozen_B, lora_B.to(self.frozen_B)], dim=1)
 
-    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+    def forward(self, x: Tensor, weights: Tensor, used: Tensor) -> Tensor:
         """The pool's update for ``x``.
 
         Args:
             x: input of the linear (B·k, S, in); k is the number of beams or returned sequences.
             weights: attention weights (B, T).
+            used: ascending indices (U,) of the blocks that take part; the one being learnt is among them.
 
         Returns:
             Update (B·k, S, out).
         """
-        stacked_B = self.frozen_B if self.lora_B is None else torch.cat([self.frozen_B, self.lora_B], dim=1)
-        hidden = self._hidden(self.dropout(x))
+        frozen_A, frozen_B = self.frozen_A, self.frozen_B
+        if len(used) < weights.shape[1]:
+            weights = weights[:, used]
+            frozen = used if self.lora_A is None else used[:-1]
+            rows = (frozen.unsqueeze(1) * self.r + torch.arange(self.r, device=used.device)).flatten()
+            frozen_A, frozen_B = frozen_A[rows], frozen_B[:, rows]
+        stacked_B = frozen_B if self.lora_B is None else torch.cat([frozen_B, self.lora_B], dim=1)
+        hidden = self._hidden(self.dropout(x), frozen_A)
         gates = (weights * self.scaling).repeat_interleave(self.r, dim=1)
         gates = gates.repeat_interleave(x.shape[0] // weights.shape[0], dim=0)
         return F.linear(hidden * gates.unsqueeze(1).to(hidden.dtype), stacked_B.to(x.dtype))
 
-    def _hidden(self, x: Tensor) -> Tensor:
-        """Every block's ``A x`` (B·k, S, T·R)."""
+    def _hidden(self, x: Tensor, frozen_A: Tensor) -> Tensor:
+        """``A x`` of the blocks in ``frozen_A`` (F·R, in) and of the one being learnt (B·k, S, U·R)."""
         if self.lora_A is None:
-            return F.linear(x, self.frozen_A.to(x.dtype))
+            return F.linear(x, frozen_A.to(x.dtype))
         if self.detach_frozen:
-            old = F.linear(x.detach(), self.frozen_A.to(x.dtype))
+            old = F.linear(x.detach(), frozen_A.to(x.dtype))
             return torch.cat([old, F.linear(x, self.lora_A.to(x.dtype))], dim=-1)
-        return F.linear(x, torch.cat([self.frozen_A, self.lora_A]).to(x.dtype))
+        return F.linear(x, torch.cat([frozen_A, self.lora_A]).to(x.dtype))
 
 
 class LoRABlocks(PETBlocks):
@@ -130,10 +138,10 @@ class LoRABlocks(PETBlocks):
             expected[f"{PEFT_PREFIX}{name}.lora_B.weight"] = (site.frozen_B.shape[0], site.r)
         return expected
 
-    def attach(self, backbone: PreTrainedModel, weights: Weights) -> list[RemovableHandle]:
+    def attach(self, backbone: PreTrainedModel, mixture: Mixture) -> list[RemovableHandle]:
         """Add the pool's update to the output of every adapted linear, by forward hooks.
 
-        The backbone's modules, code and state dict stay as they are. ``weights`` is asked at every
+        The backbone's modules, code and state dict stay as they are. ``mixture`` is asked at every
         call, also when activation checkpointing recomputes a layer during backward.
         """
         handles = []
@@ -142,7 +150,7 @@ class LoRABlocks(PETBlocks):
             def add_update(
                 _module: nn.Module, args: tuple[Tensor, ...], output: Tensor, site: LoRASite = site
             ) -> Tensor:
-                update: Tensor = site(args[0], weights())
+                update: Tensor = site(args[0], *mixture())
                 return output + update.to(output.dtype)
 
             handles.append(backbone.get_submodule(name).register_forward_hook(add_update))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from sapt_core.blocks.base import PETBlocks, Weights
+from sapt_core.blocks.base import Mixture, PETBlocks
 from sapt_core.config import PromptConfig
 
 NAME = "prompt_embeddings"
@@ -42,7 +42,7 @@ class PromptBlocks(PETBlocks):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {NAME: tuple(self.frozen.shape[1:])}
 
-    def attach(self, backbone: PreTrainedModel, weights: Weights) -> list[RemovableHandle]:
+    def attach(self, backbone: PreTrainedModel, mixture: Mixture) -> list[RemovableHandle]:
         return []
 
     def prompts(self, weights: Tensor) -> Tensor:

@@ -167,6 +167,27 @@ def test_the_held_share_goes_to_the_newest_block() -> None:
     assert torch.equal(pool.attend(pooled), free)  # what reflection keeps in place is the attention itself
 
 
+def test_while_a_block_is_held_the_loss_does_not_move_the_attention() -> None:
+    pool = pool_of(3, AttentionConfig(bottleneck=5))
+    assert pool.key is not None
+    for hold, moved in ((0.25, False), (0.0, True)):
+        pool.zero_grad()
+        pool.hold = hold
+        (pool.mixture(torch.randn(2, 16)) * torch.randn(2, 3)).sum().backward()
+        assert pool.key.grad is not None  # workers that train together wait for every gradient
+        assert bool(pool.key.grad.any()) is moved
+        assert bool(pool.attention.down.weight.grad.any()) is moved
+
+
+def test_a_block_is_in_use_above_rounding_error_or_while_it_is_learnt() -> None:
+    pool = pool_of(3, AttentionConfig(bottleneck=5))
+    assert pool.in_use(torch.tensor([[1.0, 1e-8, 0.0], [1e-6, 1.0, 0.0]])).tolist() == [0, 1, 2]
+    assert pool.in_use(torch.tensor([[1.0, 1e-8, 0.0]])).tolist() == [0, 2]
+    pool.freeze()
+    assert pool.in_use(torch.tensor([[1.0, 1e-8, 0.0]])).tolist() == [0]
+    assert pool.in_use(torch.tensor([[0.4, 0.3, 0.3]])).tolist() == [0, 1, 2]
+
+
 def test_a_pool_without_attention_is_one_block_of_weight_one() -> None:
     pool = fill(new_pool(tiny_backbone("t5"), lora("t5"), None), 1)
     assert pool.mixture(torch.randn(3, 16)).tolist() == [[1.0]] * 3

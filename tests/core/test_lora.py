@@ -29,6 +29,10 @@ def naive(x: Tensor, weights: Tensor, A: list[Tensor], B: list[Tensor], scaling:
     return torch.stack(rows)
 
 
+def every(weights: Tensor) -> Tensor:
+    return torch.arange(weights.shape[1])
+
+
 def filled_site(
     n_in: int, n_out: int, r: int, blocks: int, alpha: float
 ) -> tuple[LoRASite, list[Tensor], list[Tensor]]:
@@ -54,7 +58,7 @@ def check_against_naive(  # noqa: PLR0917
     site, A, B = filled_site(n_in, n_out, r, blocks, alpha)
     x = torch.randn(batch * beams, length, n_in, requires_grad=True)
     weights = torch.randn(batch, blocks).softmax(dim=-1).requires_grad_()
-    site(x, weights).backward(upstream := torch.randn(batch * beams, length, n_out))
+    site(x, weights, every(weights)).backward(upstream := torch.randn(batch * beams, length, n_out))
 
     wanted_x = x.detach().clone().requires_grad_()
     wanted_weights = weights.detach().clone().requires_grad_()
@@ -64,7 +68,7 @@ def check_against_naive(  # noqa: PLR0917
     wanted.backward(upstream)
 
     close = {"rtol": 1e-5, "atol": 1e-6 * max(1.0, float(wanted.detach().abs().max()))}
-    torch.testing.assert_close(site(x, weights), wanted, **close)
+    torch.testing.assert_close(site(x, weights, every(weights)), wanted, **close)
     assert site.lora_A is not None
     assert site.lora_B is not None
     for given_grad, wanted_grad in (
@@ -106,8 +110,22 @@ def test_by_hand() -> None:
     site = LoRASite(1, 1, LoRAConfig(r=1, lora_alpha=2))
     site.append_frozen(torch.tensor([[1.0]]), torch.tensor([[5.0]]))
     site.append_frozen(torch.tensor([[10.0]]), torch.tensor([[7.0]]))
-    out = site(torch.tensor([[[3.0]]]), torch.tensor([[0.25, 0.75]]))
+    out = site(torch.tensor([[[3.0]]]), torch.tensor([[0.25, 0.75]]), torch.tensor([0, 1]))
     assert out.item() == pytest.approx(0.25 * 2 * 5 * 3 + 0.75 * 2 * 7 * 30)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 8), st.data())
+def test_blocks_that_are_not_used_are_not_computed(blocks: int, data: st.DataObject) -> None:
+    used = [*sorted(data.draw(st.sets(st.integers(0, blocks - 2)))), blocks - 1]
+    site, A, B = filled_site(5, 7, 2, blocks, 3.0)
+    x, weights = torch.randn(2, 3, 5), torch.zeros(2, blocks)
+    weights[:, used] = torch.rand(2, len(used))
+    wanted = naive(x, weights, A, B, 1.5)
+    for other in set(range(blocks)) - set(used):
+        site.frozen_A[2 * other : 2 * other + 2] = math.nan
+        site.frozen_B[:, 2 * other : 2 * other + 2] = math.nan
+    torch.testing.assert_close(site(x, weights, torch.tensor(used)), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_a_new_block_starts_as_lora_does() -> None:
@@ -127,12 +145,12 @@ def test_dropout_acts_in_training_alone() -> None:
     site.dropout.p = 0.5
     x, weights = torch.randn(2, 3, 8), torch.full((2, 2), 0.5)
     torch.manual_seed(0)
-    dropped = site(x, weights)
+    dropped = site(x, weights, every(weights))
     torch.manual_seed(0)
     mask = nn.functional.dropout(torch.ones_like(x), 0.5)
     site.eval()
-    torch.testing.assert_close(dropped, site(x * mask, weights))
-    assert not torch.allclose(dropped, site(x, weights))
+    torch.testing.assert_close(dropped, site(x * mask, weights, every(weights)))
+    assert not torch.allclose(dropped, site(x, weights, every(weights)))
 
 
 def test_freezing_moves_the_block_and_changes_nothing() -> None:
@@ -141,9 +159,10 @@ def test_freezing_moves_the_block_and_changes_nothing() -> None:
     for _ in range(2):
         blocks.add()
         blocks.load_current({name: torch.randn_like(value) for name, value in blocks.current_state().items()})
-        before = blocks.sites[0](x, weights[:, : blocks.frozen_blocks + 1])
+        mixed = weights[:, : blocks.frozen_blocks + 1]
+        before = blocks.sites[0](x, mixed, every(mixed))
         blocks.freeze()
-        assert torch.equal(before, blocks.sites[0](x, weights[:, : blocks.frozen_blocks]))
+        assert torch.equal(before, blocks.sites[0](x, mixed, every(mixed)))
     assert blocks.frozen_blocks == 2
     assert not list(blocks.parameters())
     with pytest.raises(ValueError, match="no block is being learnt"):

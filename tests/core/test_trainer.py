@@ -76,6 +76,7 @@ def naive_training(
     rate: float,
     clip: float | None,
     decay: float = 0.0,
+    falls: bool = False,
     micro_batch_size: int = 4,
 ) -> list[dict[str, float]]:
     """Row by row, token by token, with the published AdamW update; dropout off."""
@@ -115,6 +116,7 @@ def naive_training(
             for name, parameter in parameters.items():
                 is_block = name.startswith("blocks.")
                 own_rate = rate if is_block else (objective.router_learning_rate or rate)
+                own_rate *= (len(order) - number) / len(order) if falls else 1
                 first[name] = 0.9 * first[name] + 0.1 * gradients[name]
                 second[name] = 0.999 * second[name] + 0.001 * gradients[name] ** 2
                 parameter.mul_(1 - own_rate * decay)
@@ -139,6 +141,7 @@ def naive_training(
         (Objective(reflection()), {}),
         (Objective(), {"max_grad_norm": None}),
         (Objective(reflection(), router_learning_rate=0.001, hold=0.5), {"max_grad_norm": 0.05, "weight_decay": 0.1}),
+        (Objective(reflection(), router_learning_rate=0.001), {"schedule": "linear"}),
         (Objective(reflection(per_micro_batch=True)), {"micro_batch_size": 2}),
     ],
 )
@@ -151,6 +154,7 @@ def test_training_equals_a_naive_loop(name: str, objective: Objective, changes: 
         rate=0.02,
         clip=changes.get("max_grad_norm", 1.0),
         decay=changes.get("weight_decay", 0.0),
+        falls=changes.get("schedule") == "linear",
         micro_batch_size=changes.get("micro_batch_size", 4),
     )
     assert [entry["step"] for entry in curve] == [1, 2, 3, 4, 5, 6]
