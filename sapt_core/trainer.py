@@ -130,7 +130,6 @@ def train(
         model.backbone.disable_input_require_grads()  # type: ignore[no-untyped-call]
     trainable = {name: parameter for name, parameter in model.pool.named_parameters() if parameter.requires_grad}
     optimizer = _optimizer(trainable, config, objective)
-    rates = [group["lr"] for group in optimizer.param_groups]
     position, best = _restore(checkpoints.load(), trainable, optimizer)
     step_module = accelerator.prepare(_Step(model, reflection))
 
@@ -144,16 +143,11 @@ def train(
             batches = epoch_batches(lengths, config.batch_size, seed, epoch)
         model.train()
         model.pool.hold = max(0.0, 1 - position.step / (objective.hold * total)) if objective.hold else 0.0
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * (1 - position.step / total if config.schedule == "linear" else 1)
         torch.manual_seed(step_seed(seed, "dropout", position.step, rank))
         draws = torch.Generator().manual_seed(step_seed(seed, "reflection", position.step))
         batch = [rows[i] for i in batches[within]]
         entry = {"step": position.step + 1, **_step(accelerator, step_module, batch, collator, config, draws=draws)}
-        if config.max_grad_norm is not None:
-            accelerator.clip_grad_norm_(list(trainable.values()), config.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        _update(accelerator, optimizer, config, left=1 - position.step / total)
         position.step += 1
         model.pool.hold = 0.0
 
@@ -188,13 +182,22 @@ def _optimizer(
     """AdamW with the block in one group and key and query projection in the other."""
     block = [parameter for name, parameter in trainable.items() if name.startswith("blocks.")]
     router = [parameter for name, parameter in trainable.items() if not name.startswith("blocks.")]
+    router_rate = objective.router_learning_rate or config.learning_rate
     return torch.optim.AdamW(
-        [
-            {"params": block, "lr": config.learning_rate},
-            {"params": router, "lr": objective.router_learning_rate or config.learning_rate},
-        ],
+        [{"params": block, "initial_lr": config.learning_rate}, {"params": router, "initial_lr": router_rate}],
         weight_decay=config.weight_decay,
     )
+
+
+def _update(accelerator: Accelerator, optimizer: torch.optim.Optimizer, config: TrainConfig, *, left: float) -> None:
+    """Move the parameters by their gradients, with a share ``left`` of the steps still to go."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * (left if config.schedule == "linear" else 1)
+    if config.max_grad_norm is not None:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def _step(
