@@ -99,7 +99,14 @@ def pseudo_samples(context: StageContext) -> StageResult:
         name: getattr(samples, name) for name in ("wanted", "generated", "malformed", "empty", "duplicate", "copied")
     }
     kept = _keep_texts(context, samples.inputs)
-    return replace(kept, metrics={**kept.metrics, **counts, "curve": _store_curve(context, curve)})
+    metrics = {**kept.metrics, **counts, "curve": _store_curve(context, curve)}
+    if not samples.answers:
+        return replace(kept, metrics=metrics)
+    answers = json.dumps(samples.answers).encode()
+    return StageResult(
+        outputs={**kept.outputs, "answers": context.store.put(answers)},
+        metrics={**metrics, "bytes": metrics["bytes"] + len(answers), "known_answers": samples.known_answers},
+    )
 
 
 def given_samples(context: StageContext) -> StageResult:

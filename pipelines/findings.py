@@ -51,7 +51,8 @@ class SampleFindings:
     """A task's pseudo-samples.
 
     Attributes:
-        counts: of the generator: wanted, generated, malformed, empty, duplicate, kept.
+        counts: of the generator: wanted, generated, malformed, empty, duplicate, kept; of one that writes
+            answers too: known_answers, those that a train row has.
         quality: against the real rows; None where it was not measured.
     """
 
@@ -210,7 +211,10 @@ def _samples(counted: StageRecord | None, compared: StageRecord | None) -> Sampl
     kept = metrics["kept"]
     # Samples that were given are all that was wanted.
     counts = {"wanted": kept, "generated": kept, "malformed": 0, "empty": 0, "duplicate": 0, "kept": kept}
+    counts = {name: metrics.get(name, value) for name, value in counts.items()}
+    if "known_answers" in metrics:
+        counts["known_answers"] = metrics["known_answers"]
     return SampleFindings(
-        {name: metrics.get(name, value) for name, value in counts.items()},
+        counts,
         None if compared is None else SampleQuality(**compared.metrics),
     )

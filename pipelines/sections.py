@@ -186,6 +186,7 @@ def pseudo_samples(findings: Findings) -> Section | None:
     if not any(findings.samples):
         return None
     forgotten = findings.matrix.forgotten()
+    pairs = any(each is not None and "known_answers" in each.counts for each in findings.samples)
     rows = []
     for name, each, fallen in zip(findings.tasks, findings.samples, forgotten, strict=False):
         cells = ["not made"]
@@ -193,6 +194,8 @@ def pseudo_samples(findings: Findings) -> Section | None:
             counts, quality = each.counts, each.quality
             well_formed = counts["generated"] - counts["malformed"] - counts["empty"]
             cells = [f"{counts['kept']} of {counts['wanted']}", f"{well_formed} of {counts['generated']}"]
+            if pairs:
+                cells.append(f"{counts['known_answers']} of {counts['kept']}")
             if quality is None:
                 cells.append("not measured")
             else:
@@ -205,7 +208,7 @@ def pseudo_samples(findings: Findings) -> Section | None:
                     f"{quality.vocabulary} / {quality.real_vocabulary}",
                     _share(quality.known_words),
                 ]
-        rows.append((name, *_padded(cells, 9), _one(fallen)))
+        rows.append((name, *_padded(cells, 10 if pairs else 9), _one(fallen)))
     related = findings.quality_against_forgetting()
     told = "; ".join(
         f"{label} {'not defined' if related[name] is None else f'{related[name]:+.2f}'}"
@@ -215,6 +218,7 @@ def pseudo_samples(findings: Findings) -> Section | None:
         "task",
         "kept of wanted",
         "well-formed",
+        *(["answers that a train row has"] if pairs else []),
         "told by embedding",
         "told by words",
         "duplicates",

@@ -32,7 +32,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from sapt_core.benchmarks.prepare import check_fits
+from sapt_core.benchmarks.prepare import check_fits, check_writable
 from sapt_core.benchmarks.task import Task
 from sapt_core.blobs import BlobStore
 from sapt_core.blocks.lora import find_sites
@@ -168,7 +168,7 @@ def check_backbone(config: ExperimentConfig, tasks: Sequence[Task]) -> None:
 
     Raises:
         BackboneError: target modules that match nothing, prompts (soft ones too) and answers longer than
-            the model's positions, or a tokenizer that cannot be loaded.
+            the model's positions, or a tokenizer that cannot be loaded or cannot write a marker.
         DataError: tasks whose template leaves no room for an input.
     """
     path, revision = _location(config.backbone), config.backbone.revision
@@ -182,6 +182,8 @@ def check_backbone(config: ExperimentConfig, tasks: Sequence[Task]) -> None:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise BackboneError(f"the tokenizer of {path} cannot be loaded: {_first_line(error)}") from error
+    if config.method.shared_attention and config.reflection.source == "generated":
+        check_writable(tokenizer, config.generator.content)
     check_fits(
         tasks,
         tokenizer,

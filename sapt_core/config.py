@@ -223,6 +223,10 @@ class GeneratorConfig(Section):
     micro_batch_size: int | None = Field(None, ge=1)
     epochs: float | None = Field(None, gt=0, description="Passes over the train rows; give this or steps.")
     steps: int | None = Field(5000, ge=1)
+    content: Literal["inputs", "pairs"] = Field(
+        "inputs",
+        description="What it learns to write: inputs (paper; reflection reads no more), or inputs and answers.",
+    )
     share: float = Field(0.02, gt=0, le=1, description="Kept pseudo-samples as a share of the train rows.")
     min_samples: int = Field(1, ge=1)
     max_attempts: int = Field(4, ge=1, description="Generations tried for each sample to keep.")

@@ -14,7 +14,7 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from sapt_core.benchmarks.task import Example, Task
-from sapt_core.benchmarks.templates import TEMPLATES, PromptPieces
+from sapt_core.benchmarks.templates import ANSWER_MARKER, INPUT_MARKER, TEMPLATES, PromptPieces
 from sapt_core.errors import BackboneError, DataError
 
 log = logging.getLogger(__name__)
@@ -86,7 +86,9 @@ class PromptEncoder:
         Raises:
             DataError: the words of the template alone leave no room in ``max_source_tokens``.
         """
-        rows = [TEMPLATES[template].pieces(definition, text) for text in inputs]
+        return self._encode([TEMPLATES[template].pieces(definition, text) for text in inputs])
+
+    def _encode(self, rows: Sequence[PromptPieces]) -> list[EncodedPrompt]:
         if not rows:
             return []
         if not self.tokenizer.is_fast:
@@ -110,17 +112,17 @@ class PromptEncoder:
         """Ids of a text that is no prompt of a task, with the special tokens that a prompt has."""
         return [*self._prefix, *self._ids([text])[0], *self._suffix]
 
-    def targets(self, template: str, definition: str, inputs: Sequence[str], max_tokens: int) -> list[list[int]]:
-        """Prompts as something to write: they end with EOS, and over-long ones are cut as prompts are.
+    def targets(self, rows: Sequence[PromptPieces], max_tokens: int) -> list[list[int]]:
+        """Texts to write: they end with EOS, and over-long ones are cut as prompts are.
 
         Raises:
-            DataError: the words of the template alone leave no room in ``max_tokens``.
+            DataError: what stands before and after the input alone leaves no room in ``max_tokens``.
         """
         writer = copy(self)
         writer.max_source_tokens = max_tokens
         writer._prefix = self._prefix if self.is_encoder_decoder else []
         writer._suffix = [self.eos_token_id]
-        return [prompt.prompt_ids for prompt in writer.prompts(template, definition, inputs)]
+        return [prompt.prompt_ids for prompt in writer._encode(rows)]
 
     def answers(self, texts: Sequence[str], max_target_tokens: int) -> list[tuple[list[int], bool]]:
         """For each answer its ids, at most ``max_target_tokens`` with the final EOS, and whether it was cut."""
@@ -165,6 +167,21 @@ class PromptEncoder:
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         batch = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)
         return [list(ids) for ids in batch["input_ids"]]
+
+
+def check_writable(tokenizer: PreTrainedTokenizerBase, content: str) -> None:
+    """Refuse a tokenizer that loses a marker of ``generator.content``: what was written could not be read back.
+
+    Raises:
+        BackboneError: naming the marker.
+    """
+    for marker in (INPUT_MARKER, ANSWER_MARKER) if content == "pairs" else (INPUT_MARKER,):
+        if marker not in tokenizer.decode(tokenizer(f"a {marker} b")["input_ids"], skip_special_tokens=True):
+            simpler = "generator.content=inputs or " if marker == ANSWER_MARKER else ""
+            raise BackboneError(
+                f"The tokenizer of {tokenizer.name_or_path or 'the backbone'} cannot write {marker}, which "
+                f"generator.content={content} needs: use {simpler}another reflection.source, such as statistics."
+            )
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class PromptPieces(NamedTuple):
-    """One prompt, cut where its origin changes. Joined, they are the text that the model reads."""
+    """One text, cut where its origin changes. Joined, they are what the model reads, or a generator writes."""
 
     definition: str
     before_input: str
@@ -29,7 +29,8 @@ class Template(NamedTuple):
         return PromptPieces(self.before_definition + definition, self.before_input, text, self.after_input)
 
 
-PSEUDO_SAMPLE_MARKER = "__inp__"
+# What a task's generator writes in front of an input, and of its answer.
+INPUT_MARKER, ANSWER_MARKER = "__inp__", "__ans__"
 
 TEMPLATES = {
     # SuperNI's zero-shot prompt, as SAPT uses it.
@@ -38,6 +39,4 @@ TEMPLATES = {
     "long_sequence": Template("", "\n", "\nOutput: "),
     # A prompt that somebody wrote in full.
     "none": Template("", "", ""),
-    # What a task's generator learns to write.
-    "pseudo_sample": Template("", PSEUDO_SAMPLE_MARKER, ""),
 }

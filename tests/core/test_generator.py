@@ -44,14 +44,35 @@ from tests.core.tiny import (
     ],
 )
 def test_clean(text: str, outcome: tuple[str | None, str]) -> None:
-    assert clean(text) == outcome
+    assert clean(text, "inputs") == (*outcome, "")
+
+
+@pytest.mark.parametrize(
+    ("text", "outcome"),
+    [
+        ("define __inp__ some words __ans__ yes", (None, "some words", "yes")),
+        ("__inp__x__ans__y", (None, "x", "y")),
+        ("define __inp__ some words", ("malformed", "", "")),
+        ("define __ans__ yes", ("malformed", "", "")),
+        ("a __inp__ b __ans__ c __ans__ d", ("malformed", "", "")),
+        ("a __inp__ b __inp__ c __ans__ d", ("malformed", "", "")),
+        ("a __inp__ b __ans__ c __inp__ d", ("malformed", "", "")),
+        ("a __ans__ b __inp__ c", ("malformed", "", "")),
+        ("define __inp__ __ans__ yes", ("empty", "", "")),
+        ("define __inp__ words __ans__ ", ("empty", "", "")),
+    ],
+)
+def test_clean_pairs(text: str, outcome: tuple[str | None, str, str]) -> None:
+    assert clean(text, "pairs") == outcome
 
 
 @given(st.text(), st.text())
 def test_what_was_taught_is_read_back(definition: str, text: str) -> None:
-    fault, cleaned = clean(f"{definition}__inp__{text}")
     if (definition + text).count("_") == 0:
-        assert (fault, cleaned) == ((None, text.strip()) if text.strip() else ("empty", ""))
+        expected = (None, text.strip()) if text.strip() else ("empty", "")
+        assert clean(f"{definition}__inp__{text}", "inputs") == (*expected, "")
+        answer = "" if expected[0] else "yes"
+        assert clean(f"{definition}__inp__{text}__ans__ yes", "pairs") == (*expected, answer)
 
 
 def config(name: str, **changes: Any) -> GeneratorConfig:
@@ -103,13 +124,33 @@ def test_faults_are_counted_and_clean_texts_kept_once_in_order(name: str, monkey
     asked = scripted(monkeypatch, texts)
     samples, _ = run(name, share=0.4, max_attempts=3)  # 4 wanted of 10, at most 12 tried, 2 to be had
     assert samples == PseudoSamples(
-        inputs=("w5 w6", known), wanted=4, generated=12, malformed=3, empty=3, duplicate=4, copied=1
+        inputs=("w5 w6", known),
+        answers=(),
+        wanted=4,
+        generated=12,
+        malformed=3,
+        empty=3,
+        duplicate=4,
+        copied=1,
+        known_answers=0,
     )
     assert [len(request["input_ids"]) for request in asked] == [5, 5, 2]
     source = [SPECIAL.index(SOURCE), *([EOS] if name == "t5" else [])]
     assert asked[0]["input_ids"] == [source] * 5
     settings = {"max_new_tokens": 16, "do_sample": True, "top_k": 20, "repetition_penalty": 2.5, "pad_token_id": PAD}
     assert {key: value for key, value in asked[0].items() if key != "input_ids"} == settings
+
+
+def test_pairs_keep_the_first_answer_of_an_input_and_count_those_that_the_task_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    task, tokenizer = tiny_task(0), tiny_tokenizer()
+    known = tokenizer.decode(task.train["answer_ids"][2], skip_special_tokens=True)
+    texts = [f"w30 __inp__ w1 w2 __ans__ {known}", "w30 __inp__ w1 w2 __ans__ w9", "w30 __inp__ w3 __ans__ w9 w9 w9"]
+    scripted(monkeypatch, [*texts, "w30 __inp__ w4"])
+    samples, _ = run("t5", share=0.3, content="pairs")
+    assert (samples.inputs, samples.answers) == (("w1 w2", "w3"), (known, "w9 w9 w9"))
+    assert (samples.known_answers, samples.malformed, samples.duplicate) == (1, 3, 7)
 
 
 def test_it_stops_at_the_wanted_number(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +162,10 @@ def test_it_stops_at_the_wanted_number(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(samples.inputs) == samples.wanted == 2
 
 
-def test_it_learns_the_definition_the_marker_and_the_input_without_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("content", ["inputs", "pairs"])
+def test_it_learns_the_definition_the_input_and_in_pairs_the_answer(
+    content: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[Any] = []
 
     def train(_: SaptModel, rows: list[Any], *arguments: Any, **options: Any) -> list[dict[str, float]]:
@@ -130,12 +174,14 @@ def test_it_learns_the_definition_the_marker_and_the_input_without_the_answer(mo
 
     monkeypatch.setattr(generator, "train", train)
     scripted(monkeypatch, ["w30 __inp__ w1"])
-    run("t5", max_tokens=16)
+    run("t5", max_tokens=32, content=content)
     tokenizer, task = tiny_tokenizer(), tiny_task(0)
-    for row, text in zip(seen, task.train["input"], strict=True):
+    answers = tokenizer.batch_decode(list(task.train["answer_ids"]), skip_special_tokens=True)
+    for row, text, answer in zip(seen, task.train["input"], answers, strict=True):
         assert tokenizer.decode(row["prompt_ids"]) == f"{SOURCE} </s>"
         # The word tokenizer does not part "w30__inp__w1"; real ones do, and ours has to see the same string.
-        whole = tokenizer(f"{task.definition}__inp__{text}")["input_ids"]
+        ending = f"__ans__{answer}" if content == "pairs" else ""
+        whole = tokenizer(f"{task.definition}__inp__{text}{ending}")["input_ids"]
         assert row["answer_ids"] == whole
 
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizer
 from sapt_core.benchmarks import load_sequence
 from sapt_core.benchmarks.prepare import SPLITS, PreparedTask, PromptEncoder, check_fits, prepare_task
 from sapt_core.benchmarks.task import Example, Task
-from sapt_core.benchmarks.templates import TEMPLATES
+from sapt_core.benchmarks.templates import TEMPLATES, PromptPieces
 from sapt_core.config import BenchmarkConfig
 from sapt_core.errors import BackboneError, DataError
 
@@ -238,7 +238,7 @@ def test_what_a_generator_writes_keeps_its_marker_however_long_the_definition(is
     tokenizer = byte_bpe()
     encoder = PromptEncoder(tokenizer, max_source_tokens=10, is_encoder_decoder=is_encoder_decoder)
     long = "alpha " + "beta " * 200 + "gamma"
-    short, cut = (encoder.targets("pseudo_sample", text, ["kappa"], 60)[0] for text in ("alpha", long))
+    short, cut = (encoder.targets([PromptPieces(text, "__inp__", "kappa", "")], 60)[0] for text in ("alpha", long))
     assert len(short) < len(cut) == 60
     assert short[-1] == cut[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(short, skip_special_tokens=True) == "alpha__inp__kappa"

@@ -33,7 +33,7 @@ from sapt_core.snapshot import LearntTask, new_pool
 
 PAD, EOS, UNK, BOS = 0, 1, 2, 3
 SPECIAL = ["<pad>", "</s>", "<unk>", "<s>", "__gen__", "__inp__"]
-WORDS = [f"w{number}" for number in range(34)]
+WORDS = [*(f"w{number}" for number in range(33)), "__ans__"]
 VOCABULARY = len(SPECIAL) + len(WORDS)
 WIDTH = 16
 

@@ -180,6 +180,15 @@ def test_names_of_tasks_are_text_and_no_markup(finished: Finished) -> None:
     assert "<b>" not in text
 
 
+def test_answers_of_pairs_are_held_against_the_tasks_own(copied: Finished) -> None:
+    heading = "answers that a train row has"
+    assert heading not in report.build(found(copied.store))["index.html"].decode()
+    change_metrics(copied.store, "pseudo_samples[00 animal]", kept=7, known_answers=5)
+    text = report.build(found(copied.store))["index.html"].decode()
+    assert heading in text
+    assert "5 of 7" in text
+
+
 def test_warnings_are_told_with_their_cures(copied: Finished) -> None:
     level_scores(copied.store)
     assert "None: no task fell" in report.build(found(copied.store))["index.html"].decode()

@@ -11,6 +11,7 @@ import pytest
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from pipelines import continual, predict
+from sapt_core import backbone, generator
 from sapt_core.snapshot import Manifest
 from tests.pipelines.commands import TINY, Finished, Outcome, command
 
@@ -53,6 +54,33 @@ def test_every_source_is_reflected_on(copied: Finished, tmp_path: Path, call: Ca
 def test_nothing_to_reflect_on(copied: Finished, call: Call) -> None:
     _, added = run(call, copied.store, "reflection.source=none", "attention.temperature=5")
     assert added["train[01 basket]"]["metrics"]["last"]["kl"] == 0
+
+
+def test_pairs_are_kept_beside_the_inputs_that_are_reflected_on(
+    copied: Finished, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A backbone this small writes no pair within seconds, and its tokenizer not even the marker.
+    pairs = {"a grey fox ran": "fox", "a red hen sat": "sat"}
+    counts = {"generated": 4, "malformed": 2, "empty": 0, "duplicate": 0}
+    monkeypatch.setattr(generator, "_sample", lambda *_, **__: (pairs, counts))
+    monkeypatch.setattr(backbone, "check_writable", lambda *_: None)
+    _, added = run(call, copied.store, "attention.temperature=5", "generator.content=pairs")
+    record = added["pseudo_samples[00 animal]"]
+    texts, answers = (
+        json.loads(next(copied.store.rglob(record["outputs"][name])).read_text()) for name in ("samples", "answers")
+    )
+    assert dict(zip(texts, answers, strict=True)) == pairs
+    assert record["metrics"]["known_answers"] == 1
+    assert record["metrics"]["bytes"] == len(json.dumps(texts)) + len(json.dumps(answers))
+    assert added["train[01 basket]"]["metrics"]["last"]["kl"] > 0
+
+
+def test_pairs_that_the_tokenizer_cannot_write_are_refused(call: Call, tmp_path: Path) -> None:
+    ended = call(continual.main, [*command(tmp_path / "store")[2:], "generator.content=pairs"])
+    assert ended.code == 2
+    assert "cannot write __ans__" in ended.err
+    assert "generator.content=inputs" in ended.err
+    assert not (tmp_path / "store").exists()
 
 
 def test_departures_of_the_published_code_and_targets_of_an_input(copied: Finished, call: Call) -> None:
