@@ -28,6 +28,7 @@ class Row(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _.+-]*$", description="Unique, whatever the case.")
     overrides: tuple[str, ...] = Field((), description="Dotted key=value over the base.")
+    orders: Orders | None = Field(None, description="Default: those of the comparison.")
     seeds: Seeds | None = Field(None, description="Default: those of the comparison.")
     note: str = Field("", description="One line for the table: why the row is there.")
 
@@ -111,7 +112,7 @@ class Comparison:
             Place(row.name, order, seed)
             for row in self.config.rows
             if rows is None or row.name in rows
-            for order in self.config.orders or (None,)
+            for order in row.orders or self.config.orders or (None,)
             for seed in seeds or row.seeds or self.config.seeds
         ]
         return list(dict.fromkeys(wanted))
@@ -197,12 +198,12 @@ def load_comparison(path: Path, overrides: Sequence[str] = ()) -> Comparison:
         faults += [f"rows.{row.name}: {fault}" for fault in found if fault not in plain]
     if not faults:
         comparison = Comparison(path.stem.removeprefix("compare_"), path, config, tuple(overrides))
-        if config.orders is not None:
-            clashes = [p.row for p in comparison.places() if comparison.experiment(p).benchmark.tasks is not None]
-            faults += [
-                f"orders: row {name} names benchmark.tasks, which win over any order: leave one of both out"
-                for name in dict.fromkeys(clashes)
-            ]
+        ordered = [place for place in comparison.places() if place.order is not None]
+        clashes = [place.row for place in ordered if comparison.experiment(place).benchmark.tasks is not None]
+        faults += [
+            f"orders: row {name} names benchmark.tasks, which win over any order: leave one of both out"
+            for name in dict.fromkeys(clashes)
+        ]
     if faults:
         raise ConfigError(f"{path} is not a valid comparison:", faults)
     return comparison

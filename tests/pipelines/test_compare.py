@@ -311,6 +311,20 @@ def test_rows_set_nothing_that_all_share(tmp_path: Path) -> None:
 def test_orders_and_named_tasks(tmp_path: Path) -> None:
     found = faults(write(tmp_path, orders=[1, 2]))
     assert found[0].startswith("orders: row SAPT names benchmark.tasks")
+    (fault,) = faults(write(tmp_path, rows=[{"name": "one"}, {"name": "two", "orders": [2]}]))
+    assert fault.startswith("orders: row two names benchmark.tasks")
+
+
+def test_a_row_may_have_orders_of_its_own() -> None:
+    rows = (Row(name="a", orders=(1, 2)), Row(name="b"), Row(name="c", orders=(2,), seeds=(4,)))
+    config = ComparisonConfig(base=Path("b.yaml"), rows=rows, results=Path("results"), orders=(1,), seeds=(0,))
+    found = Comparison("x", Path("x.yaml"), config, ()).places()
+    assert [(place.row, place.order, place.seed) for place in found] == [
+        ("a", 1, 0),
+        ("a", 2, 0),
+        ("b", 1, 0),
+        ("c", 2, 4),
+    ]
 
 
 def test_a_fault_of_the_base_is_told_once(tmp_path: Path) -> None:
