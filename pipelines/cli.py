@@ -58,12 +58,27 @@ def write_output(path: Path, content: str | bytes) -> None:
         raise ServiceError(f"{path} cannot be written: {error.strerror}") from error
 
 
+def first_time() -> Callable[[logging.LogRecord], bool]:
+    """A filter for messages that were told before: every row of a comparison looks at the same tasks."""
+    told: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        new = message not in told
+        told.add(message)
+        return new
+
+    return is_new
+
+
 def run(main: Callable[[], None]) -> None:
     """Call ``main``; a user's mistake is one message and an exit code, ours keeps its trace.
 
     Exit codes: 0 done, 2 bad input, 3 a service cannot be used, 130 interrupted, 1 a defect.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(first_time())
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", handlers=[handler])
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:

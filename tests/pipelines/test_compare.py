@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ import yaml
 from cluster import stages
 from cluster.stages import InlineExecutor, StageContext, StageResult
 from cluster.tracking import PARENT, client_of
-from pipelines import bodies, compare
+from pipelines import bodies, cli, compare
 from pipelines.comparison import Comparison, ComparisonConfig, Row, load_comparison
 from pipelines.records import Figures, Machine, Record, read_records, results, write_markdown
 from sapt_core.config import TrackingConfig
@@ -325,6 +327,16 @@ def test_a_row_may_have_orders_of_its_own() -> None:
         ("b", 1, 0),
         ("c", 2, 4),
     ]
+
+
+def test_a_warning_that_every_row_gives_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(cli.first_time())
+    log = logging.Logger("unit")
+    log.addHandler(handler)
+    for name in ("a", "b", "a"):
+        log.warning("%s is long", name)
+    assert capsys.readouterr().err == "a is long\nb is long\n"
 
 
 def test_a_fault_of_the_base_is_told_once(tmp_path: Path) -> None:
