@@ -166,18 +166,24 @@ def training(findings: Findings) -> Section:
     tasks = findings.tasks
     plot = Plot(
         "curves",
-        f"A panel for each of {len(tasks)} tasks: loss and KL against steps on the left axis, the new block's weight "
+        f"A panel for each of {len(tasks)} tasks: the loss and what the method adds to it against steps on the left "
+        "axis, the new block's weight "
         "on the right one. The table has their ends.",
         "A new block whose weight stays low learns little: its key starts too far from the task's inputs.",
         plots.curves(tasks, findings.curves),
     )
-    rows = []
+    rows, terms = [], plots.terms(findings.curves)
     for name, curve, ends in zip(tasks, findings.curves, findings.gates, strict=True):
         gates = ("one block", "") if ends is None else tuple(map(_two, ends))
         first, last = curve[0], curve[-1]
-        rows.append((name, str(len(curve)), _three(first["loss"]), _three(last["loss"]), _three(last["kl"]), *gates))
-    head = ("task", "steps", "first loss", "last loss", "last KL", "weight of new block, first steps", "at the end")
-    caption = "Loss in nats a label token; KL of reflection in nats, summed over earlier tasks; weights over ten steps"
+        added = [_three(last[term]) if term in last else "" for term in terms]
+        rows.append((name, str(len(curve)), _three(first["loss"]), _three(last["loss"]), *added, *gates))
+    weights = ("weight of new block, first steps", "at the end")
+    head = ("task", "steps", "first loss", "last loss", *(f"last {term}" for term in terms), *weights)
+    caption = (
+        "Loss in nats a label token; kl, the term of reflection, in nats, summed over earlier tasks; "
+        "weights over ten steps"
+    )
     return Section("training", "Training", (plot, Table(caption, head, tuple(rows))))
 
 

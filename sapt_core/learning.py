@@ -106,7 +106,7 @@ def learn_task(  # noqa: PLR0917 - the inputs, in the order they are named in th
             model.collator(tokenizer.pad_token_id),
             config,
             seed=seed,
-            objective=_objective(model, tokenizer, parent, kept, shared_attention, reflection, config, store),
+            objective=_objective(model, tokenizer, parent, kept, shared_attention, reflection, store),
             checkpoints=checkpoints,
             score_dev=lambda: _score_dev(
                 model,
@@ -204,18 +204,18 @@ def _objective(  # noqa: PLR0917
     kept: Sequence[Kept],
     attention: AttentionConfig | None,
     reflection: ReflectionConfig,
-    config: TrainConfig,
     store: BlobStore,
 ) -> Objective:
     if attention is None or parent is None:  # one block has the whole weight, whatever the router does
         return Objective()
     memories = _memories(model, tokenizer, parent, kept, reflection=reflection, store=store)
-    term = (
-        Reflection(memories, reflection.batch_size, reflection.weight, per_micro_batch=reflection.per_micro_batch)
+    terms = (
+        (Reflection(memories, reflection.batch_size, reflection.weight, per_micro_batch=reflection.per_micro_batch),)
         if memories
-        else None
+        else ()
     )
-    return Objective(term, attention.learning_rate_ratio * config.learning_rate, attention.hold)
+    router = dict.fromkeys(("key", "attention"), attention.learning_rate_ratio)
+    return Objective(terms, router, attention.hold)
 
 
 def _memories(

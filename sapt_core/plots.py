@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
+from itertools import cycle
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -20,11 +21,8 @@ ANNOTATED = 16  # a larger map has no room for figures in its cells,
 ANNOTATED_BESIDE = 8  # and one that stands beside others has less
 CURVE_POINTS = 200
 INK, PALE, ACCENT, WARN = "#1f2933", "#d5dbe1", "#1565a8", "#c2410c"
-LINES = {
-    "loss": (INK, "-", "loss (nats a token)"),
-    "kl": (WARN, "--", "KL of reflection (nats)"),
-    "gate": (ACCENT, "-", "weight of the new block (right)"),
-}
+LINES = {"loss": (INK, "-", "loss (nats a token)"), "gate": (ACCENT, "-", "weight of the new block (right)")}
+TERM_COLOURS = (WARN, "#6b21a8", "#166534")
 
 
 def score_map(tasks: Sequence[str], rows: Ragged) -> bytes:
@@ -77,12 +75,16 @@ def alignment_map(tasks: Sequence[str], versions: Sequence[Sequence[float] | Non
 
 
 def curves(tasks: Sequence[str], every: Sequence[Sequence[dict[str, float]]]) -> bytes:
-    """A panel a task: loss and KL (left axis, nats) and the new block's weight (right axis) over the steps."""
+    """A panel a task: loss and a method's terms (left axis) and the new block's weight (right axis) over the steps."""
+    lines = LINES | {
+        name: (colour, "--", name) for name, colour in zip(terms(every), cycle(TERM_COLOURS), strict=False)
+    }
     figure, grid = _grid(len(tasks), 2.6, 1.8, columns=min(4, len(tasks)), gaps=(0.55, 0.5), foot=0.4)
     for axes, name, curve in zip(grid, tasks, every, strict=True):
         right = axes.twinx()
-        for label, (colour, style, _) in LINES.items():
-            (right if label == "gate" else axes).plot(*_binned(curve, label), color=colour, ls=style, lw=1.2)
+        for label, (colour, style, _) in lines.items():
+            if label in curve[0]:
+                (right if label == "gate" else axes).plot(*_binned(curve, label), color=colour, ls=style, lw=1.2)
         right.set_ylim(-0.02, 1.02)
         right.tick_params(colors=ACCENT)
         axes.set_ylim(bottom=0)
@@ -93,9 +95,15 @@ def curves(tasks: Sequence[str], every: Sequence[Sequence[dict[str, float]]]) ->
             side.tick_params(labelsize=7)
             side.locator_params(nbins=4)
             side.spines[:].set_color(PALE)
-    handles = [Line2D([], [], color=colour, ls=style, label=text) for colour, style, text in LINES.values()]
+    handles = [Line2D([], [], color=colour, ls=style, label=text) for colour, style, text in lines.values()]
     figure.legend(handles=handles, loc="lower center", ncols=3, fontsize=8, frameon=False)
     return _png(figure)
+
+
+def terms(every: Sequence[Sequence[dict[str, float]]]) -> list[str]:
+    """Names of the terms that a method added to the loss of any of these training curves."""
+    known = {"step", "loss", "gate", "dev"}
+    return list(dict.fromkeys(name for curve in every for name in curve[0] if name not in known))
 
 
 def _binned(curve: Sequence[dict[str, float]], name: str) -> tuple[list[float], list[float]]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sapt_core.attention import SharedAttention
+from sapt_core.model import SaptModel
 from sapt_core.pool import PETPool
 
 
@@ -128,7 +129,9 @@ class Drawn(NamedTuple):
 
 
 class Reflection:
-    """The KL term over all earlier tasks."""
+    """The KL term over all earlier tasks; a ``sapt_core.trainer.Term``."""
+
+    name = "kl"
 
     def __init__(
         self, memories: Sequence[Memory], batch_size: int, weight: float, *, per_micro_batch: bool = False
@@ -155,6 +158,9 @@ class Reflection:
                 Drawn(pooled, target.expand(len(pooled), -1) if isinstance(target, Tensor) else target(pooled))
             )
         return drawn
+
+    def value(self, model: SaptModel, drawn: Sequence[Drawn]) -> Tensor:
+        return self.loss(model.pool, drawn)
 
     def loss(self, pool: PETPool, drawn: Sequence[Drawn]) -> Tensor:
         """Σ_i mean_b KL(ā_i ‖ a(x̂_b)), a scalar in nats, not yet times λ.

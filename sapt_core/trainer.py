@@ -1,11 +1,11 @@
 """One task's training loop, on Accelerate, resumable to the bit.
 
-Everything random in a step is a pure function of the seed and the step: the order of the rows, the
-pseudo-samples drawn and, for each rank, dropout. A checkpoint therefore holds weights, optimizer state
+Everything random in a step is a pure function of the seed and the step: the order of the rows, what
+a method's terms draw and, for each rank, dropout. A checkpoint therefore holds weights, optimizer state
 and the number of steps done, and a run that goes on from it equals one that was never interrupted.
 
 Batches are counted over all workers, the loss is normalised by the label tokens of the whole batch,
-and the reflection term is evaluated once a step (unless asked otherwise) on rows that all workers
+and a method's own terms are evaluated once a step (unless asked otherwise) on what all workers
 draw alike, so neither the number of workers nor gradient accumulation changes what is learnt.
 """
 
@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -31,9 +31,37 @@ from sapt_core.collate import Batch, Collator, epoch_batches
 from sapt_core.config import TrainConfig
 from sapt_core.device import autocast, keep_freed_memory
 from sapt_core.model import SaptModel
-from sapt_core.reflection import Drawn, Reflection
 
 Row = Mapping[str, Any]
+
+
+class Term(Protocol):
+    """A part of the loss that a method adds to the task's cross-entropy.
+
+    Attributes:
+        name: of its values in the training curve.
+        weight: it is multiplied by this.
+        per_micro_batch: whether it is added in every micro-batch instead of once a step.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def weight(self) -> float: ...
+    @property
+    def per_micro_batch(self) -> bool: ...
+
+    def draw(self, generator: torch.Generator) -> Any:
+        """What a step looks at, decided by ``generator`` (CPU) alone."""
+        ...
+
+    def value(self, model: SaptModel, drawn: Any) -> Tensor:
+        """The term, a scalar, not yet times its weight."""
+        ...
+
+    def to(self, device: torch.device) -> Term:
+        """The same term with its tensors on ``device``."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -41,13 +69,13 @@ class Objective:
     """What one task's training minimises, and how its parts move.
 
     Attributes:
-        reflection: the KL term over earlier tasks, or None.
-        router_learning_rate: rate of key and query projection; None: the blocks' own.
+        terms: what is added to the task's cross-entropy.
+        rates: multiples of the learning rate by the first part of a parameter's name in the pool; 1 if not named.
         hold: share of the steps over which the new block's held weight falls from 1 to 0.
     """
 
-    reflection: Reflection | None = None
-    router_learning_rate: float | None = None
+    terms: tuple[Term, ...] = ()
+    rates: Mapping[str, float] = field(default_factory=dict)
     hold: float = 0.0
 
 
@@ -63,22 +91,28 @@ class _Position:
 class _Step(nn.Module):
     """Loss of one micro-batch; a module, because DistributedDataParallel hooks into ``forward``."""
 
-    def __init__(self, model: SaptModel, reflection: Reflection | None) -> None:
+    def __init__(self, model: SaptModel, terms: Sequence[Term]) -> None:
         super().__init__()
         self.model = model
-        self.reflection = reflection
+        self.terms = terms
 
-    def forward(self, batch: Batch, scale: float, drawn: Sequence[Drawn] | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss to minimise, cross-entropy summed over label tokens and KL; ``drawn`` None leaves the KL out."""
+    def forward(self, batch: Batch, scale: float, drawn: Mapping[int, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Loss to minimise, cross-entropy summed over label tokens, weights (B, T) and every term.
+
+        ``drawn`` has what each term looks at by its index; one that is not there is left out, as 0.
+        """
         assert batch.labels is not None  # noqa: S101 - a training batch has labels
         logits = self.model(batch)
+        weights = self.model.weights
+        assert weights is not None  # noqa: S101 - set by the forward above
         summed = self.model.token_loss(logits, batch.labels)
         loss = summed * scale
-        divergence = summed.new_zeros(())
-        if self.reflection is not None and drawn is not None:
-            divergence = self.reflection.loss(self.model.pool, drawn)
-            loss = loss + self.reflection.weight * divergence
-        return loss, summed.detach(), divergence.detach()
+        values = summed.new_zeros(len(self.terms))
+        for index, what in drawn.items():
+            value = self.terms[index].value(self.model, what)
+            loss = loss + self.terms[index].weight * value
+            values[index] = value.detach()
+        return loss, summed.detach(), weights.detach(), values
 
 
 def step_seed(*parts: int | str) -> int:
@@ -107,15 +141,15 @@ def train(
         collator: makes batches of rows.
         config: rates, lengths, batch sizes, precision.
         seed: of this task's run.
-        objective: reflection and routing schedule.
+        objective: the method's terms, rates and routing schedule.
         checkpoints: where to resume from and to keep the state.
         score_dev: scores the model on dev; needed with ``eval_every_epochs``. Every worker calls it.
         on_step: told (steps done, steps in all) after every step.
 
     Returns:
         Curve: one entry a step with ``step``, ``loss`` (mean cross-entropy a label token, nats),
-        ``kl`` (summed over earlier tasks, nats), ``gate`` (mean weight of the new block in the
-        mixture) and, where dev was scored, ``dev``.
+        ``gate`` (mean weight of the new block in the mixture), every term by its name (summed over
+        micro-batches) and, where dev was scored, ``dev``.
     """
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(), kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)]
@@ -123,7 +157,7 @@ def train(
     device, rank = accelerator.device, accelerator.process_index
     keep_freed_memory(device.type)
     model.to(device)
-    reflection = None if objective.reflection is None else objective.reflection.to(device)
+    terms = [term.to(device) for term in objective.terms]
     if config.gradient_checkpointing:
         model.backbone.activation_checkpointing_enable({"use_reentrant": False})
         # Needed by re-entrant checkpointing alone, and left on the embeddings it would cost every later task.
@@ -131,7 +165,7 @@ def train(
     trainable = {name: parameter for name, parameter in model.pool.named_parameters() if parameter.requires_grad}
     optimizer = _optimizer(trainable, config, objective)
     position, best = _restore(checkpoints.load(), trainable, optimizer)
-    step_module = accelerator.prepare(_Step(model, reflection))
+    step_module = accelerator.prepare(_Step(model, terms))
 
     steps_an_epoch = math.ceil(len(rows) / config.batch_size)
     total = max(1, round(config.epochs * steps_an_epoch))
@@ -179,12 +213,12 @@ def train(
 def _optimizer(
     trainable: Mapping[str, nn.Parameter], config: TrainConfig, objective: Objective
 ) -> torch.optim.Optimizer:
-    """AdamW with the block in one group and key and query projection in the other."""
-    block = [parameter for name, parameter in trainable.items() if name.startswith("blocks.")]
-    router = [parameter for name, parameter in trainable.items() if not name.startswith("blocks.")]
-    router_rate = objective.router_learning_rate or config.learning_rate
+    """AdamW with a group for every rate."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in trainable.items():
+        groups.setdefault(objective.rates.get(name.partition(".")[0], 1.0), []).append(parameter)
     return torch.optim.AdamW(
-        [{"params": block, "initial_lr": config.learning_rate}, {"params": router, "initial_lr": router_rate}],
+        [{"params": each, "initial_lr": ratio * config.learning_rate} for ratio, each in groups.items()],
         weight_decay=config.weight_decay,
     )
 
@@ -211,35 +245,32 @@ def _step(
 ) -> dict[str, float]:
     """Gradients of one optimizer step over all workers, and its figures over all workers.
 
-    ``draws`` decides, alike on all workers, which inputs are reflected on.
+    ``draws`` decides, alike on all workers, what the terms look at.
     """
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    inner: _Step = accelerator.unwrap_model(module)
-    reflection = inner.reflection
+    terms: Sequence[Term] = accelerator.unwrap_model(module).terms
     tokens = sum(len(row["answer_ids"]) for row in rows)
     # A worker without rows in a short last batch runs one that counts nothing, to take part in the reduction.
     mine, counts = (rows[rank::world], 1.0) if rank < len(rows) else (rows[:1], 0.0)
     size = config.micro_batch_size or len(mine)
-    loss, kl, gate = torch.zeros(3, device=device).unbind()
+    loss, gate = torch.zeros(2, device=device).unbind()
+    values = torch.zeros(len(terms), device=device)
     for start in range(0, len(mine), size):
         part = mine[start : start + size]
         last = start + size >= len(mine)
-        reflects = last or (reflection is not None and reflection.per_micro_batch)
-        drawn = reflection.draw(draws) if reflection is not None and reflects else None
+        drawn = {i: term.draw(draws) for i, term in enumerate(terms) if last or term.per_micro_batch}
         batch = collator(part).to(device)
         with nullcontext() if last else accelerator.no_sync(module):
             with autocast(device, config.precision):
                 # DistributedDataParallel averages over workers: undone for the cross-entropy, which is
-                # a sum over them; the KL is the same on all.
-                total, summed, divergence = module(batch, counts * world / tokens, drawn)
+                # a sum over them; the terms are the same on all.
+                total, summed, weights, added = module(batch, counts * world / tokens, drawn)
             accelerator.backward(total)
-        weights = inner.model.weights
-        assert weights is not None  # noqa: S101 - set by the forward above
         loss = loss + counts * summed / tokens
-        gate = gate + counts * weights[:, -1].detach().sum() / len(rows)
-        kl = kl + divergence
+        gate = gate + counts * weights[:, -1].sum() / len(rows)
+        values = values + added
     loss, gate = accelerator.reduce(torch.stack([loss, gate]), reduction="sum").tolist()
-    return {"loss": loss, "kl": float(kl), "gate": gate}
+    return {"loss": loss, "gate": gate, **dict(zip((term.name for term in terms), values.tolist(), strict=True))}
 
 
 def _state(

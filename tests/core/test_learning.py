@@ -198,7 +198,7 @@ def test_reflection_holds_the_old_attention() -> None:
         )
         pool = load_pool(second, store, backbone)
         after[weight] = float(pool.attend(pooled)[:, 0].detach().mean())
-        assert (curve[0]["kl"] > 0) == (weight > 0)
+        assert (curve[0].get("kl", 0.0) > 0) == (weight > 0)
     assert after[5.0] > 0.95
     assert after[5.0] > after[0.0] + 0.05
 
@@ -207,7 +207,7 @@ def test_a_task_without_pseudo_samples_is_not_reflected_on() -> None:
     store = DictStore()
     first, _ = learn(store, 0, None)
     _, curve = learn(store, 1, first, kept=[[]])
-    assert {entry["kl"] for entry in curve} == {0.0}
+    assert not [entry for entry in curve if "kl" in entry]
 
 
 def test_sequential_goes_on_with_one_block() -> None:

@@ -27,6 +27,7 @@ from sapt_core.trainer import Objective, step_seed, train
 from tests.core.tiny import PAD, KeptCheckpoints, random_rows, same_bits, sapt_model, trainable
 
 ROWS = random_rows(11)
+SLOW = {"key": 0.05, "attention": 0.05}
 FLOAT32 = {"precision": "float32", "learning_rate": 0.02, "batch_size": 4, "epochs": 2, "checkpoint_every_steps": 1}
 
 
@@ -57,7 +58,7 @@ def learn(
         Collator(PAD, model.is_encoder_decoder),
         TrainConfig(**{**FLOAT32, **changes}),
         seed=3,
-        objective=objective or Objective(reflection()),
+        objective=objective or Objective((reflection(),)),
         checkpoints=checkpoints or KeptCheckpoints(),
         score_dev=score_dev,
     )
@@ -100,12 +101,11 @@ def naive_training(
             for offset, token in enumerate(answer):
                 cross_entropy = cross_entropy - torch.log_softmax(logits[start + offset], dim=-1)[token] / tokens
         divergence = torch.zeros(())
-        if objective.reflection is not None:
+        for term in objective.terms:
             draw = torch.Generator().manual_seed(step_seed(3, "reflection", number))
-            terms = -(-len(batch) // micro_batch_size) if objective.reflection.per_micro_batch else 1
-            for _ in range(terms):
-                divergence = divergence + objective.reflection.loss(model.pool, objective.reflection.draw(draw))
-        weight = objective.reflection.weight if objective.reflection else 0.0
+            for _ in range(-(-len(batch) // micro_batch_size) if term.per_micro_batch else 1):
+                divergence = divergence + term.value(model, term.draw(draw))
+        weight = objective.terms[0].weight if objective.terms else 0.0
         loss = cross_entropy + weight * divergence
         gradients = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
         norm = torch.sqrt(sum((g**2).sum() for g in gradients.values()))
@@ -115,7 +115,7 @@ def naive_training(
         with torch.no_grad():
             for name, parameter in parameters.items():
                 is_block = name.startswith("blocks.")
-                own_rate = rate if is_block else (objective.router_learning_rate or rate)
+                own_rate = rate if is_block else rate * objective.rates.get("key", 1)
                 own_rate *= (len(order) - number) / len(order) if falls else 1
                 first[name] = 0.9 * first[name] + 0.1 * gradients[name]
                 second[name] = 0.999 * second[name] + 0.001 * gradients[name] ** 2
@@ -126,7 +126,7 @@ def naive_training(
             {
                 "step": step,
                 "loss": cross_entropy.item(),
-                "kl": divergence.item(),
+                **({"kl": divergence.item()} if objective.terms else {}),
                 "gate": sum(gates) / len(gates),
             }
         )
@@ -138,11 +138,11 @@ def naive_training(
 @pytest.mark.parametrize(
     ("objective", "changes"),
     [
-        (Objective(reflection()), {}),
+        (Objective((reflection(),)), {}),
         (Objective(), {"max_grad_norm": None}),
-        (Objective(reflection(), router_learning_rate=0.001, hold=0.5), {"max_grad_norm": 0.05, "weight_decay": 0.1}),
-        (Objective(reflection(), router_learning_rate=0.001), {"schedule": "linear"}),
-        (Objective(reflection(per_micro_batch=True)), {"micro_batch_size": 2}),
+        (Objective((reflection(),), SLOW, hold=0.5), {"max_grad_norm": 0.05, "weight_decay": 0.1}),
+        (Objective((reflection(),), SLOW), {"schedule": "linear"}),
+        (Objective((reflection(per_micro_batch=True),)), {"micro_batch_size": 2}),
     ],
 )
 def test_training_equals_a_naive_loop(name: str, objective: Objective, changes: dict[str, Any]) -> None:
@@ -260,7 +260,7 @@ def deterministic_score(model: SaptModel) -> float:
 def run_stochastic(model: SaptModel, checkpoints: Any, **changes: Any) -> list[dict[str, float]]:
     return learn(
         model,
-        objective=Objective(reflection(), router_learning_rate=0.01, hold=0.5),
+        objective=Objective((reflection(),), {"key": 0.5, "attention": 0.5}, hold=0.5),
         checkpoints=checkpoints,
         score_dev=lambda: deterministic_score(model),
         eval_every_epochs=1,

@@ -53,7 +53,7 @@ def test_every_source_is_reflected_on(copied: Finished, tmp_path: Path, call: Ca
 
 def test_nothing_to_reflect_on(copied: Finished, call: Call) -> None:
     _, added = run(call, copied.store, "reflection.source=none", "attention.temperature=5")
-    assert added["train[01 basket]"]["metrics"]["last"]["kl"] == 0
+    assert added["train[01 basket]"]["metrics"]["last"].get("kl", 0) == 0
 
 
 def test_pairs_are_kept_beside_the_inputs_that_are_reflected_on(
