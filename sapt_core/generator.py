@@ -99,12 +99,13 @@ def generate_pseudo_samples(
         kept, counts = _sample(model, tokenizer, source, wanted=wanted, config=config, precision=precision)
     finally:
         model.detach()
+    known = set(answers)
     samples = PseudoSamples(
         inputs=tuple(kept),
         answers=tuple(kept.values()) if config.content == "pairs" else (),
         wanted=wanted,
         copied=len(kept.keys() & {text.strip() for text in inputs}),
-        known_answers=sum(answer in set(answers) for answer in kept.values()),
+        known_answers=sum(answer in known for answer in kept.values()),
         **counts,
     )
     return samples, curve

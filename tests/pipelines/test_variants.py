@@ -75,6 +75,17 @@ def test_pairs_are_kept_beside_the_inputs_that_are_reflected_on(
     assert added["train[01 basket]"]["metrics"]["last"]["kl"] > 0
 
 
+def test_a_task_without_any_pair_is_counted_and_not_reflected_on(
+    copied: Finished, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = {"generated": 4, "malformed": 4, "empty": 0, "duplicate": 0}
+    monkeypatch.setattr(generator, "_sample", lambda *_, **__: ({}, counts))
+    monkeypatch.setattr(backbone, "check_writable", lambda *_: None)
+    _, added = run(call, copied.store, "generator.content=pairs")
+    metrics = added["pseudo_samples[00 animal]"]["metrics"]
+    assert (metrics["known_answers"], metrics["kept"], metrics["bytes"]) == (0, 0, 0)
+
+
 def test_pairs_that_the_tokenizer_cannot_write_are_refused(call: Call, tmp_path: Path) -> None:
     ended = call(continual.main, [*command(tmp_path / "store")[2:], "generator.content=pairs"])
     assert ended.code == 2
