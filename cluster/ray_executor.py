@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import _thread
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -93,9 +97,32 @@ def _needs(stage: Stage) -> dict[str, float]:
     return {"CPU": workers * stage.cpus, "GPU": workers * stage.gpus}
 
 
+@contextmanager
+def heeding_interrupts() -> Iterator[None]:
+    """Interrupt the main thread once more where Python has dropped an interrupt.
+
+    Cancelling a Ray task raises KeyboardInterrupt wherever its process is. In a destructor, or a callback
+    of one, Python prints and forgets it: the user would read a traceback and the stage would go on.
+    """
+
+    def insist(dropped: sys.UnraisableHookArgs) -> None:
+        if dropped.exc_type is KeyboardInterrupt:
+            # From a thread: here, it would be raised inside this hook and dropped again.
+            threading.Timer(0.1, _thread.interrupt_main).start()
+        else:
+            before(dropped)
+
+    before, sys.unraisablehook = sys.unraisablehook, insist
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+
+
 @ray.remote
 def _run(stage: Stage, key: str, inputs: dict[str, StageRecord], store: StoreConfig) -> StageRecord:
-    return run_alone(stage, key, inputs, open_store(store))
+    with heeding_interrupts():
+        return run_alone(stage, key, inputs, open_store(store))
 
 
 @ray.remote
@@ -104,4 +131,5 @@ def _train(
 ) -> StageRecord:
     from cluster.training import fit  # noqa: PLC0415  Ray Train and torch only in the worker
 
-    return fit(stage, key, inputs, store, cluster)
+    with heeding_interrupts():
+        return fit(stage, key, inputs, store, cluster)

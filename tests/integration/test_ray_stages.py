@@ -188,6 +188,43 @@ def test_interrupt_frees_the_cluster(config: StoreConfig, tmp_path: Path) -> Non
     assert ray.available_resources()["CPU"] == 4
 
 
+def drop_an_interrupt(context: StageContext) -> StageResult:
+    """Is in a destructor, where Python forgets interrupts, when the first one comes."""
+
+    def busy() -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    class Slow:
+        def __del__(self) -> None:
+            Path(context.reads["file"]).touch()
+            busy()
+
+    try:
+        Slow()
+        busy()
+    except KeyboardInterrupt:
+        Path(context.reads["heard"]).touch()
+        raise
+    raise AssertionError
+
+
+def test_interrupt_that_python_drops(config: StoreConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from cluster.ray_executor import RayExecutor
+
+    def interrupt(event: StageEvent) -> None:
+        if event.kind == "finished":
+            raise KeyboardInterrupt
+
+    reads = {"file": str(tmp_path / "begun"), "heard": str(tmp_path / "heard")}
+    stages = [Stage("wait", "wait", wait_for_the_file, reads), Stage("drop", "drop", drop_an_interrupt, reads)]
+    with pytest.raises(KeyboardInterrupt):
+        run_graph(stages, open_store(config), RayExecutor(config, CLUSTER), interrupt)
+    assert Path(reads["heard"]).exists()
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_training_stage_on_s3(s3_endpoint: str, aws_environment: None) -> None:
     config = StoreConfig(uri="s3://ray-stages/some/prefix", endpoint_url=s3_endpoint)
     store = open_store(config)
