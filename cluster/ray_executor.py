@@ -6,7 +6,7 @@ import _thread
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -16,8 +16,8 @@ from ray.exceptions import RayError, RayTaskError
 from cluster.session import capacity
 from cluster.stages import Outcome, Stage, StageRecord, run_alone
 from cluster.store import open_store, resolved
-from sapt_core.config import ClusterConfig, StoreConfig
 from sapt_core.errors import ClusterError, SaptError
+from sapt_core.settings import ClusterConfig, StoreConfig
 
 # How long a stage may take to unwind before its process is killed.
 CANCEL_SECONDS = 30
@@ -106,11 +106,15 @@ def heeding_interrupts() -> Iterator[None]:
     """
 
     def insist(dropped: sys.UnraisableHookArgs) -> None:
-        if dropped.exc_type is KeyboardInterrupt:
-            # From a thread: here, it would be raised inside this hook and dropped again.
-            threading.Timer(0.1, _thread.interrupt_main).start()
-        else:
+        if dropped.exc_type is not KeyboardInterrupt:
             before(dropped)
+            return
+        begun = False
+        while not begun:
+            # From a thread: raised in here, it would be dropped again. A busy machine can take that long to start one.
+            with suppress(KeyboardInterrupt):
+                threading.Timer(0.1, _thread.interrupt_main).start()
+                begun = True
 
     before, sys.unraisablehook = sys.unraisablehook, insist
     try:

@@ -27,8 +27,8 @@ from urllib.parse import urlsplit, urlunsplit
 from pydantic import ValidationError
 
 from cluster.tracking import MODEL, client_of, experiment_of, metric_name, reported, score_time
-from sapt_core.config import StoreConfig, TrackingConfig
 from sapt_core.errors import SnapshotError, TrackingError
+from sapt_core.settings import StoreConfig, TrackingConfig
 
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sapt_core.config import ClusterConfig
 from sapt_core.errors import ClusterError
+from sapt_core.settings import ClusterConfig
 
 
 @contextmanager

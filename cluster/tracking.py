@@ -20,8 +20,8 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
-from sapt_core.config import TrackingConfig
 from sapt_core.errors import TrackingError
+from sapt_core.settings import TrackingConfig
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -28,8 +28,8 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from cluster.stages import Stage, StageContext, StageRecord, StageResult, commit, find_record
 from cluster.store import ArtifactStore, LocalStore, open_store
 from cluster.store.base import CHECKPOINTS_KEPT, check_file_names
-from sapt_core.config import ClusterConfig, StoreConfig
 from sapt_core.errors import ClusterError, SaptError
+from sapt_core.settings import ClusterConfig, StoreConfig
 
 # Read by Ray Train in the process that calls fit(). A report blocks until the controller's next poll,
 # and the watcher and the metrics cost seconds at every start.

@@ -25,26 +25,27 @@ from sapt_core.backbone import BackboneRef, load_backbone
 from sapt_core.benchmarks.prepare import PreparedTask, PromptEncoder, prepare_task, read_split
 from sapt_core.benchmarks.task import Task
 from sapt_core.blobs import BlobStore
+from sapt_core.blocks.base import embedding_matrix
 from sapt_core.blocks.lora import LoRABlocks
-from sapt_core.config import (
+from sapt_core.device import default_device
+from sapt_core.evaluation import answer, pooled_embeddings
+from sapt_core.generator import generate_pseudo_samples
+from sapt_core.learning import learn_task
+from sapt_core.methods.base import find_method
+from sapt_core.model import SaptModel
+from sapt_core.pool import PETPool, new_pool
+from sapt_core.reflection import GaussianQueries
+from sapt_core.settings import (
     PET_TYPES,
     AttentionConfig,
     EvaluationConfig,
     GeneratorConfig,
     LoRAConfig,
-    MethodConfig,
     PromptConfig,
     ReflectionConfig,
     TrainConfig,
 )
-from sapt_core.device import default_device
-from sapt_core.evaluation import answer, pooled_embeddings
-from sapt_core.generator import generate_pseudo_samples
-from sapt_core.learning import learn_task
-from sapt_core.model import SaptModel
-from sapt_core.pool import PETPool
-from sapt_core.reflection import GaussianQueries
-from sapt_core.snapshot import LearntTask, Manifest, embedding_matrix, load_pool, new_pool
+from sapt_core.snapshot import LearntTask, Manifest, load_pool
 
 disable_progress_bar()  # type: ignore[no-untyped-call]  # of loading weights: a stage has its own
 
@@ -165,7 +166,7 @@ def train(context: StageContext, *, checkpoint_every_steps: int) -> StageResult:
             None if parent is None else Manifest.from_bytes(context.store.get(parent.outputs["manifest"])),
             kept,
             ref=BackboneRef(**reads["backbone"]),
-            method=MethodConfig(**reads["method"]),
+            method=find_method(reads["method"]["name"])(**reads["method"]),
             pet=PET_TYPES[reads["pet"]["type"]](**reads["pet"]),
             attention=AttentionConfig(**reads["attention"]),
             reflection=ReflectionConfig(**reads["reflection"]),
@@ -179,6 +180,7 @@ def train(context: StageContext, *, checkpoint_every_steps: int) -> StageResult:
     outputs = {"manifest": manifest.digest, "block": manifest.blocks[-1]}
     if manifest.router is not None:
         outputs["router"] = manifest.router
+    outputs |= {f"state {name}": digest for name, digest in manifest.state.items()}
     return StageResult(outputs=outputs, metrics={"curve": _store_curve(context, curve), "last": curve[-1]})
 
 
@@ -280,7 +282,7 @@ def score_version(
 ) -> tuple[float, Tensor, list[dict[str, Any]]]:
     """Score, mixture weights (N, T) and predictions of a version on a task's test rows."""
     model, tokenizer = load_backbone(manifest.backbone, store)
-    attached = SaptModel(model, load_pool(manifest, store, model)).to(default_device())
+    attached = SaptModel(model, load_pool(manifest, store, model, task.name)).to(default_device())
     return _score(attached, tokenizer, task, config, precision=precision, max_target_tokens=max_target_tokens)
 
 

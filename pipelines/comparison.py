@@ -16,8 +16,9 @@ from pydantic import Field, ValidationError, model_validator
 from pipelines.experiment import Experiment, assemble
 from sapt_core.backbone import identify
 from sapt_core.benchmarks import load_sequence
-from sapt_core.config import ExperimentConfig, Section, load_config, parsed, read_mapping, validated
+from sapt_core.config import ExperimentConfig, load_config, parsed, read_mapping, validated
 from sapt_core.errors import ConfigError, FaultsError, SaptError
+from sapt_core.settings import Section
 
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
 Orders = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]

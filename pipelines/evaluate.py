@@ -82,7 +82,7 @@ def evaluate(manifest: Manifest, store: BlobStore, tasks: Sequence[Task], config
                 "weights": dict(zip(manifest.block_names, weights.mean(dim=0).tolist(), strict=True)),
             }
         )
-    return {"snapshot": manifest.digest, "method": manifest.method, "learnt": learnt, "tasks": rows}
+    return {"snapshot": manifest.digest, "method": manifest.method.name, "learnt": learnt, "tasks": rows}
 
 
 def _show(figures: dict[str, Any]) -> None:

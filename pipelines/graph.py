@@ -15,7 +15,9 @@ from cluster.stages import Stage, StageContext, StageResult
 from pipelines import bodies
 from sapt_core.backbone import BackboneRef
 from sapt_core.benchmarks.task import Task
-from sapt_core.config import ExperimentConfig, MethodConfig
+from sapt_core.config import ExperimentConfig
+from sapt_core.methods.base import Method
+from sapt_core.methods.sequential import Sequential
 from sapt_core.snapshot import LearntTask
 from sapt_core.trainer import step_seed
 
@@ -111,7 +113,7 @@ def build_graph(
     single: tuple[Stage, ...] = ()
     if config.evaluation.single_task:
         alone = [
-            learner.stage(f"single[{label}]", task, MethodConfig(name="sequential"), {"task": prepared})
+            learner.stage(f"single[{label}]", task, Sequential(), {"task": prepared})
             for label, task, prepared in zip(labels, tasks, prepare, strict=True)
         ]
         single = tuple(
@@ -203,7 +205,7 @@ class _Learner:
             cpus=config.cluster.cpus_per_worker,
         )
 
-    def stage(self, name: str, task: Task, method: MethodConfig, inputs: dict[str, Stage]) -> Stage:
+    def stage(self, name: str, task: Task, method: Method, inputs: dict[str, Stage]) -> Stage:
         config = self.config
         shared = method.shared_attention
         # What a stage does not read stands at its default, so that changing it changes no key.
@@ -221,7 +223,9 @@ class _Learner:
             reads={
                 "method": method.model_dump(mode="json"),
                 # One block has no finished ones to let gradient through.
-                "pet": config.pet.model_dump(mode="json", exclude=None if shared else {"detach_frozen"}),
+                "pet": config.pet.model_dump(
+                    mode="json", exclude=None if method.pool == "block per task" else {"detach_frozen"}
+                ),
                 "attention": attention.model_dump(mode="json"),
                 "reflection": reflection.model_dump(mode="json", exclude={"source", "data_dir", "share", "rank"}),
                 "train": config.train.model_dump(mode="json", exclude={"checkpoint_every_steps"}),

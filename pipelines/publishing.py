@@ -13,8 +13,8 @@ from cluster.store import resolved
 from cluster.tracking import Tracker, check_readable, redacted
 from pipelines.experiment import Experiment
 from pipelines.reporter import git_commit
-from sapt_core.config import TrackingConfig
 from sapt_core.errors import TrackingError
+from sapt_core.settings import TrackingConfig
 from sapt_core.snapshot import Manifest
 
 

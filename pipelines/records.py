@@ -19,9 +19,9 @@ from rich.table import Table
 from pipelines import cli
 from pipelines.comparison import Cell, Comparison, Place
 from pipelines.reporter import Reporter, git_commit, short_name
-from sapt_core.config import TrainConfig
 from sapt_core.device import computes_bfloat16, default_device
 from sapt_core.errors import DataError, SaptError
+from sapt_core.settings import TrainConfig
 
 # Stages that make what reflection keeps of earlier tasks.
 SOURCE_KINDS = frozenset({"pseudo_samples", "memory", "statistics", "given"})

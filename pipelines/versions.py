@@ -6,8 +6,8 @@ import re
 from argparse import ArgumentParser, Namespace
 
 from cluster.store import ArtifactStore, open_store
-from sapt_core.config import PlacesConfig
 from sapt_core.errors import SnapshotError
+from sapt_core.settings import PlacesConfig
 from sapt_core.snapshot import Manifest
 
 

@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from sapt_core.config import DiagnosticsConfig
 from sapt_core.metrics import ScoreMatrix
+from sapt_core.settings import DiagnosticsConfig
 
 FOLDS = 5
 MIN_ROWS = 10  # of each kind: two in every fold
@@ -208,7 +208,7 @@ def diagnose(matrix: ScoreMatrix, limits: DiagnosticsConfig, seen: Circumstances
 
 def _cure_forgetting(limits: DiagnosticsConfig, seen: Circumstances, j: int) -> str:
     if not seen.shared:
-        return "Every task trains the same block on: method.name=sapt gives each task its own."
+        return "Nothing leads its inputs to a block of their own: compare with method.name=sapt."
     moved = seen.alignment[j]
     if moved is None or moved > limits.misalignment or not seen.reflected[j]:
         return _cure_misalignment(seen, j, learnt_last=False)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sapt_core.config import AttentionConfig
+from sapt_core.settings import AttentionConfig
 
 
 def max_pool(embeddings: Tensor, mask: Tensor) -> Tensor:

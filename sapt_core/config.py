@@ -1,357 +1,39 @@
 """One frozen ``ExperimentConfig``, read from YAML, changed by dotted ``key=value`` overrides.
 
-Every field is declared once, here; unknown keys, wrong types and impossible values are refused
-together, each with its dotted path. Stages read single sections, so a section's content, not the
-whole file, decides what is computed again.
+Unknown keys, wrong types and impossible values are refused together, each with its dotted path.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from yaml import YAMLError
 
 from sapt_core.errors import ConfigError
-
-MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
-
-
-def _comma_list(value: Any) -> Any:
-    """``a,b,c`` from a command line is the list [a, b, c]."""
-    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
-
-
-NameList = Annotated[tuple[str, ...], BeforeValidator(_comma_list)]
-
-
-class Section(BaseModel):
-    """A frozen group of fields that refuses keys it does not know."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
-
-
-class BenchmarkConfig(Section):
-    """Which tasks, in which order, and how a row becomes text and tokens."""
-
-    suite: Literal["superni", "long_sequence", "synthetic", "folder"] = Field(
-        description="superni and long_sequence know their orders, prompts and metrics; folder takes any "
-        "folders of the CL_Benchmark layout; synthetic generates its tasks."
-    )
-    data_dir: Path | None = Field(None, description="Folder that holds one folder a task. Not for synthetic.")
-    order: int | None = Field(None, ge=1, description="Numbered task order of the suite.")
-    tasks: NameList | None = Field(None, description="Task folders in the order to learn; wins over order.")
-    unseen: NameList = Field((), description="Task folders that every version is scored on and none ever learns.")
-    template: Literal["superni", "long_sequence"] | None = Field(None, description="Prompt; default: the suite's.")
-    metric: Literal["rouge_l", "exact_match"] | None = Field(None, description="Score; default: the suite's.")
-    max_source_tokens: int = Field(512, ge=8)
-    max_target_tokens: int = Field(50, ge=1)
-    train_rows: int | None = Field(None, ge=2, description="First so many train rows; default: all.")
-    test_rows: int | None = Field(None, ge=1, description="First so many test rows; default: all.")
-    dev_fraction: float = Field(0.1, gt=0, lt=1, description="Share of the train rows that is split off as dev.")
-    split_seed: int = Field(0, ge=0, description="Seed of the dev split; apart from `seed`, so that seeds share it.")
-
-    @model_validator(mode="after")
-    def _consistent(self) -> BenchmarkConfig:
-        if self.suite == "synthetic":
-            if self.data_dir is not None:
-                raise ValueError("synthetic tasks are generated: leave data_dir out")
-        elif self.data_dir is None:
-            raise ValueError(f"suite {self.suite} needs data_dir, the folder that holds one folder a task")
-        if self.suite == "folder" and not self.tasks:
-            raise ValueError("suite folder has no numbered orders: name its task folders in tasks")
-        if self.suite == "folder" and (self.template is None or self.metric is None):
-            raise ValueError(
-                "suite folder needs template (superni or long_sequence) and metric (rouge_l or exact_match)"
-            )
-        if self.tasks is not None:
-            twice = sorted({name for name in self.tasks if self.tasks.count(name) > 1})
-            if not self.tasks:
-                raise ValueError("tasks is empty: name at least one task folder")
-            if twice:
-                raise ValueError(f"tasks named twice: {', '.join(twice)}")
-        return self
-
-
-class BackboneConfig(Section):
-    """The frozen model: a folder or a hub id."""
-
-    path: str = Field(min_length=1, description="Folder with a Hugging Face model and tokenizer, or a hub id.")
-    revision: str | None = Field(None, description="Hub revision (commit); pin it, so that records stay valid.")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: the checkpoint's own.")
-
-
-class LoRAConfig(Section):
-    """One LoRA block; words as in PEFT."""
-
-    type: Literal["lora"] = "lora"
-    r: int = Field(8, ge=1)
-    lora_alpha: float = Field(16, gt=0)
-    lora_dropout: float = Field(0.0, ge=0, lt=1)
-    target_modules: NameList = Field(("q", "v"), min_length=1, description="Last name parts of the linears to adapt.")
-    detach_frozen: bool = Field(
-        False,
-        description="Let no gradient through finished blocks to the layers below, as the published code does; "
-        "it is not the gradient of the model that is used.",
-    )
-
-
-class PromptConfig(Section):
-    """One block of soft prompts (SAPT-Prompt): ``length`` embeddings in front of the input's."""
-
-    type: Literal["prompt"] = "prompt"
-    length: int = Field(10, ge=1, description="Soft tokens a block; each starts as a random row of the vocabulary.")
-
-
-def _pet_type(value: Any) -> Any:
-    return value.get("type", "lora") if isinstance(value, dict) else getattr(value, "type", None)
-
-
-PET_TYPES = {"lora": LoRAConfig, "prompt": PromptConfig}
-PETConfig: TypeAlias = Annotated[
-    Annotated[LoRAConfig, Tag("lora")] | Annotated[PromptConfig, Tag("prompt")],
-    Discriminator(
-        _pet_type,
-        custom_error_type="pet_type",
-        custom_error_message="type must be lora or prompt",
-    ),
-]
-
-
-class AttentionConfig(Section):
-    """Shared attention (SAPT section 3.2): which blocks, how much, for every input.
-
-    The defaults are the paper's; ``method.name`` sapt has its own for some of them (``TUNED``).
-    """
-
-    bottleneck: int = Field(100, ge=1, description="Width d_p of the query projection.")
-    temperature: float = Field(1.0, gt=0, description="τ in units of √D; 1 is the paper's √D.")
-    silu: Literal["between", "after"] = Field("between", description="Paper: between the two linears; code: after.")
-    query: Literal["prompt", "input"] = Field(
-        "prompt",
-        description="What the query is made of: the whole prompt, or the prompt less its definition, "
-        "which all inputs of a task share and which is close to a task's name.",
-    )
-    pool_padding: bool = Field(
-        False, description="Let padding take part in the query, as the published code does: it depends on the batch."
-    )
-    key_init: Literal["uniform", "task_mean"] = Field(
-        "uniform",
-        description="Paper: U(-1, 1); task_mean: mean query of the task's own train inputs, scaled to length √D.",
-    )
-    centre: Literal["none", "vocabulary"] = Field(
-        "none",
-        description="What is taken off a pooled embedding: nothing (paper), or what random tokens pool to, "
-        "which all inputs share and which hides how they differ.",
-    )
-    scale: Literal["none", "vocabulary"] = Field(
-        "none",
-        description="What a pooled embedding's dimensions are divided by: nothing (paper), or their standard "
-        "deviation over what random tokens pool to.",
-    )
-    residual: bool = Field(
-        False, description="Add the projection to the pooled embedding, starting from it alone (W_up zero)."
-    )
-    hold: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="Share of a task's steps over which the new block's weight is let go from 1; meanwhile the "
-        "task's loss does not move the router.",
-    )
-    learning_rate_ratio: float = Field(1.0, gt=0, description="Router's rate as a multiple of train.learning_rate.")
-    selection: Literal["attention", "uniform"] = Field(
-        "attention",
-        description="Weights that answers are made with: those of learning, or, to see what alignment is worth, "
-        "the same for every block.",
-    )
-
-
-class ReflectionConfig(Section):
-    """Attentive reflection (ARM, SAPT section 3.3): KL between stored and present attention on inputs of old tasks."""
-
-    source: Literal["generated", "given", "memory", "statistics", "none"] = Field(
-        "generated",
-        description="Where an old task's inputs come from: its generator (paper), a folder of samples made "
-        "elsewhere, a share of its real train inputs, draws from the mean and covariance of its pooled "
-        "embeddings (no generator, no text kept), or nowhere.",
-    )
-    weight: float = Field(0.5, ge=0, description="λ, the weight of the KL term.")
-    batch_size: int = Field(16, ge=1, description="Inputs of every old task in a step.")
-    target: Literal["task_mean", "instance"] = Field(
-        "task_mean", description="Attention to hold: the task's mean (paper), or each input's own, when learnt."
-    )
-    target_split: Literal["train", "dev"] = Field("train", description="Rows whose mean attention is the target.")
-    data_dir: Path | None = Field(None, description="source given: one folder a task with samples as train.json.")
-    share: float = Field(0.02, gt=0, le=1, description="source memory: kept share of the train inputs, at least one.")
-    rank: int = Field(16, ge=0, description="source statistics: directions of the covariance that are kept.")
-    per_micro_batch: bool = Field(
-        False,
-        description="Add the term in every micro-batch, undivided, as published: accumulation then multiplies λ.",
-    )
-
-    @model_validator(mode="after")
-    def _has_its_data(self) -> ReflectionConfig:
-        if (self.source == "given") != (self.data_dir is not None):
-            raise ValueError("source given and data_dir, the folder that holds its samples, belong together")
-        return self
-
-
-class GeneratorConfig(Section):
-    """Pseudo-sample generator: a LoRA on the raw backbone, one a task (papers.md 1.A)."""
-
-    pet: LoRAConfig = LoRAConfig(r=8, lora_alpha=32, lora_dropout=0.1)
-    learning_rate: float = Field(1e-3, gt=0)
-    batch_size: int = Field(16, ge=1)
-    micro_batch_size: int | None = Field(None, ge=1)
-    epochs: float | None = Field(None, gt=0, description="Passes over the train rows; give this or steps.")
-    steps: int | None = Field(5000, ge=1)
-    content: Literal["inputs", "pairs"] = Field(
-        "inputs",
-        description="What it learns to write: inputs (paper; reflection reads no more), or inputs and answers.",
-    )
-    share: float = Field(0.02, gt=0, le=1, description="Kept pseudo-samples as a share of the train rows.")
-    min_samples: int = Field(1, ge=1)
-    max_attempts: int = Field(4, ge=1, description="Generations tried for each sample to keep.")
-    top_k: int = Field(20, ge=1)
-    repetition_penalty: float = Field(2.5, ge=1)
-    max_tokens: int = Field(
-        512, ge=16, description="Longest text it learns and generates; over-long ones are cut as prompts are."
-    )
-
-    @model_validator(mode="after")
-    def _one_length(self) -> GeneratorConfig:
-        if (self.epochs is None) == (self.steps is None):
-            raise ValueError("give either epochs or steps (null for the other)")
-        return self
-
-
-class MethodConfig(Section):
-    """How a sequence is learnt."""
-
-    name: Literal["sapt", "sapt_paper", "sequential"] = Field(
-        "sapt",
-        description="SAPT with the routing that this project found to hold, SAPT as in the paper, or one block "
-        "that goes on training from task to task.",
-    )
-
-    @property
-    def shared_attention(self) -> bool:
-        """Whether each task gets a block and the blocks are mixed by shared attention."""
-        return self.name != "sequential"
-
-
-# Where method.name sapt departs from the paper unless the config says otherwise (docs/decisions.md).
-TUNED = {
-    "key_init": "task_mean",
-    "centre": "vocabulary",
-    "residual": True,
-    "temperature": 0.1,
-    "hold": 0.5,
-    "learning_rate_ratio": 0.1,
-}
-
-
-class TrainConfig(Section):
-    """One task's training loop. Batches are counted over all workers."""
-
-    learning_rate: float = Field(3e-4, gt=0)
-    schedule: Literal["constant", "linear"] = Field(
-        "constant", description="Paper: the rate stays; linear: it falls from the first step to zero after the last."
-    )
-    weight_decay: float = Field(0.0, ge=0)
-    epochs: float = Field(10, gt=0)
-    batch_size: int = Field(32, ge=1, description="Rows in an optimizer step, over all workers.")
-    micro_batch_size: int | None = Field(None, ge=1, description="Rows in one forward of one worker; default: all.")
-    max_grad_norm: float | None = Field(1.0, gt=0)
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="auto: bfloat16 autocast where the device computes in it natively."
-    )
-    gradient_checkpointing: bool = False
-    eval_every_epochs: int | None = Field(
-        None, ge=1, description="Score dev so often and keep the best weights; default: keep the last."
-    )
-    checkpoint_every_steps: int = Field(200, ge=1)
-
-
-class EvaluationConfig(Section):
-    """Decoding of the test rows, without sampling."""
-
-    batch_size: int = Field(32, ge=1)
-    num_beams: int = Field(1, ge=1)
-    single_task: bool = Field(True, description="Learn every task alone too: the baseline of FWT.")
-
-
-class DiagnosticsConfig(Section):
-    """From when on the end of a run warns. Nothing that is computed depends on it."""
-
-    forgetting: float = Field(5.0, ge=0, description="Points of score an earlier task may fall by from its best.")
-    transfer: float = Field(5.0, ge=0, description="Points a task may be learnt worse than alone.")
-    misalignment: float = Field(
-        0.5, gt=0, description="Nats (KL) a task's attention may be away from where it was when it was learnt."
-    )
-
-
-class ClusterConfig(Section):
-    """What Ray gives each stage."""
-
-    address: str | None = Field(None, description="Ray address; default: RAY_ADDRESS, else a local Ray.")
-    train_workers: int = Field(
-        1,
-        ge=0,
-        description="Ray Train workers of a training stage; 0 trains in the stage's own Ray task, which saves "
-        "Ray Train's start (some ten seconds) where stages are short.",
-    )
-    cpus_per_worker: float = Field(1, gt=0)
-    gpus_per_worker: float = Field(0, ge=0)
-    max_failures: int = Field(2, ge=0, description="Restarts of a training stage whose worker died.")
-
-
-class StoreConfig(Section):
-    """Where blobs and records live."""
-
-    uri: str = Field("runs/store", description="Folder, or s3://bucket/prefix.")
-    endpoint_url: str | None = Field(None, description="S3 endpoint; default: the AWS environment's.")
-
-    @field_validator("uri")
-    @classmethod
-    def _known_scheme(cls, uri: str) -> str:
-        scheme, separator, rest = uri.partition("://")
-        if separator and (scheme not in {"s3", "file"} or not rest):
-            raise ValueError("give a folder, file:///folder or s3://bucket/prefix")
-        return uri
-
-
-class TrackingConfig(Section):
-    """MLflow."""
-
-    uri: str = Field("sqlite:///runs/mlflow.db", description="Any MLflow tracking URI.")
-    experiment: str = Field("sapt", min_length=1)
-    model: str = Field("sapt", pattern=MODEL_NAME, description="Registered model that gets a version a task.")
-
-
-class PlacesConfig(Section):
-    """Where versions of the pool are kept: all that reading one needs."""
-
-    store: StoreConfig = StoreConfig()
-    tracking: TrackingConfig = TrackingConfig()
+from sapt_core.methods.base import DEFAULT, AnyMethod, Method, default_method, find_method
+from sapt_core.settings import (
+    PET_TYPES,
+    AttentionConfig,
+    BackboneConfig,
+    BenchmarkConfig,
+    ClusterConfig,
+    DiagnosticsConfig,
+    EvaluationConfig,
+    GeneratorConfig,
+    LoRAConfig,
+    PETConfig,
+    PlacesConfig,
+    ReflectionConfig,
+    TrainConfig,
+)
 
 
 class ExperimentConfig(PlacesConfig):
@@ -364,7 +46,7 @@ class ExperimentConfig(PlacesConfig):
     attention: AttentionConfig = AttentionConfig()
     reflection: ReflectionConfig = ReflectionConfig()
     generator: GeneratorConfig = GeneratorConfig()
-    method: MethodConfig = MethodConfig()
+    method: AnyMethod = Field(default_factory=default_method)
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     diagnostics: DiagnosticsConfig = DiagnosticsConfig()
@@ -376,10 +58,23 @@ class ExperimentConfig(PlacesConfig):
         """Fill what the config leaves open of ``attention`` with the method's own."""
         if not isinstance(values, dict):
             return values
-        method, attention = values.get("method") or {}, values.get("attention") or {}
-        if not isinstance(method, dict) or not isinstance(attention, dict) or method.get("name", "sapt") != "sapt":
+        method, attention = _method_named(values), values.get("attention") or {}
+        if method is None or not isinstance(attention, dict):
             return values
-        return {**values, "attention": {**TUNED, **attention}}
+        return {**values, "attention": {**method.attention_defaults, **attention}}
+
+    @model_validator(mode="after")
+    def _the_method_can(self) -> ExperimentConfig:
+        method = self.method
+        if self.pet.type not in method.pet_types:
+            raise ValueError(
+                f"method {method.name} works with pet.type {' or '.join(method.pet_types)}, not {self.pet.type}"
+            )
+        if method.needs_task and self.benchmark.unseen:
+            raise ValueError(
+                f"method {method.name} answers only for tasks that it has learnt: leave benchmark.unseen out"
+            )
+        return self
 
     def digest(self) -> str:
         """sha256 of what decides the science, whatever it runs on and wherever it lies.
@@ -465,6 +160,18 @@ def parsed(overrides: Sequence[str]) -> list[DictConfig]:
     return layers
 
 
+def _method_named(values: Mapping[str, Any]) -> type[Method] | None:
+    """The method that raw values name; None if there is no such one, which validation tells."""
+    method = values.get("method")
+    if isinstance(method, Method):
+        return type(method)
+    name = DEFAULT if not method else method.get("name", DEFAULT) if isinstance(method, Mapping) else None
+    try:
+        return find_method(name) if isinstance(name, str) else None
+    except ValueError:
+        return None
+
+
 Values = TypeVar("Values", bound=BaseModel)
 
 
@@ -481,22 +188,27 @@ def validated(model: type[Values], layers: Sequence[DictConfig], what: str) -> V
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{what} is not valid:", _faults(error, model)) from error
+        raise ConfigError(f"{what} is not valid:", _faults(error, model, values)) from error
 
 
 def _merged(layers: Sequence[DictConfig]) -> DictConfig:
-    """The later layer over the earlier; another ``pet.type`` starts the section anew, as the fields differ."""
+    """The later layer over the earlier; another kind of PET block or method starts its section anew.
+
+    Their fields differ.
+    """
     merged = OmegaConf.create({})
     for layer in layers:
-        kind = OmegaConf.select(layer, "pet.type")
-        if kind is not None and kind != OmegaConf.select(merged, "pet.type", default="lora"):
-            merged.pop("pet", None)
+        for section, key, default in (("pet", "type", "lora"), ("method", "name", DEFAULT)):
+            kind = OmegaConf.select(layer, f"{section}.{key}")
+            if kind is not None and kind != OmegaConf.select(merged, f"{section}.{key}", default=default):
+                merged.pop(section, None)
         merged = DictConfig(OmegaConf.merge(merged, layer))
     return merged
 
 
-def _faults(error: ValidationError, root: type[BaseModel]) -> list[str]:
+def _faults(error: ValidationError, root: type[BaseModel], values: Any) -> list[str]:
     faults = []
+    method = _method_named(values) if isinstance(values, Mapping) else None
     for item in error.errors():
         parts = [str(part) for part in item["loc"]]
         # The tag that chose the kind of PET block is no key of the file.
@@ -506,7 +218,7 @@ def _faults(error: ValidationError, root: type[BaseModel]) -> list[str]:
         kind = next((part for part in parts if part in PET_TYPES), "lora")
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
-            message = "no such field" + _nearest(location, root, kind)
+            message = "no such field" + _nearest(location, root, kind, method)
         elif item["type"] == "model_type":
             message = f"is a section; give its fields, for example in YAML or as {'.'.join(location)}.NAME=VALUE"
         elif item["type"] not in {"missing", "value_error", "pet_type"}:
@@ -515,7 +227,7 @@ def _faults(error: ValidationError, root: type[BaseModel]) -> list[str]:
     return faults
 
 
-def _nearest(location: tuple[str, ...], section: type[BaseModel], pet: str) -> str:
+def _nearest(location: tuple[str, ...], section: type[BaseModel], pet: str, method: type[Method] | None) -> str:
     """The known names beside an unknown one, nearest first."""
     for part in location[:-1]:
         if part.isdigit():  # a place in a list of sections
@@ -524,6 +236,8 @@ def _nearest(location: tuple[str, ...], section: type[BaseModel], pet: str) -> s
         annotation = get_args(annotation)[0] if get_origin(annotation) is tuple else annotation
         if section is ExperimentConfig and part == "pet":
             annotation = PET_TYPES[pet]
+        if section is ExperimentConfig and part == "method":
+            annotation = method
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             return ""
         section = annotation

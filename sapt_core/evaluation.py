@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from sapt_core.config import EvaluationConfig
+from sapt_core.blocks.base import embedding_matrix
 from sapt_core.device import Precision, autocast
 from sapt_core.model import SaptModel
-from sapt_core.snapshot import embedding_matrix
+from sapt_core.settings import EvaluationConfig
 
 
 def answer(

@@ -17,10 +17,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sapt_core.benchmarks.prepare import PreparedTask, PromptEncoder
 from sapt_core.benchmarks.templates import ANSWER_MARKER, INPUT_MARKER, PromptPieces
 from sapt_core.blobs import Checkpoints
-from sapt_core.config import GeneratorConfig, TrainConfig
 from sapt_core.device import Precision, autocast
 from sapt_core.model import SaptModel
-from sapt_core.snapshot import new_pool
+from sapt_core.pool import new_pool
+from sapt_core.settings import GeneratorConfig, TrainConfig
 from sapt_core.trainer import Objective, step_seed, train
 
 SOURCE = "__gen__"

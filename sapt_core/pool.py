@@ -4,20 +4,35 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from sapt_core.attention import SharedAttention
-from sapt_core.blocks.base import PETBlocks
-from sapt_core.config import AttentionConfig
+from sapt_core.blocks.base import PETBlocks, embedding_matrix
+from sapt_core.blocks.lora import LoRABlocks
+from sapt_core.blocks.prompt import PromptBlocks
+from sapt_core.settings import AttentionConfig, LoRAConfig, PETConfig
+
+
+def new_blocks(backbone: PreTrainedModel, pet: PETConfig) -> PETBlocks:
+    """No blocks yet, for ``backbone``."""
+    if isinstance(pet, LoRAConfig):
+        return LoRABlocks.for_backbone(backbone, pet)
+    return PromptBlocks(lambda: embedding_matrix(backbone), pet)
+
+
+def new_pool(backbone: PreTrainedModel, pet: PETConfig, attention: AttentionConfig | None) -> PETPool:
+    """An empty pool for ``backbone``."""
+    return PETPool(new_blocks(backbone, pet), embedding_matrix(backbone).shape[1], attention)
 
 
 class PETPool(nn.Module):
     """T blocks, oldest first, of which at most the last is being learnt.
 
-    Without an attention config the pool holds one block that always has weight 1: plain LoRA.
+    Without an attention config every block has weight 1: one is plain LoRA, several add up.
 
     Attributes:
         blocks: the PET blocks.
-        attention: query projection, or None for a pool of one block.
+        attention: query projection, or None.
         frozen_keys: keys of the frozen blocks (T-1 or T, D).
         key: key of the block being learnt (D), or None.
         hold: share of the mixture that goes to the last block whatever the attention says, in
@@ -39,8 +54,6 @@ class PETPool(nn.Module):
 
     def add(self) -> None:
         """Start a new block with a key drawn from U(-1, 1), as the paper does."""
-        if self.attention is None and self.blocks.frozen_blocks:
-            raise ValueError("a pool without attention holds one block")
         self.blocks.add()
         if self.attention is not None:
             self.key = nn.Parameter(torch.rand_like(self.attention.centre) * 2 - 1)
@@ -58,13 +71,14 @@ class PETPool(nn.Module):
 
     def logits(self, pooled: Tensor) -> Tensor:
         """Attention logits (B, T) of pooled embeddings (B, D)."""
-        if self.attention is None:
-            return pooled.new_zeros(pooled.shape[0], 1, dtype=torch.float32)
+        assert self.attention is not None  # noqa: S101 - only reflection and attend ask
         logits: Tensor = self.attention(pooled, self.keys)
         return logits
 
     def attend(self, pooled: Tensor) -> Tensor:
         """Attention weights (B, T) of pooled embeddings (B, D): what reflection keeps in place."""
+        if self.attention is None:
+            return torch.ones(pooled.shape[0], self.blocks.count, device=pooled.device)
         return torch.softmax(self.logits(pooled), dim=-1)
 
     def select(self, pooled: Tensor) -> Tensor:
@@ -91,5 +105,5 @@ class PETPool(nn.Module):
         The others are not computed. The block that is being learnt is always in use.
         """
         used = weights.detach().amax(dim=0) > torch.finfo(weights.dtype).eps
-        used[-1] |= self.key is not None
+        used[-1:] |= self.key is not None
         return used.nonzero().flatten()

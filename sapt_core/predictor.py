@@ -11,11 +11,11 @@ from transformers import PreTrainedTokenizerBase
 from sapt_core.backbone import load_backbone
 from sapt_core.benchmarks.prepare import EncodedPrompt, PromptEncoder
 from sapt_core.blobs import BlobStore
-from sapt_core.config import EvaluationConfig
 from sapt_core.device import default_device
 from sapt_core.errors import SaptError
 from sapt_core.evaluation import answer
 from sapt_core.model import SaptModel
+from sapt_core.settings import EvaluationConfig
 from sapt_core.snapshot import LearntTask, Manifest, load_pool
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,13 @@ from transformers import PreTrainedModel
 from sapt_core.attention import SharedAttention
 from sapt_core.backbone import BackboneRef, stored_model_config
 from sapt_core.blobs import BlobStore
-from sapt_core.blocks.base import PETBlocks
-from sapt_core.blocks.lora import LoRABlocks
-from sapt_core.blocks.prompt import PromptBlocks
-from sapt_core.config import AttentionConfig, LoRAConfig, PETConfig
+from sapt_core.blocks.base import embedding_matrix
 from sapt_core.errors import SnapshotError
+from sapt_core.methods.base import AnyMethod, Method
 from sapt_core.pool import PETPool
+from sapt_core.settings import AttentionConfig, LoRAConfig, PETConfig
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 class LearntTask(BaseModel):
@@ -50,21 +49,22 @@ class Manifest(BaseModel):
 
     Attributes:
         schema_version: of this format.
-        method: name of the method that learnt it.
+        method: the method that learnt it, with its options.
         backbone: the backbone it belongs to.
         pet: settings of its blocks.
-        attention: settings of its shared attention; None for a single block without one.
+        attention: settings of its shared attention; None for a method without it.
         tasks: tasks learnt so far, oldest first.
         blocks: sha256 of every block, oldest first; each is a PEFT ``adapter_model.safetensors``.
         router: sha256 of keys (T, D) and query projection; None without attention.
-        targets: mean attention of every task after it was learnt, over the blocks there were.
+        targets: mean weights of the blocks there were, on every task after it was learnt.
+        state: sha256 of what the method keeps beside the blocks, by name.
         parent: sha256 of the manifest of the version before.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: int = SCHEMA_VERSION
-    method: str
+    method: AnyMethod
     backbone: BackboneRef
     pet: PETConfig
     attention: AttentionConfig | None
@@ -72,6 +72,7 @@ class Manifest(BaseModel):
     blocks: tuple[str, ...]
     router: str | None
     targets: tuple[tuple[float, ...], ...]
+    state: dict[str, str] = {}
     parent: str | None
 
     # Of an earlier schema, as it was read: what this one adds must not rename what was written then.
@@ -79,7 +80,8 @@ class Manifest(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
-        blocks = list(range(1, len(self.tasks) + 1)) if self.attention else [1] * len(self.tasks)
+        grows = self.method.pool == "block per task"
+        blocks = list(range(1, len(self.tasks) + 1)) if grows else [1] * len(self.tasks)
         if not self.tasks or len(self.blocks) != blocks[-1] or [len(row) for row in self.targets] != blocks:
             raise ValueError(
                 f"{len(self.tasks)} tasks, {len(self.blocks)} blocks and targets over "
@@ -87,6 +89,9 @@ class Manifest(BaseModel):
             )
         if (self.attention is None) != (self.router is None):
             raise ValueError("attention and router are there together or not at all")
+        if self.method.shared_attention != (self.attention is not None):
+            has = "has no" if self.attention is None else "has an"
+            raise ValueError(f"method {self.method.name} does not go with a version that {has} attention")
         return self
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Manifest:
@@ -113,7 +118,22 @@ class Manifest(BaseModel):
     @property
     def block_names(self) -> tuple[str, ...]:
         """The task that made each block, oldest first; a block that all tasks share is named so."""
-        return tuple(task.name for task in self.tasks) if self.attention else ("all tasks",)
+        grows = self.method.pool == "block per task"
+        return tuple(task.name for task in self.tasks) if grows else ("all tasks",)
+
+    def index_of(self, task: str | None) -> int:
+        """The place of a task that the version has learnt.
+
+        Raises:
+            SnapshotError: it has not, or none is named.
+        """
+        names = [learnt.name for learnt in self.tasks]
+        if task in names:
+            return names.index(task)
+        given = "none is named" if task is None else f"it has not learnt {task}"
+        raise SnapshotError(
+            f"Method {self.method.name} answers only where the task is told, and {given}; it knows: {', '.join(names)}"
+        )
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Manifest:
@@ -132,6 +152,8 @@ class Manifest(BaseModel):
                 f"The snapshot has schema version {version}; this release reads up to {SCHEMA_VERSION}. "
                 "Update sapt-on-ray to load it"
             )
+        if isinstance(version, int) and version < 3 and isinstance(value.get("method"), str):
+            value["method"] = {"name": value["method"]}  # methods had no options yet
         if version == 1 and isinstance(value.get("attention"), dict):
             # Schema 1 kept the router's rate, a setting of training alone, under another name.
             value["attention"].pop("learning_rate", None)
@@ -145,21 +167,36 @@ class Manifest(BaseModel):
         return manifest
 
 
-def load_pool(manifest: Manifest, store: BlobStore, backbone: PreTrainedModel) -> PETPool:
+def load_pool(manifest: Manifest, store: BlobStore, backbone: PreTrainedModel, task: str | None = None) -> PETPool:
     """The pool of a version, every block frozen.
 
     Args:
         manifest: the version.
         store: holds its blobs; each is verified.
         backbone: the loaded ``manifest.backbone``.
+        task: what the inputs are known to be of; needed, and looked at, where the method ``needs_task``.
+
+    Raises:
+        SnapshotError: a blob is no safetensors file or does not fit the backbone; no task was named to a
+            method that needs one, or one that the version has not learnt.
+        StoreError: a blob is missing or damaged.
+    """
+    chosen: Sequence[int] = range(len(manifest.blocks))
+    if manifest.method.needs_task:
+        chosen = manifest.method.active(manifest.index_of(task))
+    return load_blocks(manifest, store, backbone, chosen)
+
+
+def load_blocks(manifest: Manifest, store: BlobStore, backbone: PreTrainedModel, chosen: Sequence[int]) -> PETPool:
+    """A pool of the ``chosen`` blocks of a version, every one frozen; all of them where they are mixed by attention.
 
     Raises:
         SnapshotError: a blob is no safetensors file or does not fit the backbone.
         StoreError: a blob is missing or damaged.
     """
-    pool = new_pool(backbone, manifest.pet, manifest.attention)
-    for digest in manifest.blocks:
-        pool.blocks.append_frozen(load_blob(digest, store))
+    pool = empty_pool(backbone, manifest.method, manifest.pet, manifest.attention)
+    for index in chosen:
+        pool.blocks.append_frozen(load_blob(manifest.blocks[index], store))
     if pool.attention is not None:
         pool.attention, pool.frozen_keys = load_router(manifest, store)
         if pool.frozen_keys.shape[1] != embedding_matrix(backbone).shape[1]:
@@ -168,6 +205,11 @@ def load_pool(manifest: Manifest, store: BlobStore, backbone: PreTrainedModel) -
                 f"{embedding_matrix(backbone).shape[1]}; give the backbone it was learnt on"
             )
     return pool
+
+
+def empty_pool(backbone: PreTrainedModel, method: Method, pet: PETConfig, attention: AttentionConfig | None) -> PETPool:
+    """A pool for ``backbone`` that takes blocks of the method's kind."""
+    return PETPool(method.blocks(backbone, pet), embedding_matrix(backbone).shape[1], attention)
 
 
 def load_router(manifest: Manifest, store: BlobStore) -> tuple[SharedAttention, Tensor]:
@@ -210,23 +252,6 @@ def load_blob(digest: str, store: BlobStore) -> dict[str, Tensor]:
         return load_tensors(store.get(digest))
     except SafetensorError as error:
         raise SnapshotError(f"Blob {digest}, which the snapshot names, is no safetensors file: {error}") from error
-
-
-def new_pool(backbone: PreTrainedModel, pet: PETConfig, attention: AttentionConfig | None) -> PETPool:
-    """An empty pool for ``backbone``."""
-    blocks: PETBlocks
-    if isinstance(pet, LoRAConfig):
-        blocks = LoRABlocks.for_backbone(backbone, pet)
-    else:
-        blocks = PromptBlocks(lambda: embedding_matrix(backbone), pet)
-    return PETPool(blocks, embedding_matrix(backbone).shape[1], attention)
-
-
-def embedding_matrix(backbone: PreTrainedModel) -> Tensor:
-    """The frozen token embeddings (V, D)."""
-    matrix = backbone.get_input_embeddings().weight
-    assert isinstance(matrix, Tensor)  # noqa: S101 - of a language model they are a matrix
-    return matrix
 
 
 def store_block(pool: PETPool, store: BlobStore) -> str:

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 
 from sapt_core.blobs import Checkpoints
 from sapt_core.collate import Batch, Collator, epoch_batches
-from sapt_core.config import TrainConfig
 from sapt_core.device import autocast, keep_freed_memory
 from sapt_core.model import SaptModel
+from sapt_core.settings import TrainConfig
 
 Row = Mapping[str, Any]
 

@@ -21,7 +21,7 @@ import pytest
 import requests
 
 from cluster.tracking import check
-from sapt_core.config import TrackingConfig
+from sapt_core.settings import TrackingConfig
 
 START_SECONDS = 90
 

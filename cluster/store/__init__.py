@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cluster.store.base import ArtifactStore
 from cluster.store.local import LocalStore
-from sapt_core.config import StoreConfig
+from sapt_core.settings import StoreConfig
 
 __all__ = ["ArtifactStore", "LocalStore", "open_store", "resolved"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sapt_core.benchmarks.cl_benchmark import load_folders, load_inputs
 from sapt_core.benchmarks.task import Task
-from sapt_core.config import BenchmarkConfig
+from sapt_core.settings import BenchmarkConfig
 
 __all__ = ["load_inputs", "load_sequence"]
 

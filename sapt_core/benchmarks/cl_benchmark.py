@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from sapt_core.benchmarks.task import SEEN, Example, Task, dev_rows
-from sapt_core.config import BenchmarkConfig
 from sapt_core.errors import ConfigError, DataError
+from sapt_core.settings import BenchmarkConfig
 
 logger = logging.getLogger(__name__)
 

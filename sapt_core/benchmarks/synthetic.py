@@ -31,8 +31,8 @@ from sapt_core.benchmarks.lexicon import (
     UNKIND,
 )
 from sapt_core.benchmarks.task import SEEN, Example, Task, dev_rows
-from sapt_core.config import BenchmarkConfig
 from sapt_core.errors import DataError
+from sapt_core.settings import BenchmarkConfig
 
 TRAIN_ROWS = 240
 TEST_ROWS = 50

@@ -16,6 +16,13 @@ Mixture: TypeAlias = Callable[[], tuple[Tensor, Tensor]]
 """Of the batch that is running: weights (B, T) of the blocks, and the indices (U,) of those in use."""
 
 
+def embedding_matrix(backbone: PreTrainedModel) -> Tensor:
+    """The frozen token embeddings (V, D)."""
+    matrix = backbone.get_input_embeddings().weight
+    assert isinstance(matrix, Tensor)  # noqa: S101 - of a language model they are a matrix
+    return matrix
+
+
 class PETBlocks(nn.Module, ABC):
     """The blocks of a pool: T of them, oldest first, of which at most the last is being learnt.
 
@@ -28,6 +35,16 @@ class PETBlocks(nn.Module, ABC):
     def __init__(self) -> None:
         super().__init__()
         self.frozen_blocks = 0
+
+    @property
+    def count(self) -> int:
+        """How many blocks there are (T)."""
+        return self.frozen_blocks + self.learning
+
+    @property
+    @abstractmethod
+    def learning(self) -> bool:
+        """Whether a block is being learnt."""
 
     @property
     @abstractmethod

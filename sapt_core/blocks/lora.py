@@ -18,8 +18,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from sapt_core.blocks.base import Mixture, PETBlocks
-from sapt_core.config import LoRAConfig
 from sapt_core.errors import BackboneError
+from sapt_core.settings import LoRAConfig
 
 PEFT_PREFIX = "base_model.model."
 
@@ -129,6 +129,10 @@ class LoRABlocks(PETBlocks):
         """Blocks for every linear that ``config.target_modules`` names."""
         sites = find_sites(backbone, config.target_modules)
         return cls({name: (linear.in_features, linear.out_features) for name, linear in sites.items()}, config)
+
+    @property
+    def learning(self) -> bool:
+        return any(site.lora_A is not None for _, site in self._named_sites())
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from sapt_core.blocks.base import Mixture, PETBlocks
-from sapt_core.config import PromptConfig
+from sapt_core.settings import PromptConfig
 
 NAME = "prompt_embeddings"
 
@@ -37,6 +37,10 @@ class PromptBlocks(PETBlocks):
         self._vocabulary = vocabulary
         self.register_buffer("frozen", torch.empty(0, config.length, vocabulary().shape[1]))
         self.register_parameter("prompt", None)
+
+    @property
+    def learning(self) -> bool:
+        return self.prompt is not None
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -21,8 +21,8 @@ from cluster.registry import PoolRegistry, PoolVersion, read_pool
 from cluster.store import open_store
 from cluster.tracking import Tracker, client_of
 from sapt_core.blobs import BlobStore
-from sapt_core.config import StoreConfig, TrackingConfig
 from sapt_core.errors import SnapshotError, TrackingError
+from sapt_core.settings import StoreConfig, TrackingConfig
 
 pytest_plugins = ["tests.mlflow_servers"]
 

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cluster.store import LocalStore, open_store, resolved
-from sapt_core.config import StoreConfig
 from sapt_core.errors import StoreError
+from sapt_core.settings import StoreConfig
 
 KEY = hashlib.sha256(b"key").hexdigest()
 

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 
 from cluster import tracking
 from cluster.tracking import Tracker, check, client_of, metric_name, redacted, resolved
-from sapt_core.config import TrackingConfig
 from sapt_core.errors import TrackingError
+from sapt_core.settings import TrackingConfig
 
 pytest_plugins = ["tests.mlflow_servers"]
 

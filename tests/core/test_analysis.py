@@ -21,8 +21,8 @@ from sapt_core.analysis import (
     sample_quality,
     spearman,
 )
-from sapt_core.config import DiagnosticsConfig
 from sapt_core.metrics import ScoreMatrix
+from sapt_core.settings import DiagnosticsConfig
 
 WORDS = ["red", "blue", "green", "fox", "owl", "hare", "sees", "finds", "meets", "the", "a", "one"]
 

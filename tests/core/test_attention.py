@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sapt_core.attention import SharedAttention, max_pool, vocabulary_moments
-from sapt_core.config import AttentionConfig
-from sapt_core.pool import PETPool
-from sapt_core.snapshot import new_pool
+from sapt_core.pool import PETPool, new_pool
+from sapt_core.settings import AttentionConfig
 from tests.core.tiny import fill, lora, tiny_backbone
 
 
@@ -188,12 +187,12 @@ def test_a_block_is_in_use_above_rounding_error_or_while_it_is_learnt() -> None:
     assert pool.in_use(torch.tensor([[0.4, 0.3, 0.3]])).tolist() == [0, 1, 2]
 
 
-def test_a_pool_without_attention_is_one_block_of_weight_one() -> None:
+def test_blocks_without_attention_have_weight_one() -> None:
     pool = fill(new_pool(tiny_backbone("t5"), lora("t5"), None), 1)
     assert pool.mixture(torch.randn(3, 16)).tolist() == [[1.0]] * 3
     pool.freeze()
-    with pytest.raises(ValueError, match="one block"):
-        pool.add()
+    pool.add()
+    assert pool.mixture(torch.randn(3, 16)).tolist() == [[1.0, 1.0]] * 3
 
 
 def test_keys_are_kept_oldest_first_and_drawn_from_the_unit_cube() -> None:

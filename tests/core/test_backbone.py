@@ -31,8 +31,9 @@ from sapt_core.backbone import (
     store_backbone,
 )
 from sapt_core.benchmarks.task import Task
-from sapt_core.config import BackboneConfig, ExperimentConfig
+from sapt_core.config import ExperimentConfig
 from sapt_core.errors import BackboneError, DataError, StoreError
+from sapt_core.settings import BackboneConfig
 from tests.core.tiny import BACKBONES, DictStore, tiny_backbone, tiny_tokenizer
 
 

@@ -14,8 +14,8 @@ from sapt_core.benchmarks import load_sequence
 from sapt_core.benchmarks.cl_benchmark import ORDERS
 from sapt_core.benchmarks.task import Task, dev_rows
 from sapt_core.benchmarks.templates import TEMPLATES
-from sapt_core.config import BenchmarkConfig
 from sapt_core.errors import ConfigError, DataError
+from sapt_core.settings import BenchmarkConfig
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "CL_Benchmark"
 

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from sapt_core import generator
 from sapt_core.collate import Batch
-from sapt_core.config import GeneratorConfig
 from sapt_core.generator import SOURCE, PseudoSamples, clean, generate_pseudo_samples
 from sapt_core.model import SaptModel
+from sapt_core.settings import GeneratorConfig
 from tests.core.tiny import (
     EOS,
     PAD,

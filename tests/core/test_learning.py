@@ -12,10 +12,11 @@ from safetensors.torch import load as load_tensors
 from sapt_core import learning
 from sapt_core.attention import max_pool, vocabulary_moments
 from sapt_core.collate import Collator
-from sapt_core.config import AttentionConfig, EvaluationConfig, MethodConfig, ReflectionConfig, TrainConfig
 from sapt_core.errors import SnapshotError
 from sapt_core.learning import Kept, learn_task
+from sapt_core.methods.base import find_method
 from sapt_core.model import SaptModel
+from sapt_core.settings import AttentionConfig, EvaluationConfig, ReflectionConfig, TrainConfig
 from sapt_core.snapshot import Manifest, load_pool
 from tests.core.tiny import (
     PAD,
@@ -57,7 +58,7 @@ def learn(
         kept,
         **{
             "ref": tiny_ref(),
-            "method": MethodConfig(name=method),
+            "method": find_method(method).model_validate({}),
             "pet": lora(name),
             "attention": attention or AttentionConfig(bottleneck=5, temperature=0.2),
             "reflection": ReflectionConfig(batch_size=2),

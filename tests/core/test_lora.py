@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sapt_core.blocks.lora import LoRABlocks, LoRASite, find_sites
-from sapt_core.config import LoRAConfig
 from sapt_core.errors import BackboneError, SnapshotError
+from sapt_core.settings import LoRAConfig
 from tests.core.tiny import tiny_backbone
 
 

@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 
 from sapt_core.attention import max_pool
 from sapt_core.collate import Batch, Collator
-from sapt_core.config import AttentionConfig, EvaluationConfig
 from sapt_core.evaluation import answer, pooled_embeddings
 from sapt_core.model import SaptModel
-from sapt_core.snapshot import new_pool
+from sapt_core.pool import new_pool
+from sapt_core.settings import AttentionConfig, EvaluationConfig
 from tests.core.tiny import (
     BACKBONES,
     EOS,

@@ -10,10 +10,11 @@ import torch
 
 from sapt_core.backbone import identify, load_backbone, store_backbone
 from sapt_core.benchmarks.templates import TEMPLATES
-from sapt_core.config import AttentionConfig, BackboneConfig
 from sapt_core.errors import SaptError, SnapshotError, StoreError
+from sapt_core.pool import new_pool
 from sapt_core.predictor import Predictor, find_task
-from sapt_core.snapshot import SCHEMA_VERSION, LearntTask, Manifest, new_pool, store_block, store_router
+from sapt_core.settings import AttentionConfig, BackboneConfig
+from sapt_core.snapshot import SCHEMA_VERSION, LearntTask, Manifest, store_block, store_router
 from tests.core.tiny import DictStore, fill, lora, tiny_backbone, tiny_tokenizer
 
 ATTENTION = AttentionConfig(bottleneck=5, temperature=0.2)
@@ -64,7 +65,7 @@ def version(
     tasks = TASKS[:blocks]
     sizes = [1] * blocks if attention is None else range(1, blocks + 1)
     return Manifest(
-        method="sequential" if attention is None else "sapt",
+        method={"name": "sequential" if attention is None else "sapt"},
         backbone=ref,
         pet=pet,
         attention=attention,

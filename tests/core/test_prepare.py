@@ -13,8 +13,8 @@ from sapt_core.benchmarks import load_sequence
 from sapt_core.benchmarks.prepare import SPLITS, PreparedTask, PromptEncoder, check_fits, prepare_task
 from sapt_core.benchmarks.task import Example, Task
 from sapt_core.benchmarks.templates import TEMPLATES, PromptPieces
-from sapt_core.config import BenchmarkConfig
 from sapt_core.errors import BackboneError, DataError
+from sapt_core.settings import BenchmarkConfig
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 BOS, EOS, PAD, UNK = "<s>", "</s>", "<pad>", "<unk>"

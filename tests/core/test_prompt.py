@@ -14,10 +14,10 @@ from torch import Tensor
 from sapt_core.backbone import BackboneRef
 from sapt_core.blocks.prompt import PromptBlocks
 from sapt_core.collate import Collator
-from sapt_core.config import EvaluationConfig, PromptConfig
 from sapt_core.errors import SnapshotError
 from sapt_core.evaluation import answer
 from sapt_core.model import SaptModel
+from sapt_core.settings import EvaluationConfig, PromptConfig
 from sapt_core.snapshot import export_block, load_pool
 from tests.core.test_learning import learn, sequence
 from tests.core.test_model import naive_weights, tokens

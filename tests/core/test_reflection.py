@@ -10,10 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sapt_core.config import AttentionConfig
-from sapt_core.pool import PETPool
+from sapt_core.pool import PETPool, new_pool
 from sapt_core.reflection import Drawn, GaussianQueries, Memory, RecordedAttention, Reflection, StoredQueries
-from sapt_core.snapshot import new_pool
+from sapt_core.settings import AttentionConfig
 from tests.core.tiny import fill, lora, tiny_backbone
 
 

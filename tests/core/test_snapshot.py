@@ -14,15 +14,15 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from sapt_core.collate import Collator
-from sapt_core.config import AttentionConfig
 from sapt_core.errors import SnapshotError, StoreError
 from sapt_core.model import SaptModel
+from sapt_core.pool import new_pool
+from sapt_core.settings import AttentionConfig
 from sapt_core.snapshot import (
     SCHEMA_VERSION,
     Manifest,
     export_block,
     load_pool,
-    new_pool,
     require_backbone,
     store_block,
     store_router,
@@ -53,7 +53,7 @@ def stored(name: str, store: DictStore, *, blocks: int = 3) -> tuple[Manifest, t
         fill(pool, 1, seed=len(digests) + 1)
         digests.append(store_block(pool, store))
     manifest = Manifest(
-        method="sapt",
+        method={"name": "sapt"},
         backbone=tiny_ref(),
         pet=lora(name),
         attention=ATTENTION,
@@ -94,14 +94,18 @@ def test_the_digest_is_that_of_the_canonical_manifest() -> None:
     assert manifest.model_copy(update={"parent": "0" * 64}).digest != manifest.digest
 
 
-def test_a_manifest_of_the_first_schema_is_read_and_keeps_its_name() -> None:
+@pytest.mark.parametrize("schema", [1, 2])
+def test_a_manifest_of_an_earlier_schema_is_read_and_keeps_its_name(schema: int) -> None:
     manifest, _ = stored("t5", DictStore())
     value = json.loads(manifest.to_bytes())
-    value["schema_version"] = 1
-    for name in ("query", "pool_padding", "scale", "selection", "learning_rate_ratio"):
-        del value["attention"][name]
-    value["attention"]["learning_rate"] = 0.01
-    del value["pet"]["detach_frozen"]
+    value["schema_version"] = schema
+    value["method"] = "sapt"
+    del value["state"]
+    if schema == 1:
+        for name in ("query", "pool_padding", "scale", "selection", "learning_rate_ratio"):
+            del value["attention"][name]
+        value["attention"]["learning_rate"] = 0.01
+        del value["pet"]["detach_frozen"]
     written = json.dumps(value, sort_keys=True, indent=1).encode()
     read = Manifest.from_bytes(written)
     assert (read.attention, read.pet, read.blocks) == (manifest.attention, manifest.pet, manifest.blocks)
@@ -178,7 +182,8 @@ def test_a_manifest_that_cannot_be_understood_is_refused() -> None:
         (edited(method=3), "method"),
         (edited(colour="x"), "colour"),
         (edited(router=None), "attention and router"),
-        (edited(attention=None), "do not belong together"),
+        (edited(attention=None), "attention and router"),
+        (edited(attention=None, router=None), "method sapt does not go with a version that has no attention"),
         (edited(blocks=["0" * 64]), "3 tasks, 1 blocks"),
         (edited(targets=[[1.0]]), "do not belong together"),
         (edited(tasks=[]), "do not belong together"),

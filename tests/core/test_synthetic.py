@@ -10,8 +10,8 @@ import pytest
 from sapt_core.benchmarks import lexicon
 from sapt_core.benchmarks.synthetic import ORDERS, TASKS, is_test_input, synthetic_sequence
 from sapt_core.benchmarks.task import Example, Task
-from sapt_core.config import BenchmarkConfig
 from sapt_core.errors import DataError
+from sapt_core.settings import BenchmarkConfig
 
 
 def sequence(**fields: object) -> tuple[Task, ...]:

@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sapt_core.collate import Collator, epoch_batches
-from sapt_core.config import TrainConfig
 from sapt_core.model import SaptModel
 from sapt_core.reflection import Memory, Reflection, StoredQueries
+from sapt_core.settings import TrainConfig
 from sapt_core.trainer import Objective, step_seed, train
 from tests.core.tiny import PAD, KeptCheckpoints, random_rows, same_bits, sapt_model, trainable
 

@@ -10,7 +10,7 @@ import pytest
 
 from cluster.registry import PoolRegistry
 from cluster.tracking import Tracker, check, client_of
-from sapt_core.config import StoreConfig, TrackingConfig
+from sapt_core.settings import StoreConfig, TrackingConfig
 
 pytest_plugins = ["tests.mlflow_servers"]
 pytestmark = pytest.mark.integration

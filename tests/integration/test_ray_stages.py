@@ -14,8 +14,8 @@ from cluster.session import check_resources, connect
 from cluster.stages import Stage, StageContext, StageEvent, StageRecord, StageResult, plan, run_graph
 from cluster.store import open_store
 from cluster.store.s3 import S3Store
-from sapt_core.config import ClusterConfig, StoreConfig
 from sapt_core.errors import ClusterError, DataError
+from sapt_core.settings import ClusterConfig, StoreConfig
 
 pytestmark = pytest.mark.integration
 

@@ -19,8 +19,8 @@ from botocore.stub import ANY, Stubber
 
 from cluster.store import open_store
 from cluster.store.s3 import S3Store
-from sapt_core.config import StoreConfig
 from sapt_core.errors import StoreError
+from sapt_core.settings import StoreConfig
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("aws_environment")]
 

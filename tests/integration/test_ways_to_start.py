@@ -18,7 +18,7 @@ import pytest
 
 from cluster.registry import PoolRegistry
 from cluster.tracking import client_of
-from sapt_core.config import TrackingConfig
+from sapt_core.settings import TrackingConfig
 from tests.sequences import ROOT, TASKS, Cluster, Outcome, command, environment, read_summary, records, run
 
 pytest_plugins = ["tests.mlflow_servers", "tests.ray_cluster"]

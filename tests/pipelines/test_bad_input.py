@@ -230,7 +230,7 @@ def test_target_modules_that_match_nothing(refuse: Refuse, section: str) -> None
         (("pet.type=prompt", "pet.length=0"), "pet.length: Input should be greater than or equal to 1"),
         (("pet.type=prompt", "pet.r=4"), "pet.r: no such field; known here: type, length"),
         (("pet.type=soft",), "pet: type must be lora or prompt"),
-        (("method.name=spat",), "method.name: Input should be 'sapt', 'sapt_paper' or 'sequential'"),
+        (("method.name=spat",), "method: there is no method 'spat'; did you mean sapt? known: "),
         (("reflection.source=given",), "source given and data_dir"),
         (("reflection.data_dir=elsewhere",), "source given and data_dir"),
         (("reflection.source=memories",), "reflection.source: Input should be 'generated'"),

@@ -22,8 +22,8 @@ from cluster.tracking import PARENT, client_of
 from pipelines import bodies, cli, compare
 from pipelines.comparison import Comparison, ComparisonConfig, Row, load_comparison
 from pipelines.records import Figures, Machine, Record, read_records, results, write_markdown
-from sapt_core.config import TrackingConfig
 from sapt_core.errors import ConfigError, DataError, SaptError
+from sapt_core.settings import TrackingConfig
 from tests.pipelines.commands import QUICKSTART, ROOT, TINY, Outcome, records
 
 pytest_plugins = ["tests.mlflow_servers"]

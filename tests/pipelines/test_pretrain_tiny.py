@@ -13,7 +13,7 @@ from pipelines.pretrain_tiny import SKILLS, build_tokenizer, draw_example, pretr
 from sapt_core.benchmarks.lexicon import open_class_words
 from sapt_core.benchmarks.synthetic import TASKS, is_test_input, synthetic_sequence
 from sapt_core.benchmarks.templates import TEMPLATES
-from sapt_core.config import BenchmarkConfig
+from sapt_core.settings import BenchmarkConfig
 
 SHIPPED = Path(__file__).parents[2] / "pipelines" / "backbones" / "tiny"
 

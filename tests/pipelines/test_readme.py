@@ -21,7 +21,8 @@ from cluster.store import open_store
 from cluster.tracking import Tracker
 from pipelines import compare, continual, evaluate, predict, report
 from sapt_core.benchmarks.synthetic import synthetic_sequence
-from sapt_core.config import BenchmarkConfig, StoreConfig, TrackingConfig, load_config
+from sapt_core.config import load_config
+from sapt_core.settings import BenchmarkConfig, StoreConfig, TrackingConfig
 from sapt_core.snapshot import Manifest
 from tests.pipelines.commands import ROOT, TINY, Finished, Outcome
 

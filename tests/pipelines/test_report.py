@@ -18,7 +18,7 @@ from cluster.tracking import Tracker, client_of
 from pipelines import continual, report
 from pipelines.experiment import load_experiment
 from sapt_core.analysis import alignment
-from sapt_core.config import TrackingConfig
+from sapt_core.settings import TrackingConfig
 from tests.pipelines.commands import QUICKSTART, TINY, Finished, Outcome, change_metrics, level_scores
 
 pytest_plugins = ["tests.mlflow_servers"]

@@ -16,7 +16,7 @@ from pipelines import continual
 from pipelines.experiment import Experiment, load_experiment
 from pipelines.publishing import MLflowPublisher
 from pipelines.reporter import Reporter
-from sapt_core.config import StoreConfig, TrackingConfig
+from sapt_core.settings import StoreConfig, TrackingConfig
 from tests.pipelines.commands import QUICKSTART, TINY, Finished, Outcome, command, records
 from tests.pipelines.test_graph import identities, identity
 

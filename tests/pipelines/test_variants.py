@@ -112,7 +112,7 @@ def test_departures_of_the_published_code_and_targets_of_an_input(copied: Finish
     assert added["train[01 basket]"]["metrics"]["last"]["kl"] > 0
     assert added["evaluate[v01 on 00 animal]"]["metrics"]["weights"] == [0.5, 0.5]
     kept = manifest(copied.store, summary["snapshot"])
-    assert kept.method == "sapt_paper"
+    assert kept.method.name == "sapt_paper"
     assert kept.attention is not None
     assert (kept.attention.temperature, kept.attention.query) == (1.0, "input")
 

@@ -14,7 +14,7 @@ from cluster.registry import PoolRegistry
 from cluster.store import open_store
 from cluster.tracking import Tracker
 from pipelines import evaluate, predict
-from sapt_core.config import StoreConfig, TrackingConfig
+from sapt_core.settings import StoreConfig, TrackingConfig
 from sapt_core.snapshot import Manifest
 from tests.pipelines.commands import QUICKSTART, TINY, Finished, Outcome
 

@@ -1,0 +1,192 @@
+"""What a continual-learning method is to the pipeline, and how one is found by its name.
+
+The trainer, the stages, snapshots, the registry and reports know this contract and no method's name. A
+method is a subclass in a file of its own: its fields are its options (section ``method`` of a config),
+its class variables say what it needs, and its hooks run when a task begins and ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import cached_property
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
+
+from pydantic import BeforeValidator, SerializeAsAny
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sapt_core.blobs import BlobStore
+from sapt_core.blocks.base import PETBlocks
+from sapt_core.evaluation import pooled_embeddings
+from sapt_core.model import SaptModel
+from sapt_core.pool import new_blocks
+from sapt_core.reflection import GaussianQueries
+from sapt_core.settings import AttentionConfig, PETConfig, ReflectionConfig, Section, TrainConfig
+from sapt_core.trainer import Objective, Row
+
+if TYPE_CHECKING:
+    from sapt_core.benchmarks.prepare import PreparedTask
+    from sapt_core.snapshot import LearntTask, Manifest
+
+Kept: TypeAlias = Sequence[str] | GaussianQueries
+"""What reflection has of an earlier task: inputs as text, or the statistics of their pooled embeddings."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One task that is to be learnt, and what there is to learn it with.
+
+    Attributes:
+        model: the backbone with the pool whose last block is learnt; on the CPU before and after training.
+        tokenizer: of the backbone.
+        task: tokenised rows.
+        learnt: what the next version keeps of the task.
+        parent: the version before; None for the first task.
+        kept: what there is to reflect on of every earlier task, oldest first; empty without reflection.
+        attention: settings of shared attention; None for a method without it.
+        reflection, train: settings.
+        seed: of this task in this sequence.
+        store: holds the version's blobs.
+    """
+
+    model: SaptModel
+    tokenizer: PreTrainedTokenizerBase
+    task: PreparedTask
+    learnt: LearntTask
+    parent: Manifest | None
+    kept: Sequence[Kept]
+    attention: AttentionConfig | None
+    reflection: ReflectionConfig
+    train: TrainConfig
+    seed: int
+    store: BlobStore
+
+    @property
+    def index(self) -> int:
+        """The task's place in the sequence, from 0."""
+        return 0 if self.parent is None else len(self.parent.tasks)
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """The task's train rows, with ``prompt_ids`` and ``answer_ids``."""
+        return list(self.task.train)
+
+    @cached_property
+    def pooled(self) -> Tensor:
+        """Pooled embeddings (N, D) of the train rows."""
+        return pooled_embeddings(self.model, self.tokenizer, self.rows)
+
+    def state(self, name: str) -> bytes | None:
+        """What the method saved under a name at the end of an earlier task; None if it did not."""
+        digest = None if self.parent is None else self.parent.state.get(name)
+        return None if digest is None else self.store.get(digest)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one task's training goes through: its rows, and the loss beside their cross-entropy."""
+
+    rows: Sequence[Row]
+    objective: Objective = field(default_factory=Objective)
+
+
+class Method(Section):
+    """How a sequence is learnt. The defaults train on the task's rows and save nothing.
+
+    Attributes:
+        name: in configs and snapshots; a subclass gives it as a Literal with itself as the default.
+        summary: one line for those who choose, with the paper it comes from.
+        pool: a block for every task beside the finished ones, one block that goes on training from task to
+            task, or one that every task starts afresh.
+        shared_attention: whether SAPT's attention mixes the blocks (sections ``attention`` and
+            ``reflection``); without it every block has weight 1.
+        needs_task: whether answers are made only for inputs whose task is told.
+        pet_types: kinds of PET block it works with.
+        attention_defaults: what it sets in ``attention`` unless the config does.
+    """
+
+    name: str
+
+    summary: ClassVar[str] = ""
+    pool: ClassVar[Literal["block per task", "one block", "fresh block"]] = "one block"
+    shared_attention: ClassVar[bool] = False
+    needs_task: ClassVar[bool] = False
+    pet_types: ClassVar[tuple[str, ...]] = ("lora", "prompt")
+    attention_defaults: ClassVar[Mapping[str, Any]] = {}
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        name = cls.model_fields["name"].default
+        if isinstance(name, str):  # the others are what methods share
+            _known[name] = cls
+
+    def blocks(self, backbone: PreTrainedModel, pet: PETConfig) -> PETBlocks:
+        """No blocks yet, of the method's own kind."""
+        return new_blocks(backbone, pet)
+
+    def active(self, task: int) -> Sequence[int]:
+        """Indices of the blocks that take part where the input is known to be of the ``task``-th task.
+
+        While it is learnt, and with ``needs_task`` when it is answered.
+        """
+        return range(task + 1)
+
+    def begin(self, lesson: Lesson) -> Plan:
+        """What to train on. Called with the new block in place; may change how it and its key start."""
+        return Plan(lesson.rows)
+
+    def mixture(self, lesson: Lesson) -> tuple[float, ...]:
+        """Mean weights of the blocks on the task that was just learnt."""
+        return (1.0,) * (lesson.index + 1 if self.pool == "block per task" else 1)
+
+    def end(self, lesson: Lesson) -> Mapping[str, bytes]:
+        """What to save beside the blocks, by name; what earlier tasks saved under other names stays."""
+        return {}
+
+
+DEFAULT = "sapt"
+
+_known: dict[str, type[Method]] = {}
+
+
+def known_methods() -> dict[str, type[Method]]:
+    """Every method by its name: this package's, and all others whose classes exist."""
+    package = import_module("sapt_core.methods")
+    for module in iter_modules(package.__path__):
+        import_module(f"{package.__name__}.{module.name}")
+    return dict(sorted(_known.items()))
+
+
+def find_method(name: str) -> type[Method]:
+    """The method of a name.
+
+    Raises:
+        ValueError: there is none; names the nearest and all that are known.
+    """
+    known = known_methods()
+    if name not in known:
+        close = get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise ValueError(f"there is no method {name!r}; {hint}known: {', '.join(known)}")
+    return known[name]
+
+
+def default_method() -> Method:
+    """What learns where a config names no method."""
+    return find_method(DEFAULT).model_validate({})
+
+
+def _as_method(value: Any) -> Any:
+    """Options with a name, as YAML and JSON have them, are the options of the method of that name."""
+    if not isinstance(value, Mapping):
+        return value
+    return find_method(str(value.get("name", DEFAULT))).model_validate(value)
+
+
+AnyMethod: TypeAlias = Annotated[SerializeAsAny[Method], BeforeValidator(_as_method)]
+"""A field that holds a method with its options."""
