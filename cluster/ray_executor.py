@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import _thread
-import sys
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -19,9 +15,6 @@ from cluster.store import open_store, resolved
 from sapt_core.errors import ClusterError, SaptError
 from sapt_core.settings import ClusterConfig, StoreConfig
 
-# How long a stage may take to unwind before its process is killed.
-CANCEL_SECONDS = 30
-
 Ref: TypeAlias = "ray.ObjectRef[StageRecord]"
 
 
@@ -30,6 +23,8 @@ class RayExecutor:
 
     Ray queues what it cannot start in the order it came, and a group of training workers waits until
     all its places are free at once. So nothing is queued there: the first of the ready stages waits here.
+    Nor is anything cancelled: Ray kills the workers of a driver that disconnects, while ``ray.cancel``, when a
+    task ends at that very moment, aborts the driver (Ray 2.60).
 
     Args:
         store: where the workers find the store; a relative folder counts from this process's.
@@ -66,16 +61,6 @@ class RayExecutor:
         ended, _ = ray.wait(list(handles), num_returns=len(handles), timeout=0)
         return [(handle, self._outcome(handle)) for handle in ended]
 
-    def cancel(self, handles: Sequence[Ref]) -> None:
-        # Not what a stage has started itself: Ray Train's controller would take its workers' end for a failure and
-        # start them anew while it is told to stop, and the new ones would keep their places in the cluster.
-        for handle in handles:
-            ray.cancel(handle, recursive=False)
-        # The request is on its way only; a driver that leaves now could leave a busy worker behind.
-        _, left = ray.wait(list(handles), num_returns=len(handles), timeout=CANCEL_SECONDS) if handles else ([], [])
-        for handle in left:
-            ray.cancel(handle, force=True, recursive=False)
-
     def _outcome(self, handle: Ref) -> Outcome:
         name = self._running.pop(handle).name
         try:
@@ -97,36 +82,9 @@ def _needs(stage: Stage) -> dict[str, float]:
     return {"CPU": workers * stage.cpus, "GPU": workers * stage.gpus}
 
 
-@contextmanager
-def heeding_interrupts() -> Iterator[None]:
-    """Interrupt the main thread once more where Python has dropped an interrupt.
-
-    Cancelling a Ray task raises KeyboardInterrupt wherever its process is. In a destructor, or a callback
-    of one, Python prints and forgets it: the user would read a traceback and the stage would go on.
-    """
-
-    def insist(dropped: sys.UnraisableHookArgs) -> None:
-        if dropped.exc_type is not KeyboardInterrupt:
-            before(dropped)
-            return
-        begun = False
-        while not begun:
-            # From a thread: raised in here, it would be dropped again. A busy machine can take that long to start one.
-            with suppress(KeyboardInterrupt):
-                threading.Timer(0.1, _thread.interrupt_main).start()
-                begun = True
-
-    before, sys.unraisablehook = sys.unraisablehook, insist
-    try:
-        yield
-    finally:
-        sys.unraisablehook = before
-
-
 @ray.remote
 def _run(stage: Stage, key: str, inputs: dict[str, StageRecord], store: StoreConfig) -> StageRecord:
-    with heeding_interrupts():
-        return run_alone(stage, key, inputs, open_store(store))
+    return run_alone(stage, key, inputs, open_store(store))
 
 
 @ray.remote
@@ -135,5 +93,4 @@ def _train(
 ) -> StageRecord:
     from cluster.training import fit  # noqa: PLC0415  Ray Train and torch only in the worker
 
-    with heeding_interrupts():
-        return fit(stage, key, inputs, store, cluster)
+    return fit(stage, key, inputs, store, cluster)

@@ -147,10 +147,6 @@ class Executor(Protocol[Handle]):
         """Block until at least one has ended, and return those that have, each with its record or error."""
         ...
 
-    def cancel(self, handles: Sequence[Handle]) -> None:
-        """Stop stages; takes seconds at most, also where they do not unwind by themselves."""
-        ...
-
 
 def stage_key(stage: Stage, inputs: Mapping[str, StageRecord]) -> str:
     """sha256 (hex) of everything the stage's result depends on."""
@@ -239,9 +235,6 @@ class InlineExecutor:
         except Exception as error:
             return [(key, error)]
 
-    def cancel(self, handles: Sequence[str]) -> None:
-        self._waiting.clear()
-
 
 def run_graph(
     stages: Sequence[Stage],
@@ -253,8 +246,8 @@ def run_graph(
 
     Of the stages that are ready, the first in the order of ``stages`` starts first, and none starts
     before it, so that a chain put first never waits behind work that could wait itself. When one fails
-    nothing new starts; what is in flight finishes and keeps its records. An interrupt cancels what is
-    in flight.
+    nothing new starts; what is in flight finishes and keeps its records. An interrupt waits for nothing:
+    what is in flight ends with the process or, on Ray, when the driver disconnects.
 
     Raises:
         ValueError: two stages of one name, or a cycle.
@@ -290,31 +283,27 @@ def run_graph(
         to_do[key] = [stage]
         heapq.heappush(ready, (order[stage], key))
 
-    try:
-        while (graph.is_active() and failure is None) or in_flight:
-            new = graph.get_ready() if failure is None else ()
-            for stage in sorted(new, key=order.__getitem__):
-                admit(stage)
-            if new:
-                continue  # a stage that was done already makes others ready
-            if ready and failure is None and executor.has_room(to_do[ready[0][1]][0]):
-                _, key = heapq.heappop(ready)
-                stage = to_do[key][0]
-                on_event(StageEvent("started", stage, key))
-                in_flight[executor.submit(stage, key, inputs_of(stage))] = key
-                continue
-            for handle, outcome in executor.wait(list(in_flight)):
-                key = in_flight.pop(handle)
-                first, *twins = to_do.pop(key)
-                for stage in (first, *twins):
-                    if isinstance(outcome, StageRecord):
-                        finish(stage, "finished" if stage is first else "cached", outcome)
-                    else:
-                        failure = failure or outcome
-                        on_event(StageEvent("failed", stage, key, error=outcome))
-    except BaseException:
-        executor.cancel(list(in_flight))
-        raise
+    while (graph.is_active() and failure is None) or in_flight:
+        new = graph.get_ready() if failure is None else ()
+        for stage in sorted(new, key=order.__getitem__):
+            admit(stage)
+        if new:
+            continue  # a stage that was done already makes others ready
+        if ready and failure is None and executor.has_room(to_do[ready[0][1]][0]):
+            _, key = heapq.heappop(ready)
+            stage = to_do[key][0]
+            on_event(StageEvent("started", stage, key))
+            in_flight[executor.submit(stage, key, inputs_of(stage))] = key
+            continue
+        for handle, outcome in executor.wait(list(in_flight)):
+            key = in_flight.pop(handle)
+            first, *twins = to_do.pop(key)
+            for stage in (first, *twins):
+                if isinstance(outcome, StageRecord):
+                    finish(stage, "finished" if stage is first else "cached", outcome)
+                else:
+                    failure = failure or outcome
+                    on_event(StageEvent("failed", stage, key, error=outcome))
     if failure is not None:
         raise failure
     return records

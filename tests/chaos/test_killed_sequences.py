@@ -106,19 +106,23 @@ def test_killed_worker_of_two(ray_cluster: Cluster, arguments: list[str], tmp_pa
     assert list((tmp_path / "store/train").iterdir()) == []
 
 
-def test_interrupt(ray_cluster: Cluster, arguments: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("workers", "checkpoint"), [(0, "checkpoints/*/*/manifest.json"), (2, "train/*/checkpoint_*/*")]
+)
+def test_interrupt(ray_cluster: Cluster, arguments: list[str], tmp_path: Path, workers: int, checkpoint: str) -> None:
     """Ctrl-C ends within seconds, says how to go on, and the cluster is free again."""
-    driver = start([*arguments, "train.epochs=500"], ray_cluster.environment)
+    driver = start([*arguments, "train.epochs=500", f"cluster.train_workers={workers}"], ray_cluster.environment)
     read_until(driver, "train[00 animal] started")
-    await_file(tmp_path / "store/checkpoints", "*/*/manifest.json")
+    await_file(tmp_path / "store", checkpoint)
     begun = time.monotonic()
     driver.send_signal(signal.SIGINT)
     _, err = driver.communicate(timeout=60)
     print(f"interrupted: {time.monotonic() - begun:.1f} s")
-    assert (driver.returncode, err.splitlines()[-1]) == (130, "interrupted: the same command goes on where it stopped")
+    assert driver.returncode == 130, err
+    assert err.splitlines()[-1] == "interrupted: the same command goes on where it stopped"
     assert "Traceback" not in err
     assert list(statuses(tmp_path).values()) == ["KILLED"]
     deadline = time.monotonic() + 30
-    while ray_cluster.workers("train[00 animal]"):
+    while any(ray_cluster.workers(title) for title in ("train[00 animal]", "RayTrainWorker", "TrainController")):
         assert time.monotonic() < deadline, "the stage still runs"
         time.sleep(0.2)
