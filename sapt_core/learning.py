@@ -114,9 +114,9 @@ def learn_task(  # noqa: PLR0917 - the inputs, in the order they are named in th
             ),
             on_step=on_step,
         )
+        saved = {name: store.put(data) for name, data in method.end(lesson).items()}
         pool.cpu()
         target = method.mixture(lesson)
-        saved = {name: store.put(data) for name, data in method.end(lesson).items()}
         block = store_block(pool, store)
         grows = method.pool == "block per task"
         manifest = Manifest(

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from sapt_core.attention import max_pool
+from sapt_core.blocks.base import Handle
 from sapt_core.collate import Batch, Collator
 from sapt_core.pool import PETPool
 
@@ -32,13 +33,13 @@ class SaptModel(nn.Module):
         # Not cleared after a forward: activation checkpointing asks for it again during backward.
         self._weights: Tensor | None = None
         self._used: Tensor | None = None
-        self._handles: list[RemovableHandle] = []
+        self._handles: Sequence[Handle] = ()
 
     def detach(self) -> PreTrainedModel:
         """Take the pool off and give the bare backbone back."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles = ()
         return self.backbone
 
     def _attach(self) -> None:
@@ -47,7 +48,7 @@ class SaptModel(nn.Module):
         A loaded backbone serves several models in turn, such as two versions that are compared, or the
         next stage after one that failed with its pool still on.
         """
-        attached: list[RemovableHandle] = getattr(self.backbone, _HANDLES, [])
+        attached: Sequence[Handle] = getattr(self.backbone, _HANDLES, ())
         if self._handles and attached is self._handles:
             return
         for handle in attached:

@@ -8,16 +8,19 @@ from transformers import PreTrainedModel
 
 from sapt_core.attention import SharedAttention
 from sapt_core.blocks.base import PETBlocks, embedding_matrix
+from sapt_core.blocks.full import FullBlocks
 from sapt_core.blocks.lora import LoRABlocks
 from sapt_core.blocks.prompt import PromptBlocks
-from sapt_core.settings import AttentionConfig, LoRAConfig, PETConfig
+from sapt_core.settings import AttentionConfig, LoRAConfig, PETConfig, PromptConfig
 
 
 def new_blocks(backbone: PreTrainedModel, pet: PETConfig) -> PETBlocks:
     """No blocks yet, for ``backbone``."""
     if isinstance(pet, LoRAConfig):
         return LoRABlocks.for_backbone(backbone, pet)
-    return PromptBlocks(lambda: embedding_matrix(backbone), pet)
+    if isinstance(pet, PromptConfig):
+        return PromptBlocks(lambda: embedding_matrix(backbone), pet)
+    return FullBlocks(backbone)
 
 
 def new_pool(backbone: PreTrainedModel, pet: PETConfig, attention: AttentionConfig | None) -> PETPool:

@@ -99,17 +99,23 @@ class PromptConfig(Section):
     length: int = Field(10, ge=1, description="Soft tokens a block; each starts as a random row of the vocabulary.")
 
 
+class FullConfig(Section):
+    """Full fine-tuning: the one block is a whole set of the model's weights."""
+
+    type: Literal["full"] = "full"
+
+
 def _pet_type(value: Any) -> Any:
     return value.get("type", "lora") if isinstance(value, dict) else getattr(value, "type", None)
 
 
-PET_TYPES = {"lora": LoRAConfig, "prompt": PromptConfig}
+PET_TYPES = {"lora": LoRAConfig, "prompt": PromptConfig, "full": FullConfig}
 PETConfig: TypeAlias = Annotated[
-    Annotated[LoRAConfig, Tag("lora")] | Annotated[PromptConfig, Tag("prompt")],
+    Annotated[LoRAConfig, Tag("lora")] | Annotated[PromptConfig, Tag("prompt")] | Annotated[FullConfig, Tag("full")],
     Discriminator(
         _pet_type,
         custom_error_type="pet_type",
-        custom_error_message="type must be lora or prompt",
+        custom_error_message="type must be lora, prompt or full",
     ),
 ]
 

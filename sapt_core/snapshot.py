@@ -26,7 +26,7 @@ from sapt_core.blocks.base import embedding_matrix
 from sapt_core.errors import SnapshotError
 from sapt_core.methods.base import AnyMethod, Method
 from sapt_core.pool import PETPool
-from sapt_core.settings import AttentionConfig, LoRAConfig, PETConfig
+from sapt_core.settings import AttentionConfig, FullConfig, LoRAConfig, PETConfig, PromptConfig
 
 SCHEMA_VERSION = 3
 
@@ -278,9 +278,11 @@ def export_block(manifest: Manifest, index: int, store: BlobStore, folder: Path)
         folder: is made; must be empty or not there yet.
 
     Raises:
-        SnapshotError: no such block, or the folder holds something.
+        SnapshotError: no such block or no block that PEFT has a kind for, or the folder holds something.
         StoreError: the block's blob is missing or damaged.
     """
+    if isinstance(manifest.pet, FullConfig):
+        raise SnapshotError("The version is a whole set of weights (pet.type=full), which is no PEFT adapter")
     if not 0 <= index < len(manifest.blocks):
         raise SnapshotError(f"There is no block {index}; the version has blocks 0 to {len(manifest.blocks) - 1}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -307,6 +309,7 @@ def _peft_config(manifest: Manifest, store: BlobStore) -> Any:
             target_modules=list(pet.target_modules),
             **common,
         )
+    assert isinstance(pet, PromptConfig)  # noqa: S101 - export_block takes no other kind
     encoder_decoder = stored_model_config(manifest.backbone, store).is_encoder_decoder
     return PromptTuningConfig(
         task_type=TaskType.SEQ_2_SEQ_LM if encoder_decoder else TaskType.CAUSAL_LM,

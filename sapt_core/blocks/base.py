@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from typing import TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, TypeAlias
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from sapt_core.errors import SnapshotError
@@ -21,6 +20,12 @@ def embedding_matrix(backbone: PreTrainedModel) -> Tensor:
     matrix = backbone.get_input_embeddings().weight
     assert isinstance(matrix, Tensor)  # noqa: S101 - of a language model they are a matrix
     return matrix
+
+
+class Handle(Protocol):
+    """What puts the backbone back as it was."""
+
+    def remove(self) -> None: ...
 
 
 class PETBlocks(nn.Module, ABC):
@@ -52,8 +57,8 @@ class PETBlocks(nn.Module, ABC):
         """Names and shapes of one block's tensors."""
 
     @abstractmethod
-    def attach(self, backbone: PreTrainedModel, mixture: Mixture) -> list[RemovableHandle]:
-        """Mix the blocks into the backbone's linears by forward hooks; none for blocks that only ``prompts``."""
+    def attach(self, backbone: PreTrainedModel, mixture: Mixture) -> Sequence[Handle]:
+        """Put the blocks on the backbone; no handles for blocks that only ``prompts``."""
 
     @abstractmethod
     def prompts(self, weights: Tensor) -> Tensor | None:

@@ -9,15 +9,14 @@ Blocks that no input of the batch uses are left out of the stack.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from sapt_core.blocks.base import Mixture, PETBlocks
+from sapt_core.blocks.base import Handle, Mixture, PETBlocks
 from sapt_core.errors import BackboneError
 from sapt_core.settings import LoRAConfig
 
@@ -132,24 +131,24 @@ class LoRABlocks(PETBlocks):
 
     @property
     def learning(self) -> bool:
-        return any(site.lora_A is not None for _, site in self._named_sites())
+        return any(site.lora_A is not None for _, site in self.named_sites())
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         expected: dict[str, tuple[int, ...]] = {}
-        for name, site in self._named_sites():
+        for name, site in self.named_sites():
             expected[f"{PEFT_PREFIX}{name}.lora_A.weight"] = (site.r, site.frozen_A.shape[1])
             expected[f"{PEFT_PREFIX}{name}.lora_B.weight"] = (site.frozen_B.shape[0], site.r)
         return expected
 
-    def attach(self, backbone: PreTrainedModel, mixture: Mixture) -> list[RemovableHandle]:
+    def attach(self, backbone: PreTrainedModel, mixture: Mixture) -> Sequence[Handle]:
         """Add the pool's update to the output of every adapted linear, by forward hooks.
 
         The backbone's modules, code and state dict stay as they are. ``mixture`` is asked at every
         call, also when activation checkpointing recomputes a layer during backward.
         """
         handles = []
-        for name, site in self._named_sites():
+        for name, site in self.named_sites():
 
             def add_update(
                 _module: nn.Module, args: tuple[Tensor, ...], output: Tensor, site: LoRASite = site
@@ -165,13 +164,13 @@ class LoRABlocks(PETBlocks):
 
     def add(self) -> None:
         """Start the block of a new task at every site."""
-        for _, site in self._named_sites():
+        for _, site in self.named_sites():
             site.add()
 
     def current_state(self) -> dict[str, Tensor]:
         """The current block's tensors under PEFT's names, A (R, in) and B (out, R) a site."""
         state = {}
-        for name, site in self._named_sites():
+        for name, site in self.named_sites():
             if site.lora_A is None or site.lora_B is None:
                 raise ValueError("no block is being learnt")
             state[f"{PEFT_PREFIX}{name}.lora_A.weight"] = site.lora_A.detach().clone()
@@ -180,21 +179,22 @@ class LoRABlocks(PETBlocks):
 
     def _load_current(self, state: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
-            for name, site in self._named_sites():
+            for name, site in self.named_sites():
                 if site.lora_A is None or site.lora_B is None:
                     raise ValueError("no block is being learnt")
                 site.lora_A.copy_(state[f"{PEFT_PREFIX}{name}.lora_A.weight"])
                 site.lora_B.copy_(state[f"{PEFT_PREFIX}{name}.lora_B.weight"])
 
     def _append_frozen(self, state: Mapping[str, Tensor]) -> None:
-        for name, site in self._named_sites():
+        for name, site in self.named_sites():
             site.append_frozen(state[f"{PEFT_PREFIX}{name}.lora_A.weight"], state[f"{PEFT_PREFIX}{name}.lora_B.weight"])
 
     def _drop_current(self) -> None:
-        for _, site in self._named_sites():
+        for _, site in self.named_sites():
             site.lora_A = site.lora_B = None
 
-    def _named_sites(self) -> Iterator[tuple[str, LoRASite]]:
+    def named_sites(self) -> Iterator[tuple[str, LoRASite]]:
+        """Every adapted linear by its module name."""
         for name, site in zip(self.names, self.sites, strict=True):
             assert isinstance(site, LoRASite)  # noqa: S101 - narrows ModuleList's element type
             yield name, site

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from sapt_core.blocks.base import Mixture, PETBlocks
+from sapt_core.blocks.base import Handle, Mixture, PETBlocks
 from sapt_core.settings import PromptConfig
 
 NAME = "prompt_embeddings"
@@ -46,7 +45,7 @@ class PromptBlocks(PETBlocks):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {NAME: tuple(self.frozen.shape[1:])}
 
-    def attach(self, backbone: PreTrainedModel, mixture: Mixture) -> list[RemovableHandle]:
+    def attach(self, backbone: PreTrainedModel, mixture: Mixture) -> Sequence[Handle]:
         return []
 
     def prompts(self, weights: Tensor) -> Tensor:

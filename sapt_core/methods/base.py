@@ -41,7 +41,8 @@ class Lesson:
     """One task that is to be learnt, and what there is to learn it with.
 
     Attributes:
-        model: the backbone with the pool whose last block is learnt; on the CPU before and after training.
+        model: the backbone with the pool whose last block is learnt; the pool is on the CPU but while it trains
+            and a method's ``end`` runs.
         tokenizer: of the backbone.
         task: tokenised rows.
         learnt: what the next version keeps of the task.

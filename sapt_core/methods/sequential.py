@@ -12,4 +12,5 @@ class Sequential(Method):
 
     name: Literal["sequential"] = "sequential"
 
+    pet_types: ClassVar[tuple[str, ...]] = ("lora", "prompt", "full")
     summary: ClassVar[str] = "one block trained on from task to task: what forgetting costs"

@@ -19,7 +19,7 @@ from sapt_core.evaluation import answer
 from sapt_core.model import SaptModel
 from sapt_core.settings import EvaluationConfig, PromptConfig
 from sapt_core.snapshot import export_block, load_pool
-from tests.core.test_learning import learn, sequence
+from tests.core.lessons import learn, sequence
 from tests.core.test_model import naive_weights, tokens
 from tests.core.tiny import BACKBONES, PAD, DictStore, random_rows, sapt_model, tiny_backbone, tiny_tokenizer
 

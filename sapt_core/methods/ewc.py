@@ -1,0 +1,125 @@
+"""EWC (arXiv 1612.00796): parameters that mattered to earlier tasks are held by a spring each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from sapt_core.device import autocast
+from sapt_core.memory import choose
+from sapt_core.methods.base import Lesson, Method, Plan
+from sapt_core.model import SaptModel
+from sapt_core.trainer import Objective, step_seed
+
+STATE = "fisher"
+
+
+class EWC(Method):
+    """One block trained on from task to task, under the quadratic penalty of all earlier tasks.
+
+    ``λ/2 Σ_i Σ_p F_i[p] (θ[p] − θ_i[p])²``, with θ_i the parameters after task i and F_i the diagonal of its
+    Fisher information (equation 3). A sum of parabolas is one: what is kept is ``Σ F_i`` and ``Σ F_i θ_i``,
+    two numbers a parameter however many tasks there were.
+    """
+
+    name: Literal["ewc"] = "ewc"
+
+    summary: ClassVar[str] = "one block trained on, its parameters held by their Fisher information (arXiv 1612.00796)"
+    pet_types: ClassVar[tuple[str, ...]] = ("lora", "prompt", "full")
+
+    penalty: float = Field(1000.0, gt=0, description="λ, the springs' common strength.")
+    fisher_rows: int = Field(200, ge=1, description="Train rows that a task's Fisher information is averaged over.")
+
+    def begin(self, lesson: Lesson) -> Plan:
+        """Train under the penalty of the earlier tasks."""
+        saved = lesson.state(STATE)
+        if saved is None:
+            return Plan(lesson.rows)
+        tensors = load_tensors(saved)
+        return Plan(lesson.rows, Objective((Springs(self.penalty, *(_part(tensors, part) for part in PARTS)),)))
+
+    def end(self, lesson: Lesson) -> Mapping[str, bytes]:
+        """Add the task's Fisher information to that of the earlier ones."""
+        rows = lesson.rows
+        share = min(1.0, self.fisher_rows / len(rows))
+        fisher = diagonal_fisher(lesson, choose(rows, share, step_seed(lesson.seed, "fisher")))
+        saved = lesson.state(STATE)
+        before = {} if saved is None else load_tensors(saved)
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in _parameters(lesson.model).items():
+            value = parameter.detach().cpu()
+            for part, added in zip(PARTS, (fisher[name], fisher[name] * value), strict=True):
+                old = before.get(f"{part}/{name}", torch.zeros_like(added))
+                tensors[f"{part}/{name}"] = (old + added).contiguous()
+        return {STATE: save_tensors(tensors)}
+
+
+PARTS = ("stiffness", "pull")
+
+
+@dataclass(frozen=True)
+class Springs:
+    """``½ Σ_p (S[p] θ[p]² − 2 P[p] θ[p] + P[p]²/S[p])``: the penalty of all tasks, but for a constant.
+
+    Attributes:
+        stiffness: S = Σ_i F_i, by parameter.
+        pull: P = Σ_i F_i θ_i, by parameter.
+    """
+
+    weight: float
+    stiffness: Mapping[str, Tensor]
+    pull: Mapping[str, Tensor]
+    name = "springs"
+    per_micro_batch = False
+
+    def draw(self, generator: torch.Generator) -> None:
+        return None
+
+    def value(self, model: SaptModel, drawn: None) -> Tensor:
+        parts = []
+        for name, parameter in _parameters(model).items():
+            stiffness, pull = self.stiffness[name], self.pull[name]
+            # About the common minimum: squares of differences lose no digits where θ is near it.
+            rest = torch.where(stiffness > 0, pull / stiffness.clamp_min(torch.finfo(stiffness.dtype).tiny), 0.0)
+            parts.append((stiffness * (parameter - rest).square()).sum())
+        return 0.5 * torch.stack(parts).sum()
+
+    def to(self, device: torch.device) -> Springs:
+        moved = ({name: value.to(device) for name, value in part.items()} for part in (self.stiffness, self.pull))
+        return Springs(self.weight, *moved)
+
+
+def diagonal_fisher(lesson: Lesson, rows: list[Mapping[str, object]]) -> dict[str, Tensor]:
+    """Mean over rows of the squared gradient of an answer's log-likelihood, by parameter, on the CPU.
+
+    The empirical Fisher information: answers are those of the rows, not drawn from the model.
+    """
+    model = lesson.model.eval()
+    parameters = _parameters(model)
+    device = next(iter(parameters.values())).device
+    collator = model.collator(lesson.tokenizer.pad_token_id)
+    sums = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    for row in rows:
+        batch = collator([row]).to(device)
+        assert batch.labels is not None  # noqa: S101 - a training batch has labels
+        with autocast(device, lesson.train.precision):
+            loss = model.token_loss(model(batch), batch.labels)
+        gradients = torch.autograd.grad(loss, list(parameters.values()))
+        for name, gradient in zip(parameters, gradients, strict=True):
+            sums[name] += gradient.square()
+    return {name: (total / len(rows)).cpu() for name, total in sums.items()}
+
+
+def _parameters(model: SaptModel) -> dict[str, nn.Parameter]:
+    return {name: value for name, value in model.pool.blocks.named_parameters() if value.requires_grad}
+
+
+def _part(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
+    return {name.partition("/")[2]: value for name, value in tensors.items() if name.startswith(f"{part}/")}

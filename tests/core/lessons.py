@@ -1,0 +1,70 @@
+"""Sequences of tiny tasks, learnt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sapt_core.learning import learn_task
+from sapt_core.methods.base import Kept, find_method
+from sapt_core.settings import AttentionConfig, EvaluationConfig, ReflectionConfig, TrainConfig
+from sapt_core.snapshot import Manifest
+from tests.core.tiny import (
+    T5_NAMES,
+    DictStore,
+    KeptCheckpoints,
+    learnt_task,
+    lora,
+    tiny_backbone,
+    tiny_ref,
+    tiny_task,
+    tiny_tokenizer,
+)
+
+TRAIN = {"learning_rate": 0.02, "epochs": 1, "batch_size": 4, "precision": "float32"}
+
+
+def learn(
+    store: DictStore,
+    number: int,
+    parent: Manifest | None,
+    *,
+    name: str = "t5",
+    kept: Sequence[Kept] | None = None,
+    method: str | dict[str, Any] = "sapt",
+    attention: AttentionConfig | None = None,
+    train: dict[str, Any] | None = None,
+    **changes: Any,
+) -> tuple[Manifest, list[dict[str, float]]]:
+    options = {"name": method} if isinstance(method, str) else method
+    task = tiny_task(number, is_encoder_decoder=name in T5_NAMES)
+    if kept is None:
+        kept = [[f"w{index} w7", "w9", f"w{index}"] for index in range(len(parent.tasks) if parent else 0)]
+    return learn_task(
+        tiny_backbone(name),
+        tiny_tokenizer(),
+        task,
+        learnt_task(task),
+        parent,
+        kept,
+        **{
+            "ref": tiny_ref(),
+            "method": find_method(options["name"]).model_validate(options),
+            "pet": lora(name),
+            "attention": attention or AttentionConfig(bottleneck=5, temperature=0.2),
+            "reflection": ReflectionConfig(batch_size=2),
+            "config": TrainConfig(**{**TRAIN, **(train or {})}),
+            "evaluation": EvaluationConfig(batch_size=3),
+            "seed": 11,
+            "store": store,
+            "checkpoints": KeptCheckpoints(),
+            **changes,
+        },
+    )
+
+
+def sequence(store: DictStore, **changes: Any) -> list[Manifest]:
+    versions: list[Manifest] = []
+    for number in range(3):
+        versions.append(learn(store, number, versions[-1] if versions else None, **changes)[0])
+    return versions
