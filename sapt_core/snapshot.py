@@ -283,6 +283,8 @@ def export_block(manifest: Manifest, index: int, store: BlobStore, folder: Path)
     """
     if isinstance(manifest.pet, FullConfig):
         raise SnapshotError("The version is a whole set of weights (pet.type=full), which is no PEFT adapter")
+    if type(manifest.method).blocks is not Method.blocks:
+        raise SnapshotError(f"The blocks of method {manifest.method.name} are of its own kind, which PEFT has not")
     if not 0 <= index < len(manifest.blocks):
         raise SnapshotError(f"There is no block {index}; the version has blocks 0 to {len(manifest.blocks) - 1}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -64,6 +64,24 @@ class Term(Protocol):
         ...
 
 
+class Penalty(Protocol):
+    """A part of the loss that a method takes from the forward of the task's own rows.
+
+    Attributes:
+        name: of its values in the training curve.
+        weight: its mean over the rows of a step is multiplied by this.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def weight(self) -> float: ...
+
+    def per_row(self, model: SaptModel) -> Tensor:
+        """The penalty of each row (B,) of the batch that the model has just seen."""
+        ...
+
+
 @dataclass(frozen=True)
 class Objective:
     """What one task's training minimises, and how its parts move.
@@ -72,11 +90,13 @@ class Objective:
         terms: what is added to the task's cross-entropy.
         rates: multiples of the learning rate by the first part of a parameter's name in the pool; 1 if not named.
         hold: share of the steps over which the new block's held weight falls from 1 to 0.
+        penalties: what is added of the rows' own forward.
     """
 
     terms: tuple[Term, ...] = ()
     rates: Mapping[str, float] = field(default_factory=dict)
     hold: float = 0.0
+    penalties: tuple[Penalty, ...] = ()
 
 
 @dataclass
@@ -91,23 +111,38 @@ class _Position:
 class _Step(nn.Module):
     """Loss of one micro-batch; a module, because DistributedDataParallel hooks into ``forward``."""
 
-    def __init__(self, model: SaptModel, terms: Sequence[Term]) -> None:
+    def __init__(self, model: SaptModel, terms: Sequence[Term], penalties: Sequence[Penalty]) -> None:
         super().__init__()
         self.model = model
         self.terms = terms
+        self.penalties = penalties
 
-    def forward(self, batch: Batch, scale: float, drawn: Mapping[int, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Loss to minimise, cross-entropy summed over label tokens, weights (B, T) and every term.
+    @property
+    def names(self) -> list[str]:
+        """Of the terms and penalties, in the order of their values."""
+        return [*(term.name for term in self.terms), *(penalty.name for penalty in self.penalties)]
 
-        ``drawn`` has what each term looks at by its index; one that is not there is left out, as 0.
+    def forward(
+        self, batch: Batch, token_scale: float, row_scale: float, drawn: Mapping[int, Any]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Loss to minimise, cross-entropy summed over label tokens, weights (B, T), and every term and penalty.
+
+        Args:
+            batch: rows of the task.
+            token_scale, row_scale: what a token's cross-entropy and a row's penalty count.
+            drawn: what each term looks at by its index; one that is not there is left out, as 0.
         """
         assert batch.labels is not None  # noqa: S101 - a training batch has labels
         logits = self.model(batch)
         weights = self.model.weights
         assert weights is not None  # noqa: S101 - set by the forward above
         summed = self.model.token_loss(logits, batch.labels)
-        loss = summed * scale
-        values = summed.new_zeros(len(self.terms))
+        loss = summed * token_scale
+        values = summed.new_zeros(len(self.terms) + len(self.penalties))
+        for index, penalty in enumerate(self.penalties, start=len(self.terms)):
+            value = penalty.per_row(self.model).sum()
+            loss = loss + penalty.weight * row_scale * value
+            values[index] = value.detach()
         for index, what in drawn.items():
             value = self.terms[index].value(self.model, what)
             loss = loss + self.terms[index].weight * value
@@ -149,7 +184,7 @@ def train(
     Returns:
         Curve: one entry a step with ``step``, ``loss`` (mean cross-entropy a label token, nats),
         ``gate`` (mean weight of the new block in the mixture), every term by its name (summed over
-        micro-batches) and, where dev was scored, ``dev``.
+        micro-batches), every penalty (mean over rows) and, where dev was scored, ``dev``.
     """
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(), kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)]
@@ -165,7 +200,7 @@ def train(
     trainable = {name: parameter for name, parameter in model.pool.named_parameters() if parameter.requires_grad}
     optimizer = _optimizer(trainable, config, objective)
     position, best = _restore(checkpoints.load(), trainable, optimizer)
-    step_module = accelerator.prepare(_Step(model, terms))
+    step_module = accelerator.prepare(_Step(model, terms, objective.penalties))
 
     steps_an_epoch = math.ceil(len(rows) / config.batch_size)
     total = max(1, round(config.epochs * steps_an_epoch))
@@ -248,13 +283,14 @@ def _step(
     ``draws`` decides, alike on all workers, what the terms look at.
     """
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    terms: Sequence[Term] = accelerator.unwrap_model(module).terms
+    step: _Step = accelerator.unwrap_model(module)
+    terms = step.terms
     tokens = sum(len(row["answer_ids"]) for row in rows)
     # A worker without rows in a short last batch runs one that counts nothing, to take part in the reduction.
     mine, counts = (rows[rank::world], 1.0) if rank < len(rows) else (rows[:1], 0.0)
     size = config.micro_batch_size or len(mine)
     loss, gate = torch.zeros(2, device=device).unbind()
-    values = torch.zeros(len(terms), device=device)
+    values = torch.zeros(len(step.names), device=device)
     for start in range(0, len(mine), size):
         part = mine[start : start + size]
         last = start + size >= len(mine)
@@ -262,15 +298,22 @@ def _step(
         batch = collator(part).to(device)
         with nullcontext() if last else accelerator.no_sync(module):
             with autocast(device, config.precision):
-                # DistributedDataParallel averages over workers: undone for the cross-entropy, which is
-                # a sum over them; the terms are the same on all.
-                total, summed, weights, added = module(batch, counts * world / tokens, drawn)
+                # DistributedDataParallel averages over workers: undone for what is a sum over them, the
+                # cross-entropy and the penalties; the terms are the same on all.
+                total, summed, weights, added = module(
+                    batch, counts * world / tokens, counts * world / len(rows), drawn
+                )
             accelerator.backward(total)
         loss = loss + counts * summed / tokens
         gate = gate + counts * weights[:, -1].sum() / len(rows)
         values = values + added
-    loss, gate = accelerator.reduce(torch.stack([loss, gate]), reduction="sum").tolist()
-    return {"loss": loss, "gate": gate, **dict(zip((term.name for term in terms), values.tolist(), strict=True))}
+    own = counts * values[len(terms) :] / len(rows)
+    loss, gate, *penalties = accelerator.reduce(torch.stack([loss, gate, *own]), reduction="sum").tolist()
+    return {
+        "loss": loss,
+        "gate": gate,
+        **dict(zip(step.names, [*values[: len(terms)].tolist(), *penalties], strict=True)),
+    }
 
 
 def _state(

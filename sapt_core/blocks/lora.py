@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -72,10 +73,29 @@ class LoRASite(nn.Module):
         self.lora_A = nn.Parameter(lora_A)
         self.lora_B = nn.Parameter(torch.zeros(self.frozen_B.shape[0], self.r, device=self.frozen_B.device))
 
-    def append_frozen(self, lora_A: Tensor, lora_B: Tensor) -> None:
-        """Put a finished block, A (R, in) and B (out, R), behind the frozen ones."""
-        self.frozen_A = torch.cat([self.frozen_A, lora_A.to(self.frozen_A)])
-        self.frozen_B = torch.cat([self.frozen_B, lora_B.to(self.frozen_B)], dim=1)
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of one block's tensors, by their names in PEFT."""
+        return {
+            "lora_A.weight": (self.r, self.frozen_A.shape[1]),
+            "lora_B.weight": (self.frozen_B.shape[0], self.r),
+        }
+
+    @property
+    def current(self) -> dict[str, nn.Parameter]:
+        """The tensors of the block being learnt; none if there is no such block."""
+        if self.lora_A is None or self.lora_B is None:
+            return {}
+        return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
+
+    def append_frozen(self, block: Mapping[str, Tensor]) -> None:
+        """Put a finished block behind the frozen ones."""
+        self.frozen_A = torch.cat([self.frozen_A, block["lora_A.weight"].to(self.frozen_A)])
+        self.frozen_B = torch.cat([self.frozen_B, block["lora_B.weight"].to(self.frozen_B)], dim=1)
+
+    def drop(self) -> None:
+        """Have no block that is being learnt."""
+        self.lora_A = self.lora_B = None
 
     def forward(self, x: Tensor, weights: Tensor, used: Tensor) -> Tensor:
         """The pool's update for ``x``.
@@ -113,6 +133,8 @@ class LoRASite(nn.Module):
 class LoRABlocks(PETBlocks):
     """The blocks of a pool over all sites of a backbone."""
 
+    site: type[LoRASite] = LoRASite
+
     def __init__(self, shapes: Mapping[str, tuple[int, int]], config: LoRAConfig) -> None:
         """
         Args:
@@ -121,25 +143,25 @@ class LoRABlocks(PETBlocks):
         """
         super().__init__()
         self.names = tuple(shapes)
-        self.sites = nn.ModuleList(LoRASite(*shapes[name], config) for name in self.names)
+        self.sites = nn.ModuleList(self.site(*shapes[name], config) for name in self.names)
 
     @classmethod
-    def for_backbone(cls, backbone: nn.Module, config: LoRAConfig) -> LoRABlocks:
+    def for_backbone(cls, backbone: nn.Module, config: LoRAConfig) -> Self:
         """Blocks for every linear that ``config.target_modules`` names."""
         sites = find_sites(backbone, config.target_modules)
         return cls({name: (linear.in_features, linear.out_features) for name, linear in sites.items()}, config)
 
     @property
     def learning(self) -> bool:
-        return any(site.lora_A is not None for _, site in self.named_sites())
+        return any(site.current for _, site in self.named_sites())
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        expected: dict[str, tuple[int, ...]] = {}
-        for name, site in self.named_sites():
-            expected[f"{PEFT_PREFIX}{name}.lora_A.weight"] = (site.r, site.frozen_A.shape[1])
-            expected[f"{PEFT_PREFIX}{name}.lora_B.weight"] = (site.frozen_B.shape[0], site.r)
-        return expected
+        return {
+            f"{PEFT_PREFIX}{name}.{suffix}": shape
+            for name, site in self.named_sites()
+            for suffix, shape in site.shapes.items()
+        }
 
     def attach(self, backbone: PreTrainedModel, mixture: Mixture) -> Sequence[Handle]:
         """Add the pool's update to the output of every adapted linear, by forward hooks.
@@ -169,29 +191,29 @@ class LoRABlocks(PETBlocks):
 
     def current_state(self) -> dict[str, Tensor]:
         """The current block's tensors under PEFT's names, A (R, in) and B (out, R) a site."""
-        state = {}
-        for name, site in self.named_sites():
-            if site.lora_A is None or site.lora_B is None:
-                raise ValueError("no block is being learnt")
-            state[f"{PEFT_PREFIX}{name}.lora_A.weight"] = site.lora_A.detach().clone()
-            state[f"{PEFT_PREFIX}{name}.lora_B.weight"] = site.lora_B.detach().clone()
-        return state
+        return {name: value.detach().clone() for name, value in self._current().items()}
 
     def _load_current(self, state: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
-            for name, site in self.named_sites():
-                if site.lora_A is None or site.lora_B is None:
-                    raise ValueError("no block is being learnt")
-                site.lora_A.copy_(state[f"{PEFT_PREFIX}{name}.lora_A.weight"])
-                site.lora_B.copy_(state[f"{PEFT_PREFIX}{name}.lora_B.weight"])
+            for name, value in self._current().items():
+                value.copy_(state[name])
 
     def _append_frozen(self, state: Mapping[str, Tensor]) -> None:
         for name, site in self.named_sites():
-            site.append_frozen(state[f"{PEFT_PREFIX}{name}.lora_A.weight"], state[f"{PEFT_PREFIX}{name}.lora_B.weight"])
+            site.append_frozen({suffix: state[f"{PEFT_PREFIX}{name}.{suffix}"] for suffix in site.shapes})
 
     def _drop_current(self) -> None:
         for _, site in self.named_sites():
-            site.lora_A = site.lora_B = None
+            site.drop()
+
+    def _current(self) -> dict[str, nn.Parameter]:
+        if self.names and not self.learning:
+            raise ValueError("no block is being learnt")
+        return {
+            f"{PEFT_PREFIX}{name}.{suffix}": value
+            for name, site in self.named_sites()
+            for suffix, value in site.current.items()
+        }
 
     def named_sites(self) -> Iterator[tuple[str, LoRASite]]:
         """Every adapted linear by its module name."""

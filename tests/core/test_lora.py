@@ -40,7 +40,7 @@ def filled_site(
     A = [torch.randn(r, n_in) for _ in range(blocks)]
     B = [torch.randn(n_out, r) for _ in range(blocks)]
     for down, up in zip(A[:-1], B[:-1], strict=True):
-        site.append_frozen(down, up)
+        site.append_frozen({"lora_A.weight": down, "lora_B.weight": up})
     site.add()
     assert site.lora_A is not None
     assert site.lora_B is not None
@@ -108,8 +108,8 @@ def test_any_shape_equals_the_sum_over_blocks(  # noqa: PLR0917
 def test_by_hand() -> None:
     # s = 2; h = A x = [1·3, 10·3]; y = 0.25·2·5·3 + 0.75·2·7·30
     site = LoRASite(1, 1, LoRAConfig(r=1, lora_alpha=2))
-    site.append_frozen(torch.tensor([[1.0]]), torch.tensor([[5.0]]))
-    site.append_frozen(torch.tensor([[10.0]]), torch.tensor([[7.0]]))
+    site.append_frozen({"lora_A.weight": torch.tensor([[1.0]]), "lora_B.weight": torch.tensor([[5.0]])})
+    site.append_frozen({"lora_A.weight": torch.tensor([[10.0]]), "lora_B.weight": torch.tensor([[7.0]])})
     out = site(torch.tensor([[[3.0]]]), torch.tensor([[0.25, 0.75]]), torch.tensor([0, 1]))
     assert out.item() == pytest.approx(0.25 * 2 * 5 * 3 + 0.75 * 2 * 7 * 30)
 

@@ -1,0 +1,156 @@
+"""AM-LoRA (arXiv 2409.19611): in every adapted linear, attention over the features of all tasks' LoRAs.
+
+There is no published code, and the text leaves much open; what was chosen and why is in docs/methods.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from sapt_core.blocks.lora import LoRABlocks, LoRASite
+from sapt_core.methods.base import Lesson, Method, Plan
+from sapt_core.model import SaptModel
+from sapt_core.settings import LoRAConfig, PETConfig
+from sapt_core.trainer import Objective
+
+
+class AMLoRA(Method):
+    """A LoRA and a selector a task; the newest of both are trained, nothing of earlier tasks is kept.
+
+    ``h = W x + Σ_i g_i ΔW_i x`` with ``ΔW_i = s B_i A_i`` and gates g of the scores
+    ``z_i = LeakyReLU(w_i · ΔW_i x + b_i)``, for every token. ``softmax`` gates share one unit with a zero LoRA,
+    whose score is 0; ``sigmoid`` gates are each their own.
+    """
+
+    name: Literal["am_lora"] = "am_lora"
+
+    summary: ClassVar[str] = "attention over the LoRAs' own features in every layer (AM-LoRA, arXiv 2409.19611)"
+    pool: ClassVar[Literal["block per task"]] = "block per task"
+    pet_types: ClassVar[tuple[str, ...]] = ("lora",)
+
+    gates: Literal["softmax", "sigmoid"] = Field(
+        "softmax", description="How scores become gates: over all LoRAs and a zero one, or each on its own."
+    )
+    sparsity: float = Field(
+        0.01, ge=0, description="Weight of the L1 norm of the real LoRAs' gates; under softmax, 1 less the zero one's."
+    )
+
+    def blocks(self, backbone: PreTrainedModel, pet: PETConfig) -> GatedBlocks:
+        """Blocks with a selector each."""
+        assert isinstance(pet, LoRAConfig)  # noqa: S101 - pet_types
+        made = GatedBlocks.for_backbone(backbone, pet)
+        made.choose(self.gates)
+        return made
+
+    def begin(self, lesson: Lesson) -> Plan:
+        """Train the new LoRA and its selector under the sparsity penalty."""
+        if not self.sparsity:
+            return Plan(lesson.rows)
+        return Plan(lesson.rows, Objective(penalties=(Sparsity(self.sparsity),)))
+
+
+class GatedSite(LoRASite):
+    """One linear's blocks, each with a selector: weight (out) and bias of its score."""
+
+    frozen_weight: Tensor
+    frozen_bias: Tensor
+    selector_weight: nn.Parameter | None
+    selector_bias: nn.Parameter | None
+    gates: str = "softmax"
+
+    def __init__(self, in_features: int, out_features: int, config: LoRAConfig) -> None:
+        super().__init__(in_features, out_features, config)
+        self.register_buffer("frozen_weight", torch.empty(0, out_features))
+        self.register_buffer("frozen_bias", torch.empty(0))
+        self.register_parameter("selector_weight", None)
+        self.register_parameter("selector_bias", None)
+        # Sum of the gates of each row of the last batch, mean over its positions (B·k).
+        self.opened: Tensor | None = None
+
+    def add(self) -> None:
+        """Start a block that changes nothing yet, whose score is 0 wherever it does not."""
+        super().add()
+        width, device = self.frozen_B.shape[0], self.frozen_B.device
+        self.selector_weight = nn.Parameter(torch.randn(width, device=device) / width**0.5)
+        self.selector_bias = nn.Parameter(torch.zeros(1, device=device))
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {**super().shapes, "selector.weight": (self.frozen_B.shape[0],), "selector.bias": (1,)}
+
+    @property
+    def current(self) -> dict[str, nn.Parameter]:
+        if self.selector_weight is None or self.selector_bias is None:
+            return {}
+        return {**super().current, "selector.weight": self.selector_weight, "selector.bias": self.selector_bias}
+
+    def append_frozen(self, block: Mapping[str, Tensor]) -> None:
+        super().append_frozen(block)
+        weight, bias = block["selector.weight"], block["selector.bias"]
+        self.frozen_weight = torch.cat([self.frozen_weight, weight.to(self.frozen_weight).unsqueeze(0)])
+        self.frozen_bias = torch.cat([self.frozen_bias, bias.to(self.frozen_bias)])
+
+    def drop(self) -> None:
+        super().drop()
+        self.selector_weight = self.selector_bias = None
+
+    def forward(self, x: Tensor, weights: Tensor, used: Tensor) -> Tensor:
+        """The gated update (B·k, S, out) for inputs (B·k, S, in); the pool's weights, all 1, play no part."""
+        B, weight, bias = self.frozen_B, self.frozen_weight, self.frozen_bias
+        if self.lora_B is not None and self.selector_weight is not None and self.selector_bias is not None:
+            B = torch.cat([B, self.lora_B], dim=1)
+            weight = torch.cat([weight, self.selector_weight.unsqueeze(0)])
+            bias = torch.cat([bias, self.selector_bias])
+        hidden = self.scaling * self._hidden(self.dropout(x), self.frozen_A)
+        by_block = hidden.reshape(*hidden.shape[:-1], -1, self.r)  # (B·k, S, T, R)
+        # w_i · (B_i h_i) = (B_iᵀ w_i) · h_i: no (S, T, out) tensor is made.
+        readers = torch.einsum("otr,to->tr", B.reshape(B.shape[0], -1, self.r), weight)
+        scores = F.leaky_relu(torch.einsum("...tr,tr->...t", by_block, readers.to(by_block.dtype)).float() + bias, 0.2)
+        gates = self._gates(scores)
+        self.opened = gates.sum(dim=-1).mean(dim=-1) if self.training else None
+        gated = (by_block * gates.unsqueeze(-1).to(by_block.dtype)).flatten(-2)
+        return F.linear(gated, B.to(gated.dtype))
+
+    def _gates(self, scores: Tensor) -> Tensor:
+        """Gates (..., T) of scores (..., T)."""
+        if self.gates == "sigmoid":
+            return torch.sigmoid(scores)
+        return torch.softmax(F.pad(scores, (1, 0)), dim=-1)[..., 1:]
+
+
+class GatedBlocks(LoRABlocks):
+    """Blocks whose mixture is chosen anew in every adapted linear."""
+
+    site = GatedSite
+
+    def choose(self, gates: Literal["softmax", "sigmoid"]) -> None:
+        """Set how scores become gates."""
+        for _, site in self.named_sites():
+            assert isinstance(site, GatedSite)  # noqa: S101 - it makes no other
+            site.gates = gates
+
+    def opened(self) -> Tensor:
+        """L1 norm (B) of the gates of each row of the last training batch: mean over sites and positions."""
+        parts = [site.opened for _, site in self.named_sites() if isinstance(site, GatedSite)]
+        return torch.stack([part for part in parts if part is not None]).mean(dim=0)
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """``mean ‖g‖₁`` over positions and sites, without the zero LoRA's gate; a ``sapt_core.trainer.Penalty``."""
+
+    weight: float
+    name = "sparsity"
+
+    def per_row(self, model: SaptModel) -> Tensor:
+        blocks = model.pool.blocks
+        assert isinstance(blocks, GatedBlocks)  # noqa: S101 - the method makes no other kind
+        return blocks.opened()
