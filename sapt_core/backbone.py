@@ -178,6 +178,7 @@ def check_backbone(config: ExperimentConfig, tasks: Sequence[Task]) -> None:
     for pet in (config.pet, config.generator.pet):
         if isinstance(pet, LoRAConfig):
             find_sites(model, pet.target_modules)
+    config.method.check_backbone(model_config)
     _check_positions(config, path, model_config)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)

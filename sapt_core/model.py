@@ -72,13 +72,28 @@ class SaptModel(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits (B, L, V) of a training batch, aligned with its labels (shifted by one for a decoder-only model)."""
+        return self._run(batch)[0]
+
+    def _run(self, batch: Batch, **options: Any) -> tuple[Tensor, Any]:
         assert batch.labels is not None  # noqa: S101 - a training batch has labels
         self._attach()
         inputs, prompt_length = self._inputs(batch, self.pool.mixture(self.pooled(batch)))
         if self.is_encoder_decoder:
             inputs["decoder_input_ids"] = self.backbone.prepare_decoder_input_ids_from_labels(batch.labels)  # type: ignore[operator]
-        logits: Tensor = self.backbone(**inputs, use_cache=False).logits
-        return logits if self.is_encoder_decoder else logits[:, prompt_length:]
+        outputs = self.backbone(**inputs, use_cache=False, **options)
+        logits: Tensor = outputs.logits
+        return logits if self.is_encoder_decoder else logits[:, prompt_length:], outputs
+
+    def attend(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+        """Logits as of ``forward``, and the attention maps (B, H, Q, K) of every layer.
+
+        An encoder-decoder has the encoder's layers first, then the decoder's self-attention, then its
+        cross-attention. The backbone must be in ``eager`` attention, the only one that keeps its maps.
+        """
+        logits, outputs = self._run(batch, output_attentions=True)
+        if self.is_encoder_decoder:
+            return logits, [*outputs.encoder_attentions, *outputs.decoder_attentions, *outputs.cross_attentions]
+        return logits, list(outputs.attentions)
 
     def token_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy summed over the label tokens (a scalar, in nats, float32)."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import BeforeValidator, SerializeAsAny
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sapt_core.blobs import BlobStore
 from sapt_core.blocks.base import PETBlocks
@@ -52,6 +52,7 @@ class Lesson:
         reflection, train: settings.
         seed: of this task in this sequence.
         store: holds the version's blobs.
+        notes: what a method's ``begin`` leaves for its ``end``.
     """
 
     model: SaptModel
@@ -65,6 +66,7 @@ class Lesson:
     train: TrainConfig
     seed: int
     store: BlobStore
+    notes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def index(self) -> int:
@@ -140,6 +142,13 @@ class Method(Section):
     def begin(self, lesson: Lesson) -> Plan:
         """What to train on. Called with the new block in place; may change how it and its key start."""
         return Plan(lesson.rows)
+
+    def check_backbone(self, config: PretrainedConfig) -> None:
+        """Refuse a backbone that the options do not fit, before anything is loaded.
+
+        Raises:
+            BackboneError: with what was asked and what there is.
+        """
 
     def mixture(self, lesson: Lesson) -> tuple[float, ...]:
         """Mean weights of the blocks on the task that was just learnt."""

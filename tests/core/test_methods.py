@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
@@ -47,6 +47,8 @@ CASES = [
     for kind in found.pet_types
     for name in ("t5", "llama")
 ]
+# Where the defaults are made for models of billions of parameters.
+OPTIONS: Mapping[str, dict[str, Any]] = {"seekr": {"share": 0.3, "layers": 2, "heads": 3, "queries": 4}}
 KINDS: Mapping[str, PETConfig] = {"prompt": PromptConfig(length=3), "full": FullConfig()}
 
 
@@ -74,7 +76,8 @@ def lesson(manifest: Manifest | None, number: int, store: DictStore, *, pet: PET
 def test_every_method_learns_a_sequence_and_answers_from_its_versions(method: str, kind: str, name: str) -> None:
     store = DictStore()
     pet = lora(name) if kind == "lora" else KINDS[kind]
-    versions = sequence(store, method=method, name=name, pet=pet)
+    options = {"name": method, **OPTIONS.get(method, {})}
+    versions = sequence(store, method=options, name=name, pet=pet)
     found = find_method(method)
     last = versions[-1]
     assert [task.name for task in last.tasks] == ["task0", "task1", "task2"]
@@ -89,7 +92,7 @@ def test_every_method_learns_a_sequence_and_answers_from_its_versions(method: st
     after = backbone.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(value, after[key]) for key, value in before.items())
-    again = sequence(DictStore(), method=method, name=name, pet=pet)
+    again = sequence(DictStore(), method=options, name=name, pet=pet)
     assert again[-1].digest == last.digest
 
 
@@ -99,14 +102,15 @@ def test_every_method_resumes_to_the_same_version(method: str) -> None:
     kind = find_method(method).pet_types[0]
     pet = lora("t5") if kind == "lora" else KINDS[kind]
     store = DictStore()
+    options = {"name": method, **OPTIONS.get(method, {})}
     train = {"epochs": 2, "checkpoint_every_steps": 2}
-    first, _ = learn(store, 0, None, method=method, pet=pet)
+    first, _ = learn(store, 0, None, method=options, pet=pet)
     checkpoints = KeptCheckpoints()
-    whole, _ = learn(store, 1, first, method=method, pet=pet, train=train, checkpoints=checkpoints)
+    whole, _ = learn(store, 1, first, method=options, pet=pet, train=train, checkpoints=checkpoints)
     assert checkpoints.kept
     for count in range(1, len(checkpoints.kept) + 1):
         resumed = KeptCheckpoints(checkpoints.kept[:count])
-        assert learn(store, 1, first, method=method, pet=pet, train=train, checkpoints=resumed)[0] == whole
+        assert learn(store, 1, first, method=options, pet=pet, train=train, checkpoints=resumed)[0] == whole
 
 
 class Toy(Method):

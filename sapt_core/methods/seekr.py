@@ -1,0 +1,321 @@
+"""SEEKR (arXiv 2411.06171): replay, with the logits and the most valuable attention heads of earlier models kept.
+
+A teacher is the model right after a task. Kept of it, for a few rows of the task: the answers' logits, and
+the attention of the heads that matter most, at some query positions. Section numbers are the paper's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PretrainedConfig
+
+from sapt_core.collate import Batch, Collator
+from sapt_core.device import autocast
+from sapt_core.errors import BackboneError
+from sapt_core.memory import choose, pack
+from sapt_core.methods.base import Lesson, Method, Plan
+from sapt_core.methods.replay import memory_name, remembered
+from sapt_core.model import SaptModel
+from sapt_core.trainer import Objective, Row, step_seed
+
+IMPORTANCE = "importance"
+EAGER = "eager"  # the only kind of attention that keeps its maps
+
+
+class Seekr(Method):
+    """``L = L_task + λ₁ L_replay + (1 − λ₁) L_logits + λ₂ L_attention`` (equation 13), one block or a whole model.
+
+    Rows of memory are drawn in proportion to their number, as if they were mixed into the task's rows.
+    """
+
+    name: Literal["seekr"] = "seekr"
+
+    summary: ClassVar[str] = "replay that distils logits and selected attention heads (SEEKR, arXiv 2411.06171)"
+    pet_types: ClassVar[tuple[str, ...]] = ("lora", "full")
+
+    share: float = Field(0.01, gt=0, le=1, description="Kept share of a task's train rows, at least one.")
+    replay: float = Field(0.5, ge=0, le=1, description="λ₁: cross-entropy on kept rows, against 1 - λ₁ of logits.")
+    attention: float = Field(1000.0, ge=0, description="λ₂, weight of the attention term.")
+    layers: int = Field(24, ge=1, description="B_L: layers that heads are chosen from.")
+    heads: int = Field(128, ge=1, description="B_H: heads that are kept.")
+    queries: int = Field(100, ge=1, description="B_T: query positions of a row that are kept.")
+
+    def check_backbone(self, config: PretrainedConfig) -> None:
+        """Refuse budgets beyond what the model has."""
+        layers, heads = attention_layers(config)
+        most = min(self.layers, layers) * heads
+        faults = []
+        if self.layers > layers:
+            faults.append(f"method.layers asks for {self.layers} of {layers} attention layers")
+        if self.heads > most:
+            faults.append(f"method.heads asks for {self.heads} of the {most} heads in method.layers={self.layers}")
+        if faults:
+            raise BackboneError(f"SEEKR's budgets are larger than the model: {'; '.join(faults)}")
+
+    def begin(self, lesson: Lesson) -> Plan:
+        """Choose the task's own memory, note its attention before, and replay that of the earlier ones."""
+        lesson.notes["usual"] = lesson.model.backbone.config._attn_implementation
+        lesson.model.backbone.set_attn_implementation(EAGER)
+        rows = choose(lesson.rows, self.share, step_seed(lesson.seed, "memory"))
+        queries = torch.Generator().manual_seed(step_seed(lesson.seed, "queries"))
+        views = [_View.choose(lesson, row, self.queries, queries) for row in rows]
+        before = [view.maps(lesson) for view in views]
+        lesson.notes.update(rows=rows, views=views, before=before)
+        taught = [
+            _Taught.load(row, lesson.store.get(digest), index)
+            for task, rows_of_task in enumerate(remembered(lesson))
+            for index, row in enumerate(rows_of_task)
+            if lesson.parent is not None
+            for digest in [lesson.parent.state[teacher_name(task)]]
+        ]
+        if not taught:
+            return Plan(lesson.rows)
+        term = Distillation(
+            tuple(taught),
+            lesson.model.collator(lesson.tokenizer.pad_token_id),
+            rows=lesson.train.batch_size * len(taught) / len(lesson.rows),
+            batch_size=lesson.train.batch_size,
+            replay=self.replay,
+            attention=self.attention,
+        )
+        return Plan(lesson.rows, Objective((term,)))
+
+    def end(self, lesson: Lesson) -> Mapping[str, bytes]:
+        """Measure the heads, choose those to keep, and save memory and teacher."""
+        rows: list[Row] = lesson.notes["rows"]
+        views: list[_View] = lesson.notes["views"]
+        lesson.model.eval()
+        after = [view.maps(lesson) for view in views]
+        sensitivity = torch.stack([head_sensitivity(lesson, row) for row in rows]).mean(dim=0)
+        moved = torch.stack([forgettability(*pair) for pair in zip(lesson.notes["before"], after, strict=True)])
+        saved = lesson.state(IMPORTANCE)
+        sums = load_tensors(saved) if saved is not None else {}
+        found = {"sensitivity": within_layers(sensitivity), "forgettability": moved.mean(dim=0)}
+        sums = {name: value + sums.get(name, torch.zeros_like(value)) for name, value in found.items()}
+        chosen = choose_heads(sums["sensitivity"] * sums["forgettability"], self.layers, self.heads)
+        teacher: dict[str, Tensor] = {"heads": chosen}
+        for index, (row, view, maps) in enumerate(zip(rows, views, after, strict=True)):
+            teacher[f"{index}/logits"] = _answer_logits(lesson, row)
+            for layer, heads in by_layer(chosen).items():
+                teacher[f"{index}/queries {layer}"] = view.queries[layer]
+                teacher[f"{index}/map {layer}"] = maps[layer][heads].half()
+        lesson.model.backbone.set_attn_implementation(lesson.notes["usual"])
+        return {
+            memory_name(lesson.index): pack(rows),
+            teacher_name(lesson.index): save_tensors({name: value.contiguous() for name, value in teacher.items()}),
+            IMPORTANCE: save_tensors(sums),
+        }
+
+
+def teacher_name(task: int) -> str:
+    """Under which name what the model answered after the ``task``-th task is saved."""
+    return f"teacher {task:02d}"
+
+
+def attention_layers(config: PretrainedConfig) -> tuple[int, int]:
+    """How many layers of attention a model has, self and cross counted each, and heads in each."""
+    if config.is_encoder_decoder:
+        decoder = getattr(config, "num_decoder_layers", None) or config.num_hidden_layers
+        return config.num_hidden_layers + 2 * decoder, config.num_attention_heads
+    return config.num_hidden_layers, config.num_attention_heads
+
+
+def within_layers(values: Tensor) -> Tensor:
+    """Sensitivity (layers, heads) as shares of its layer's sum (equation 8); of none where the layer has none."""
+    return values / values.sum(dim=1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
+
+
+def choose_heads(importance: Tensor, layers: int, heads: int) -> Tensor:
+    """The most important heads of the most important layers (section 4.2).
+
+    Args:
+        importance: (layers, heads).
+        layers, heads: the budgets B_L and B_H.
+
+    Returns:
+        (B_H, 2) layer and head of each, ascending.
+    """
+    best = importance.sum(dim=1).topk(layers).indices
+    within = torch.full_like(importance, -math.inf)
+    within[best] = importance[best]
+    flat = within.flatten().topk(heads).indices.sort().values
+    return torch.stack([flat // importance.shape[1], flat % importance.shape[1]], dim=1)
+
+
+def by_layer(chosen: Tensor) -> dict[int, list[int]]:
+    """Chosen heads (n, 2), layer by layer."""
+    found: dict[int, list[int]] = {}
+    for layer, head in chosen.tolist():
+        found.setdefault(layer, []).append(head)
+    return found
+
+
+def forgettability(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
+    """``‖A^k − A^{k−1}‖_F`` of every head (layers, heads) on one row (equation 9); maps (heads, q, K) a layer."""
+    parts = [(new - old).flatten(1).norm(dim=1) for old, new in zip(before, after, strict=True)]
+    return torch.stack(parts)
+
+
+def head_sensitivity(lesson: Lesson, row: Row) -> Tensor:
+    """``‖∂L/∂A‖_F`` of every head (layers, heads) on one row (equation 7), L the row's cross-entropy."""
+    batch = _batch(lesson, row)
+    # Maps that no trained parameter reaches have a gradient too.
+    frozen = [parameter for parameter in lesson.model.backbone.parameters() if not parameter.requires_grad]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        with autocast(batch.input_ids.device, lesson.train.precision):
+            logits, maps = lesson.model.attend(batch)
+        assert batch.labels is not None  # noqa: S101 - a training batch has labels
+        loss = lesson.model.token_loss(logits, batch.labels) / (batch.labels >= 0).sum()
+        gradients = torch.autograd.grad(loss, maps)
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+    return torch.stack([gradient[0].float().flatten(1).norm(dim=1) for gradient in gradients]).cpu()
+
+
+@dataclass(frozen=True)
+class _View:
+    """A row and the query positions at which its attention is looked at: (≤ B_T) a layer."""
+
+    row: Row
+    queries: tuple[Tensor, ...]
+
+    @classmethod
+    def choose(cls, lesson: Lesson, row: Row, most: int, generator: torch.Generator) -> _View:
+        with torch.no_grad():
+            _, maps = lesson.model.attend(_batch(lesson, row))
+        drawn = [torch.randperm(each.shape[2], generator=generator)[:most].sort().values for each in maps]
+        return cls(row, tuple(drawn))
+
+    @torch.no_grad()
+    def maps(self, lesson: Lesson) -> list[Tensor]:
+        """Attention (heads, q, K) of every layer at these positions, on the CPU in float32."""
+        batch = _batch(lesson, self.row)
+        with autocast(batch.input_ids.device, lesson.train.precision):
+            _, maps = lesson.model.attend(batch)
+        return [each[0][:, at].float().cpu() for each, at in zip(maps, self.queries, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Taught:
+    """One row of memory with what its teacher said of it.
+
+    Attributes:
+        row: token ids.
+        logits: (L, V) at the places of the answer's tokens.
+        maps: by layer: heads (h), query positions (q) and attention (h, q, K).
+    """
+
+    row: Row
+    logits: Tensor
+    maps: Mapping[int, tuple[list[int], Tensor, Tensor]]
+
+    @classmethod
+    def load(cls, row: Row, teacher: bytes, index: int) -> _Taught:
+        tensors = load_tensors(teacher)
+        maps = {
+            layer: (heads, tensors[f"{index}/queries {layer}"], tensors[f"{index}/map {layer}"].float())
+            for layer, heads in by_layer(tensors["heads"]).items()
+        }
+        return cls(row, tensors[f"{index}/logits"].float(), maps)
+
+    def to(self, device: torch.device) -> _Taught:
+        maps = {layer: (heads, at.to(device), kept.to(device)) for layer, (heads, at, kept) in self.maps.items()}
+        return replace(self, logits=self.logits.to(device), maps=maps)
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """What a step adds for the rows of memory that it draws; a ``sapt_core.trainer.Term``.
+
+    Attributes:
+        taught: all rows of memory.
+        collator: of the model.
+        rows: drawn in a step on average, so that an epoch draws each row once.
+        batch_size: of the task, which the drawn rows are weighed against.
+        replay, attention: λ₁ and λ₂.
+    """
+
+    taught: tuple[_Taught, ...]
+    collator: Collator
+    rows: float
+    batch_size: int
+    replay: float
+    attention: float
+    weight: float = 1.0
+    name = "seekr"
+    per_micro_batch = False
+
+    def draw(self, generator: torch.Generator) -> list[int]:
+        """Different rows; a fraction of a row is one row so often."""
+        whole, fraction = divmod(self.rows, 1)
+        count = int(whole) + int(torch.rand((), generator=generator).item() < fraction)
+        return torch.randperm(len(self.taught), generator=generator)[:count].tolist()
+
+    def value(self, model: SaptModel, drawn: Sequence[int]) -> Tensor:
+        device = next(model.backbone.parameters()).device
+        if not drawn:
+            return torch.zeros((), device=device)
+        rows = [self.taught[index] for index in drawn]
+        batch = self.collator([each.row for each in rows]).to(device)
+        logits, maps = model.attend(batch)
+        parts = self.parts(model, batch, logits, maps, rows)
+        combined = self.replay * parts["replay"] + (1 - self.replay) * parts["logits"]
+        return (combined + self.attention * parts["attention"]) * len(rows) / self.batch_size
+
+    def parts(
+        self, model: SaptModel, batch: Batch, logits: Tensor, maps: Sequence[Tensor], rows: Sequence[_Taught]
+    ) -> dict[str, Tensor]:
+        """The three terms: means over tokens, and over rows, layers, heads and query positions."""
+        assert batch.labels is not None  # noqa: S101 - a training batch has labels
+        tokens = sum(len(each.logits) for each in rows)
+        soft, held = [], []
+        for index, each in enumerate(rows):
+            own = _at_answer(model, logits[index], batch.labels[index])
+            soft.append(F.kl_div(own.log_softmax(-1), each.logits.softmax(-1), reduction="sum"))
+            for layer, (heads, at, kept) in each.maps.items():
+                now = maps[layer][index, heads][:, at, : kept.shape[2]].float()
+                divergence = torch.xlogy(kept, kept) - kept * now.clamp_min(torch.finfo(now.dtype).tiny).log()
+                held.append(divergence.sum(dim=-1).mean() / len(each.maps))
+        return {
+            "replay": model.token_loss(logits, batch.labels) / tokens,
+            "logits": torch.stack(soft).sum() / tokens,
+            "attention": torch.stack(held).sum() / len(rows),
+        }
+
+    def to(self, device: torch.device) -> Distillation:
+        return replace(self, taught=tuple(each.to(device) for each in self.taught))
+
+
+def _batch(lesson: Lesson, row: Row) -> Batch:
+    collator = lesson.model.collator(lesson.tokenizer.pad_token_id)
+    return collator([row]).to(next(lesson.model.backbone.parameters()).device)
+
+
+@torch.no_grad()
+def _answer_logits(lesson: Lesson, row: Row) -> Tensor:
+    """The logits (L, V) of a row's answer tokens, in half precision on the CPU."""
+    batch = _batch(lesson, row)
+    with autocast(batch.input_ids.device, lesson.train.precision):
+        logits = lesson.model(batch)
+    assert batch.labels is not None  # noqa: S101 - a training batch has labels
+    return _at_answer(lesson.model, logits[0], batch.labels[0]).half().cpu()
+
+
+def _at_answer(model: SaptModel, logits: Tensor, labels: Tensor) -> Tensor:
+    """Of one row's logits (P, V), those that predict its answer's tokens (L, V), in float32."""
+    if not model.is_encoder_decoder:
+        logits, labels = logits[:-1], labels[1:]
+    return logits[labels >= 0].float()
