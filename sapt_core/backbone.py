@@ -179,7 +179,7 @@ def check_backbone(config: ExperimentConfig, tasks: Sequence[Task]) -> None:
         if isinstance(pet, LoRAConfig):
             find_sites(model, pet.target_modules)
     config.method.check_backbone(model_config)
-    _check_positions(config, path, model_config)
+    _check_positions(config, path, model_config, len(tasks))
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -194,11 +194,11 @@ def check_backbone(config: ExperimentConfig, tasks: Sequence[Task]) -> None:
     )
 
 
-def _check_positions(config: ExperimentConfig, path: str, model_config: PretrainedConfig) -> None:
+def _check_positions(config: ExperimentConfig, path: str, model_config: PretrainedConfig, tasks: int) -> None:
     positions = getattr(model_config, "max_position_embeddings", None)
     if positions is None:  # relative positions, as T5's, have no end
         return
-    prompt = config.pet.length if isinstance(config.pet, PromptConfig) else 0
+    prompt = config.method.soft_tokens(config.pet.length, tasks) if isinstance(config.pet, PromptConfig) else 0
     benchmark = config.benchmark
     source = prompt + benchmark.max_source_tokens
     if model_config.is_encoder_decoder:

@@ -96,7 +96,7 @@ def generate_pseudo_samples(
         )
         wanted = max(config.min_samples, round(config.share * len(rows)))
         torch.manual_seed(step_seed(seed, "sample"))
-        kept, counts = _sample(model, tokenizer, source, wanted=wanted, config=config, precision=precision)
+        kept, counts = sample(model, tokenizer, source, wanted=wanted, config=config, precision=precision)
     finally:
         model.detach()
     known = set(answers)
@@ -123,7 +123,7 @@ def _train_config(config: GeneratorConfig, precision: Precision, rows: int) -> T
     )
 
 
-def _sample(
+def sample(
     model: SaptModel,
     tokenizer: PreTrainedTokenizerBase,
     source: Sequence[int],
@@ -132,7 +132,16 @@ def _sample(
     config: GeneratorConfig,
     precision: Precision,
 ) -> tuple[dict[str, str], dict[str, int]]:
-    """Clean inputs with their answers, in the order they came, and what became of all texts."""
+    """Clean inputs with their answers, in the order they came, and what became of all texts.
+
+    Args:
+        model: what writes.
+        tokenizer: of its backbone.
+        source: ids of the text that asks for a sample.
+        wanted: inputs to keep at most.
+        config: content, and how texts are drawn.
+        precision: of the matmuls.
+    """
     collator = model.collator(tokenizer.pad_token_id)
     device = next(model.backbone.parameters()).device
     kept: dict[str, str] = {}

@@ -77,7 +77,8 @@ class SaptModel(nn.Module):
     def _run(self, batch: Batch, **options: Any) -> tuple[Tensor, Any]:
         assert batch.labels is not None  # noqa: S101 - a training batch has labels
         self._attach()
-        inputs, prompt_length = self._inputs(batch, self.pool.mixture(self.pooled(batch)))
+        pooled = self.pooled(batch)
+        inputs, prompt_length = self._inputs(batch, self.pool.mixture(pooled), pooled)
         if self.is_encoder_decoder:
             inputs["decoder_input_ids"] = self.backbone.prepare_decoder_input_ids_from_labels(batch.labels)  # type: ignore[operator]
         outputs = self.backbone(**inputs, use_cache=False, **options)
@@ -101,6 +102,12 @@ class SaptModel(nn.Module):
             logits, labels = logits[:, :-1], labels[:, 1:]
         return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
 
+    def answer_logits(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Of one row's logits (P, V) and labels, those that predict its answer's tokens (L, V), in float32."""
+        if not self.is_encoder_decoder:
+            logits, labels = logits[:-1], labels[1:]
+        return logits[labels >= 0].float()
+
     @torch.no_grad()
     def generate(self, batch: Batch, **options: Any) -> Tensor:
         """New tokens (B·k, L) by ``transformers``' generate; k beams share their input's weights.
@@ -110,20 +117,21 @@ class SaptModel(nn.Module):
             options: generation settings, such as ``max_new_tokens``, ``num_beams``, ``do_sample``.
         """
         self._attach()
-        inputs, _ = self._inputs(batch, self.pool.select(self.pooled(batch)))
+        pooled = self.pooled(batch)
+        inputs, _ = self._inputs(batch, self.pool.select(pooled), pooled)
         sequences: Tensor = self.backbone.generate(**inputs, **options)  # type: ignore[operator]
         if self.is_encoder_decoder:
             return sequences[:, 1:]
         # Of a decoder-only model's prompt ids come back in front of the new ones, embeddings do not.
         return sequences[:, batch.input_ids.shape[1] :] if "input_ids" in inputs else sequences
 
-    def _inputs(self, batch: Batch, weights: Tensor) -> tuple[dict[str, Tensor], int]:
+    def _inputs(self, batch: Batch, weights: Tensor, pooled: Tensor) -> tuple[dict[str, Tensor], int]:
         """What the backbone reads, and how many soft tokens (B, l, D) stand in front of it.
 
         In front of left padding too: attention skips the padding, and positions are counted without it.
         """
         self._weights, self._used = weights, self.pool.in_use(weights)
-        prompts = self.pool.blocks.prompts(weights)
+        prompts = self.pool.blocks.prompts(weights, pooled)
         if prompts is None:
             return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}, 0
         embedded = self._embed(batch.input_ids)

@@ -61,8 +61,13 @@ class PETBlocks(nn.Module, ABC):
         """Put the blocks on the backbone; no handles for blocks that only ``prompts``."""
 
     @abstractmethod
-    def prompts(self, weights: Tensor) -> Tensor | None:
-        """Embeddings (B, l, D) to put in front of the input's for weights (B, T); None if there are none."""
+    def prompts(self, weights: Tensor, pooled: Tensor) -> Tensor | None:
+        """Embeddings (B, l, D) to put in front of the input's; None if there are none.
+
+        Args:
+            weights: of the blocks (B, T).
+            pooled: embeddings (B, D) of the inputs.
+        """
 
     @abstractmethod
     def add(self) -> None:

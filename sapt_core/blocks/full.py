@@ -46,7 +46,7 @@ class FullBlocks(PETBlocks):
             setattr(module, name, places[id(own)])
         return [_Restore(replaced)]
 
-    def prompts(self, weights: Tensor) -> None:
+    def prompts(self, weights: Tensor, pooled: Tensor) -> None:
         return None
 
     def add(self) -> None:

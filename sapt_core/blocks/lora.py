@@ -181,7 +181,7 @@ class LoRABlocks(PETBlocks):
             handles.append(backbone.get_submodule(name).register_forward_hook(add_update))
         return handles
 
-    def prompts(self, weights: Tensor) -> None:
+    def prompts(self, weights: Tensor, pooled: Tensor) -> None:
         return None
 
     def add(self) -> None:

@@ -48,11 +48,15 @@ class PromptBlocks(PETBlocks):
     def attach(self, backbone: PreTrainedModel, mixture: Mixture) -> Sequence[Handle]:
         return []
 
-    def prompts(self, weights: Tensor) -> Tensor:
+    def prompts(self, weights: Tensor, pooled: Tensor) -> Tensor:
         """Mixed prompts (B, l, D) in float32."""
-        blocks = self.frozen if self.prompt is None else torch.cat([self.frozen, self.prompt.unsqueeze(0)])
         with torch.autocast(weights.device.type, enabled=False):
-            return torch.einsum("bt,tld->bld", weights.float(), blocks)
+            return torch.einsum("bt,tld->bld", weights.float(), self.stacked)
+
+    @property
+    def stacked(self) -> Tensor:
+        """All prompts (T, l, D), oldest first."""
+        return self.frozen if self.prompt is None else torch.cat([self.frozen, self.prompt.unsqueeze(0)])
 
     def add(self) -> None:
         """Start a prompt at random rows of the vocabulary, as the published code does."""

@@ -107,7 +107,6 @@ class Method(Section):
             task, or one that every task starts afresh.
         shared_attention: whether SAPT's attention mixes the blocks (sections ``attention`` and
             ``reflection``); without it every block has weight 1.
-        needs_task: whether answers are made only for inputs whose task is told.
         pet_types: kinds of PET block it works with.
         attention_defaults: what it sets in ``attention`` unless the config does.
     """
@@ -117,7 +116,6 @@ class Method(Section):
     summary: ClassVar[str] = ""
     pool: ClassVar[Literal["block per task", "one block", "fresh block"]] = "one block"
     shared_attention: ClassVar[bool] = False
-    needs_task: ClassVar[bool] = False
     pet_types: ClassVar[tuple[str, ...]] = ("lora", "prompt")
     attention_defaults: ClassVar[Mapping[str, Any]] = {}
 
@@ -127,6 +125,15 @@ class Method(Section):
         name = cls.model_fields["name"].default
         if isinstance(name, str):  # the others are what methods share
             _known[name] = cls
+
+    @property
+    def needs_task(self) -> bool:
+        """Whether answers are made only for inputs whose task is told."""
+        return False
+
+    def soft_tokens(self, length: int, tasks: int) -> int:
+        """How many soft tokens stand in front of an input after so many tasks, with prompts of a ``length``."""
+        return length
 
     def blocks(self, backbone: PreTrainedModel, pet: PETConfig) -> PETBlocks:
         """No blocks yet, of the method's own kind."""

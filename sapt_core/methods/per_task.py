@@ -16,7 +16,10 @@ class PerTask(Method):
     summary: ClassVar[str] = "a block a task, chosen by the task's name: an oracle, no selection is learnt"
     pool: ClassVar[Literal["block per task"]] = "block per task"
     pet_types: ClassVar[tuple[str, ...]] = ("lora", "prompt", "full")
-    needs_task: ClassVar[bool] = True
+
+    @property
+    def needs_task(self) -> bool:
+        return True
 
     def active(self, task: int) -> Sequence[int]:
         return (task,)

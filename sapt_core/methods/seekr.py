@@ -283,7 +283,7 @@ class Distillation:
         tokens = sum(len(each.logits) for each in rows)
         soft, held = [], []
         for index, each in enumerate(rows):
-            own = _at_answer(model, logits[index], batch.labels[index])
+            own = model.answer_logits(logits[index], batch.labels[index])
             soft.append(F.kl_div(own.log_softmax(-1), each.logits.softmax(-1), reduction="sum"))
             for layer, (heads, at, kept) in each.maps.items():
                 now = maps[layer][index, heads][:, at, : kept.shape[2]].float()
@@ -311,11 +311,4 @@ def _answer_logits(lesson: Lesson, row: Row) -> Tensor:
     with autocast(batch.input_ids.device, lesson.train.precision):
         logits = lesson.model(batch)
     assert batch.labels is not None  # noqa: S101 - a training batch has labels
-    return _at_answer(lesson.model, logits[0], batch.labels[0]).half().cpu()
-
-
-def _at_answer(model: SaptModel, logits: Tensor, labels: Tensor) -> Tensor:
-    """Of one row's logits (P, V), those that predict its answer's tokens (L, V), in float32."""
-    if not model.is_encoder_decoder:
-        logits, labels = logits[:-1], labels[1:]
-    return logits[labels >= 0].float()
+    return lesson.model.answer_logits(logits[0], batch.labels[0]).half().cpu()

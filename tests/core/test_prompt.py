@@ -58,7 +58,7 @@ def test_the_mixture_and_its_gradients_are_those_of_the_sum(blocks: int) -> None
     assert isinstance(prompts, PromptBlocks)
     assert prompts.prompt is not None
     weights = torch.rand(4, blocks, requires_grad=True)
-    mixed = prompts.prompts(weights)
+    mixed = prompts.prompts(weights, torch.empty(4, 16))
     every = torch.cat([prompts.frozen, prompts.prompt.detach().unsqueeze(0)])
     for row in range(4):
         wanted = sum(float(weights[row, i].detach()) * every[i] for i in range(blocks))
