@@ -25,27 +25,27 @@ from sapt_core.backbone import BackboneRef, load_backbone
 from sapt_core.benchmarks.prepare import PreparedTask, PromptEncoder, prepare_task, read_split
 from sapt_core.benchmarks.task import Task
 from sapt_core.blobs import BlobStore
-from sapt_core.blocks.base import embedding_matrix
-from sapt_core.blocks.lora import LoRABlocks
+from sapt_core.cost import bare_model, forward_cost, trained_parameters
 from sapt_core.device import default_device
 from sapt_core.evaluation import answer, pooled_embeddings
 from sapt_core.generator import generate_pseudo_samples
 from sapt_core.learning import learn_task
 from sapt_core.methods.base import find_method
 from sapt_core.model import SaptModel
-from sapt_core.pool import PETPool, new_pool
+from sapt_core.pool import new_pool
 from sapt_core.reflection import GaussianQueries
 from sapt_core.settings import (
     PET_TYPES,
     AttentionConfig,
     EvaluationConfig,
     GeneratorConfig,
-    LoRAConfig,
     PromptConfig,
     ReflectionConfig,
     TrainConfig,
 )
 from sapt_core.snapshot import LearntTask, Manifest, load_pool
+
+COST_ROWS = 16  # a batch that the cost of a forward is counted on
 
 disable_progress_bar()  # type: ignore[no-untyped-call]  # of loading weights: a stage has its own
 
@@ -177,11 +177,24 @@ def train(context: StageContext, *, checkpoint_every_steps: int) -> StageResult:
             checkpoints=context.checkpoints,
             on_step=on_step,
         )
+    pool = load_pool(manifest, context.store, model, manifest.tasks[-1].name)
+    prepared = _prepared(context.store, inputs["task"])
+    versioned = SaptModel(model, pool).to(default_device())
+    rows = list(prepared.train)[:COST_ROWS]
+    batch = versioned.collator(tokenizer.pad_token_id)(rows).to(default_device())
     outputs = {"manifest": manifest.digest, "block": manifest.blocks[-1]}
     if manifest.router is not None:
         outputs["router"] = manifest.router
     outputs |= {f"state {name}": digest for name, digest in manifest.state.items()}
-    return StageResult(outputs=outputs, metrics={"curve": _store_curve(context, curve), "last": curve[-1]})
+    return StageResult(
+        outputs=outputs,
+        metrics={
+            "curve": _store_curve(context, curve),
+            "last": curve[-1],
+            "trained_parameters": trained_parameters(manifest, context.store),
+            "forward_cost": forward_cost(versioned, batch),
+        },
+    )
 
 
 def evaluate(context: StageContext) -> StageResult:
@@ -256,9 +269,8 @@ def zero_shot(context: StageContext) -> StageResult:
     """
     reads = context.reads
     model, tokenizer = load_backbone(BackboneRef(**reads["backbone"]), context.store)
-    nothing = PETPool(LoRABlocks({}, LoRAConfig()), embedding_matrix(model).shape[1], None)
     score, _, predictions = _score(
-        SaptModel(model, nothing).to(default_device()),
+        bare_model(model).to(default_device()),
         tokenizer,
         _prepared(context.store, context.inputs["task"]),
         EvaluationConfig(**reads["evaluation"]),

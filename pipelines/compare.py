@@ -3,8 +3,8 @@
     python pipelines/compare.py --config pipelines/configs/compare_superni_mini.yaml [key=value ...]
 
 All cells (row, order, seed) are one wide graph of stages: what two of them share runs once. Each complete cell
-leaves a JSON record in the results folder, and the table is made of all records there. Submitted again after any
-interruption, the same command goes on where it stopped.
+leaves a JSON record in the results folder, and table and figure are made of all records there. Submitted again
+after any interruption, the same command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -38,9 +38,22 @@ from pipelines.records import (
 from pipelines.reporter import Reporter, git_commit, wide_console
 from sapt_core.config import canonical_hash
 from sapt_core.errors import FaultsError, SaptError, TrackingError
+from sapt_core.methods.base import known_methods
 
 if TYPE_CHECKING:
     from pipelines.publishing import MLflowPublisher
+
+
+PLOT = "ap_after_each_task.png"
+
+
+class _ListMethods(argparse.Action):
+    """Print a method a line and end, as --help does."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        methods = known_methods()
+        width = max(map(len, methods))
+        parser.exit(message="".join(f"{name:{width}}  {found.summary}\n" for name, found in methods.items()))
 
 
 def main() -> None:
@@ -75,6 +88,9 @@ def main() -> None:
         console.print(table)
     for remark in made.remarks:
         console.print(remark, markup=False)
+    plot = made.plot()
+    if plot is not None:
+        cli.write_output(folder / PLOT, plot)
     if arguments.markdown is not None:
         write_markdown(arguments.markdown, comparison, made)
     if failed:
@@ -229,8 +245,10 @@ def _run_published(running: Running) -> Mapping[Cell, Exception]:
             with suppress(TrackingError):  # the first error is the one to tell
                 tracker.finish(parent, "FAILED" if isinstance(error, Exception) else "KILLED")
             raise
-        table = results(comparison, read_records(comparison.config.results)).markdown()
-        tracker.log_artifacts(parent, {f"{comparison.name}.md": table})
+        made = results(comparison, read_records(comparison.config.results))
+        plot = made.plot()
+        plots = {} if plot is None else {PLOT: plot}
+        tracker.log_artifacts(parent, {f"{comparison.name}.md": made.markdown(), **plots})
         tracker.finish(parent, "FAILED" if failed else "FINISHED")
     return failed
 
@@ -270,6 +288,7 @@ def _arguments() -> argparse.Namespace:
     parser = cli.parser(
         __doc__ or "", "python pipelines/compare.py --config pipelines/configs/compare_superni_mini.yaml --seeds 0,1"
     )
+    parser.add_argument("--list-methods", action=_ListMethods, nargs=0, help="print a method a line and end")
     parser.add_argument("--rows", type=_names, metavar="A,B", help="only these rows")
     parser.add_argument("--seeds", type=_seeds, metavar="N,N", help="these seeds for every row")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")

@@ -19,6 +19,7 @@ from rich.table import Table
 from pipelines import cli
 from pipelines.comparison import Cell, Comparison, Place
 from pipelines.reporter import Reporter, git_commit, short_name
+from sapt_core.cost import stored_bytes
 from sapt_core.device import computes_bfloat16, default_device
 from sapt_core.errors import DataError, SaptError
 from sapt_core.settings import TrainConfig
@@ -65,6 +66,9 @@ class Record(_Frozen):
         attention: row i holds for tasks 0 to i the mean weights over the blocks of version i.
         seconds: of every kind of stage, as the stages' records state them, whichever run did the work.
         source_bytes: what reflection keeps of earlier tasks, where its stages say.
+        trained_parameters: for the last task; None in records of earlier releases, as the two below.
+        stored_bytes: of the last version and its method's state, without the backbone and what reflection keeps.
+        forward_cost: operations of a forward of the last version, as a multiple of the backbone's.
     """
 
     schema_version: Literal[1] = 1
@@ -89,6 +93,9 @@ class Record(_Frozen):
     attention: tuple[tuple[tuple[float, ...], ...], ...]
     seconds: dict[str, float]
     source_bytes: int | None
+    trained_parameters: int | None = None
+    stored_bytes: int | None = None
+    forward_cost: float | None = None
 
     @property
     def place(self) -> Place:
@@ -115,6 +122,7 @@ def record_of(cell: Cell, reporter: Reporter) -> Record:
         for split in ("train", "dev", "test")
     }
     stages = reporter.records.values()
+    last = reporter.records[experiment.graph.train[-1]].metrics
     kept = [stage.metrics["bytes"] for stage in stages if stage.kind in SOURCE_KINDS and "bytes" in stage.metrics]
     return Record(
         **vars(cell.place),
@@ -138,6 +146,9 @@ def record_of(cell: Cell, reporter: Reporter) -> Record:
         ),
         seconds=summary["seconds"],
         source_bytes=sum(kept) if kept else None,
+        trained_parameters=last.get("trained_parameters"),
+        stored_bytes=stored_bytes(reporter.manifest(len(experiment.tasks) - 1), reporter.store),
+        forward_cost=_rounded(last["forward_cost"]) if "forward_cost" in last else None,
     )
 
 
@@ -174,6 +185,7 @@ class Results:
         rows: one a row of the comparison, as text.
         remarks: lines below the table.
         attention: header and rows of the attention's table, if it is to be shown and there is any.
+        progress: for every row with cells, AP over the tasks so far after each task, mean over the cells.
     """
 
     title: str
@@ -181,6 +193,13 @@ class Results:
     rows: tuple[tuple[str, ...], ...]
     remarks: tuple[str, ...]
     attention: tuple[tuple[str, ...], ...]
+    progress: tuple[tuple[str, tuple[float, ...]], ...]
+
+    def plot(self) -> bytes | None:
+        """AP after each task as a PNG; None where nothing is learnt yet."""
+        from sapt_core.plots import average_performance  # noqa: PLC0415  matplotlib, only where something is drawn
+
+        return average_performance(self.progress) if self.progress else None
 
     def tables(self) -> list[Table]:
         """For a terminal."""
@@ -212,7 +231,7 @@ def results(comparison: Comparison, records: Sequence[Record]) -> Results:
     used = [record for group in groups.values() for record in group]
     transfer = any(record.unseen for record in used)
     header = ["row", "cells", "AP", "F.Ra", "FWT", "BWT", *(["unseen"] if transfer else [])]
-    header += ["train s", "source s", "kept", "note"]
+    header += ["trained", "stored", "forward", "train s", "source s", "kept", "note"]
     rows = []
     for row in comparison.config.rows:
         group = groups[row.name]
@@ -230,6 +249,9 @@ def results(comparison: Comparison, records: Sequence[Record]) -> Results:
                 row.name,
                 str(len(group)) if len(group) == expected else f"{len(group)} of {expected}",
                 *map(_spread, figures),
+                _mean([n / 1000 for record in group if (n := record.trained_parameters) is not None], "{:.0f} k"),
+                _mean([size / 1024 for record in group if (size := record.stored_bytes) is not None], "{:.0f} KiB"),
+                _mean([cost for record in group if (cost := record.forward_cost) is not None], "× {:.2f}"),
                 _mean([record.seconds.get("train", 0.0) for record in group], "{:.0f}"),
                 _mean([record.source_seconds for record in group], "{:.0f}"),
                 _mean([kept / 1024 for record in group if (kept := record.source_bytes) is not None], "{:.1f} KiB"),
@@ -238,7 +260,8 @@ def results(comparison: Comparison, records: Sequence[Record]) -> Results:
         )
     attention = _attention(used) if comparison.config.attention else ()
     remarks = _remarks(comparison, records, used)
-    return Results(f"Comparison {comparison.name}", tuple(header), tuple(rows), remarks, attention)
+    progress = tuple((name, _progress(group)) for name, group in groups.items() if group)
+    return Results(f"Comparison {comparison.name}", tuple(header), tuple(rows), remarks, attention, progress)
 
 
 def check_markers(path: Path, name: str) -> None:
@@ -324,6 +347,12 @@ def _attention(records: Sequence[Record]) -> tuple[tuple[str, ...], ...]:
                 rows.append((label, str(version + 1), *cells, short_name(group[0].tasks[task])))
     header = ("row", "version", *(f"block {block + 1}" for block in range(blocks)), "on task")
     return (header, *rows) if rows else ()
+
+
+def _progress(records: Sequence[Record]) -> tuple[float, ...]:
+    """Mean over records of AP over the tasks so far, after each task that all of them have learnt."""
+    rows = zip(*(record.scores for record in records), strict=False)
+    return tuple(fmean(fmean(scores) for scores in of_all) for of_all in rows)
 
 
 def _transfer(record: Record) -> float | None:

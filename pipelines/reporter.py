@@ -57,7 +57,7 @@ class Reporter:
         self.console = wide_console()
         self.records: dict[Stage, StageRecord] = {}
         self.versions: list[int | None] = []
-        self._store = store
+        self.store = store
         self._publisher = publisher
         self._label = label
 
@@ -74,7 +74,7 @@ class Reporter:
         if event.kind == "finished" and stage.kind not in UNTOLD:
             self._say(f"{stage.name} finished in {event.record.seconds:.0f} s")
         if self._publisher is not None and "curve" in event.record.metrics:
-            self._publisher.stage(event.record, read_curve(event.record, self._store))
+            self._publisher.stage(event.record, read_curve(event.record, self.store))
         elif self._publisher is not None and stage.kind == "quality":
             self._publisher.stage(event.record, None)
         self._publish_rows()
@@ -89,12 +89,12 @@ class Reporter:
 
     def manifest(self, index: int) -> Manifest:
         """Version ``index`` (from 0) of the pool."""
-        return read_manifest(self.records[self.experiment.graph.train[index]], self._store)
+        return read_manifest(self.records[self.experiment.graph.train[index]], self.store)
 
     @cached_property
     def findings(self) -> Findings:
         """All there is to say of the sequence; to be asked for once it has ended."""
-        return collect(self.experiment, self.records, self._store, len(self.experiment.tasks))
+        return collect(self.experiment, self.records, self.store, len(self.experiment.tasks))
 
     def summary(self) -> dict[str, Any]:
         """The figures of the end, for scripts."""
@@ -231,7 +231,7 @@ class Reporter:
         """How version ``index`` attends: each task's weight of its own block and its KL, and the new block's start."""
         graph = self.experiment.graph
         weights = self.records[graph.attend[index]].metrics["weights"]
-        start, end = gate_ends(read_curve(self.records[graph.train[index]], self._store))
+        start, end = gate_ends(read_curve(self.records[graph.train[index]], self.store))
         figures = {"gate/first_steps": start, "gate/end": end}
         for name, row, kl, own in zip(graph.tasks, weights, moved(manifest, weights), range(index + 1), strict=False):
             figures |= {f"own_weight/{name}": row[own], f"attention_kl/{name}": kl}

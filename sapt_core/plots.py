@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 Ragged = Sequence[Sequence[float]]
@@ -71,6 +72,22 @@ def alignment_map(tasks: Sequence[str], versions: Sequence[Sequence[float] | Non
     axes.set_xlabel("attention of")
     bar = figure.colorbar(image, ax=axes, label="KL, nats", shrink=0.9, extend="max")
     bar.ax.axhline(limit, color=INK, lw=1)
+    return _png(figure)
+
+
+def average_performance(rows: Sequence[tuple[str, Sequence[float]]]) -> bytes:
+    """A line a row of a comparison: AP over the tasks so far, after each task."""
+    figure = _figure(9.5, 4.6)
+    axes = figure.add_subplot()
+    for (name, values), style in zip(rows, cycle(("-", "--", ":")), strict=False):
+        axes.plot(range(1, len(values) + 1), values, style, lw=1.5, marker=".", label=name)
+    axes.set_xlabel("tasks learnt")
+    axes.set_ylabel("AP on the tasks so far")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(axis="y", color=PALE, lw=0.6)
+    axes.spines[:].set_color(PALE)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8, frameon=False)
     return _png(figure)
 
 

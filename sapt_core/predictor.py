@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -30,10 +31,18 @@ class Prediction:
 class Predictor:
     """A pool version on its backbone, ready to answer."""
 
-    def __init__(self, manifest: Manifest, model: SaptModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        attach: Callable[[str | None], SaptModel],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        is_encoder_decoder: bool,
+    ) -> None:
         self.manifest = manifest
-        self._model = model
+        self._attach = attach
         self._tokenizer = tokenizer
+        self._is_encoder_decoder = is_encoder_decoder
 
     @classmethod
     def load(cls, manifest: bytes, store: BlobStore) -> Predictor:
@@ -46,13 +55,19 @@ class Predictor:
         """
         parsed = Manifest.from_bytes(manifest)
         backbone, tokenizer = load_backbone(parsed.backbone, store)
-        model = SaptModel(backbone, load_pool(parsed, store, backbone))
-        return cls(parsed, model.to(default_device()), tokenizer)
+
+        @cache
+        def attach(task: str | None) -> SaptModel:
+            return SaptModel(backbone, load_pool(parsed, store, backbone, task)).to(default_device())
+
+        # Everything that can be wrong with a version shows before anything is asked.
+        attach(parsed.tasks[0].name if parsed.method.needs_task else None)
+        return cls(parsed, attach, tokenizer, is_encoder_decoder=bool(backbone.config.is_encoder_decoder))
 
     def predict(
         self, texts: Sequence[str], tasks: Sequence[LearntTask | None] | None = None, batch_size: int = 32
     ) -> list[Prediction]:
-        """Answer texts; the shared attention chooses the mix by itself, whether a task is named or not.
+        """Answer texts; the method chooses the mix by itself, whether a task is named or not, unless it needs the task.
 
         Prompts that are longer than what the version was trained on lose tokens from the middle of their input,
         as they did in training.
@@ -64,35 +79,41 @@ class Predictor:
 
         Returns:
             A prediction a text, in the same order.
+
+        Raises:
+            SnapshotError: the method needs the task, and a text has none.
         """
-        if not texts:
-            return []
         groups: dict[LearntTask | None, list[int]] = {}
         for index, task in enumerate(tasks or [None] * len(texts)):
             groups.setdefault(task, []).append(index)
-        rows: dict[int, dict[str, Any]] = {}
+        told = self.manifest.method.needs_task
+        asked: dict[str | None, dict[int, dict[str, Any]]] = {}
         for task, indices in groups.items():
+            place = self.manifest.index_of(None if task is None else task.name) if told else None
+            rows = asked.setdefault(None if place is None else self.manifest.tasks[place].name, {})
             for index, prompt in zip(indices, self._encode([texts[index] for index in indices], task), strict=True):
                 rows[index] = prompt.row
-        answers, weights = answer(
-            self._model,
-            self._tokenizer,
-            [rows[index] for index in range(len(texts))],
-            EvaluationConfig(batch_size=batch_size),
-            max_new_tokens=max(task.max_target_tokens for task in self.manifest.tasks),
-            precision="auto",
-        )
-        return [
-            Prediction(text, dict(zip(self.manifest.block_names, row.tolist(), strict=True)))
-            for text, row in zip(answers, weights, strict=True)
-        ]
+        found: dict[int, Prediction] = {}
+        for name, rows in asked.items():
+            answers, weights = answer(
+                self._attach(name),
+                self._tokenizer,
+                [rows[index] for index in sorted(rows)],
+                EvaluationConfig(batch_size=batch_size),
+                max_new_tokens=max(task.max_target_tokens for task in self.manifest.tasks),
+                precision="auto",
+            )
+            blocks = self.manifest.blocks_for(name)
+            for index, text, row in zip(sorted(rows), answers, weights, strict=True):
+                found[index] = Prediction(text, dict(zip(blocks, row.tolist(), strict=True)))
+        return [found[index] for index in range(len(texts))]
 
     def _encode(self, texts: Sequence[str], task: LearntTask | None) -> list[EncodedPrompt]:
         longest = max(learnt.max_source_tokens for learnt in self.manifest.tasks)
         encoder = PromptEncoder(
             self._tokenizer,
             max_source_tokens=longest if task is None else task.max_source_tokens,
-            is_encoder_decoder=self._model.is_encoder_decoder,
+            is_encoder_decoder=self._is_encoder_decoder,
         )
         if task is None:
             return encoder.prompts("none", "", texts)

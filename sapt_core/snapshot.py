@@ -121,6 +121,18 @@ class Manifest(BaseModel):
         grows = self.method.pool == "block per task"
         return tuple(task.name for task in self.tasks) if grows else ("all tasks",)
 
+    def chosen(self, task: str | None) -> Sequence[int]:
+        """Indices of the blocks that answer; a ``task`` is looked at where the method needs one.
+
+        Raises:
+            SnapshotError: the method needs a task that the version has learnt, and this is none.
+        """
+        return self.method.active(self.index_of(task)) if self.method.needs_task else range(len(self.blocks))
+
+    def blocks_for(self, task: str | None) -> tuple[str, ...]:
+        """The names of the blocks that answer, as ``chosen``."""
+        return tuple(self.block_names[index] for index in self.chosen(task))
+
     def index_of(self, task: str | None) -> int:
         """The place of a task that the version has learnt.
 
@@ -181,10 +193,7 @@ def load_pool(manifest: Manifest, store: BlobStore, backbone: PreTrainedModel, t
             method that needs one, or one that the version has not learnt.
         StoreError: a blob is missing or damaged.
     """
-    chosen: Sequence[int] = range(len(manifest.blocks))
-    if manifest.method.needs_task:
-        chosen = manifest.method.active(manifest.index_of(task))
-    return load_blocks(manifest, store, backbone, chosen)
+    return load_blocks(manifest, store, backbone, manifest.chosen(task))
 
 
 def load_blocks(manifest: Manifest, store: BlobStore, backbone: PreTrainedModel, chosen: Sequence[int]) -> PETPool:

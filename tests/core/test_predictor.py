@@ -11,6 +11,7 @@ import torch
 from sapt_core.backbone import identify, load_backbone, store_backbone
 from sapt_core.benchmarks.templates import TEMPLATES
 from sapt_core.errors import SaptError, SnapshotError, StoreError
+from sapt_core.methods.base import find_method
 from sapt_core.pool import new_pool
 from sapt_core.predictor import Predictor, find_task
 from sapt_core.settings import AttentionConfig, BackboneConfig
@@ -169,3 +170,27 @@ def test_damage_is_found_when_it_is_loaded(store: DictStore, tmp_path: Path) -> 
     del store.blobs[manifest.blocks[1]]
     with pytest.raises(StoreError, match="missing or damaged"):
         Predictor.load(swapped.to_bytes(), store)
+
+
+def test_an_oracle_answers_each_text_with_its_tasks_block(store: DictStore, tmp_path: Path) -> None:
+    mixed = version(store, tmp_path / "t5")
+    changes = {"method": find_method("per_task").model_validate({}), "attention": None, "router": None}
+    oracle = mixed.model_copy(update=changes)
+    predictor = Predictor.load(oracle.to_bytes(), store)
+    tasks = [TASKS[2], TASKS[0], TASKS[2], TASKS[1]]
+    found = predictor.predict(TEXTS, tasks)
+    assert [dict(prediction.weights) for prediction in found] == [{task.name: 1.0} for task in tasks]
+    for index, task in enumerate(TASKS[:3]):
+        alone = oracle.model_copy(
+            update={
+                "method": find_method("sequential").model_validate({}),
+                "tasks": (task,),
+                "blocks": (oracle.blocks[index],),
+                "targets": ((1.0,),),
+            }
+        )
+        plain = Predictor.load(alone.to_bytes(), store).predict(TEXTS, [task] * len(TEXTS))
+        told = predictor.predict(TEXTS, [task] * len(TEXTS))
+        assert [each.text for each in told] == [each.text for each in plain]
+    with pytest.raises(SnapshotError, match="only where the task is told, and none is named"):
+        predictor.predict(TEXTS)

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from pipelines import continual, predict
+from pipelines import continual, predict, report
 from sapt_core import backbone, generator
+from sapt_core.methods.base import known_methods
 from sapt_core.snapshot import Manifest
 from tests.pipelines.commands import TINY, Finished, Outcome, command
 
@@ -62,7 +63,7 @@ def test_pairs_are_kept_beside_the_inputs_that_are_reflected_on(
     # A backbone this small writes no pair within seconds, and its tokenizer not even the marker.
     pairs = {"a grey fox ran": "fox", "a red hen sat": "sat"}
     counts = {"generated": 4, "malformed": 2, "empty": 0, "duplicate": 0}
-    monkeypatch.setattr(generator, "_sample", lambda *_, **__: (pairs, counts))
+    monkeypatch.setattr(generator, "sample", lambda *_, **__: (pairs, counts))
     monkeypatch.setattr(backbone, "check_writable", lambda *_: None)
     _, added = run(call, copied.store, "attention.temperature=5", "generator.content=pairs")
     record = added["pseudo_samples[00 animal]"]
@@ -79,7 +80,7 @@ def test_a_task_without_any_pair_is_counted_and_not_reflected_on(
     copied: Finished, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counts = {"generated": 4, "malformed": 4, "empty": 0, "duplicate": 0}
-    monkeypatch.setattr(generator, "_sample", lambda *_, **__: ({}, counts))
+    monkeypatch.setattr(generator, "sample", lambda *_, **__: ({}, counts))
     monkeypatch.setattr(backbone, "check_writable", lambda *_: None)
     _, added = run(call, copied.store, "generator.content=pairs")
     metrics = added["pseudo_samples[00 animal]"]["metrics"]
@@ -150,3 +151,33 @@ def test_a_decoder_only_backbone_end_to_end(
     assert [len(row) for row in summary["scores"]] == [1, 2]
     assert added["train[01 basket]"]["metrics"]["last"]["kl"] >= 0
     assert manifest(tmp_path / "store", summary["snapshot"]).backbone.path == "llama"
+
+
+METHODS = [
+    *((name, method.pet_types[0]) for name, method in known_methods().items() if not method.shared_attention),
+    ("sequential", "full"),
+]
+# The tiny backbone has 2 layers of 2 heads in encoder and decoder each; learning to write takes longer than seconds.
+FITTING = {"seekr": ("method.layers=4", "method.heads=3"), "lfpt5": ("method.max_tokens=24", "method.max_attempts=1")}
+
+
+@pytest.mark.parametrize(("method", "kind"), METHODS)
+def test_every_method_end_to_end(copied: Finished, tmp_path: Path, call: Call, method: str, kind: str) -> None:
+    """Trained, scored, reported and asked, without any of these knowing its name."""
+    overrides = [f"method.name={method}", *FITTING.get(method, ())]
+    overrides += {"prompt": ["pet.type=prompt", "pet.length=3"], "full": ["pet.type=full"]}.get(kind, [])
+    summary, added = run(call, copied.store, *overrides)
+    assert not [name for name in added if name.startswith(("prepare", "pseudo_samples", "attend", "quality"))]
+    assert summary["method"] == method
+    assert len(summary["scores"]) == 2
+    kept = manifest(copied.store, summary["snapshot"])
+    assert kept.pet.type == kind
+    metrics = added["train[01 basket]"]["metrics"]
+    assert metrics["trained_parameters"] > 0
+    assert metrics["forward_cost"] == 1 if kind == "full" else metrics["forward_cost"] > 1
+    arguments = [*command(copied.store)[2:], *overrides, "--out", str(tmp_path / "report")]
+    reported = call(report.main, arguments)
+    assert reported.code == 0, reported.err
+    asked = ["--snapshot", summary["snapshot"], "--task", "animal", "--input", "ada met a grey fox."]
+    answered = call(predict.main, [*asked, f"store.uri={copied.store}"])
+    assert answered.code == 0, answered.err
