@@ -53,7 +53,9 @@ class _ListMethods(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         methods = known_methods()
         width = max(map(len, methods))
-        parser.exit(message="".join(f"{name:{width}}  {found.summary}\n" for name, found in methods.items()))
+        for name, found in methods.items():
+            print(f"{name:{width}}  {found.summary}")
+        parser.exit()
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from pipelines import bodies, cli, compare
 from pipelines.comparison import Comparison, ComparisonConfig, Row, load_comparison
 from pipelines.records import Figures, Machine, Record, read_records, results, write_markdown
 from sapt_core.errors import ConfigError, DataError, SaptError
+from sapt_core.methods.base import known_methods
 from sapt_core.settings import TrackingConfig
 from tests.pipelines.commands import QUICKSTART, ROOT, TINY, Outcome, records
 
@@ -79,7 +80,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Compared:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compare, "InlineExecutor", Interrupted)
         interrupted = in_process(["--config", str(path), "--inline"])
-    then = tuple(sorted(file.name for file in (folder / "results").iterdir()))
+    then = tuple(sorted(file.name for file in (folder / "results").glob("*.json")))
     names = tuple(name for name, _ in records(folder / "store").values())
     (folder / "results.md").write_text(MARKED)
     outcome = in_process(["--config", str(path), "--inline", "--markdown", str(folder / "results.md")])
@@ -112,7 +113,7 @@ def again(compared: Compared, tmp_path: Path) -> Path:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    return {path.name: path.read_text() for path in (folder / "results").iterdir()}
+    return {path.name: path.read_text() for path in (folder / "results").glob("*.json")}
 
 
 def test_what_cells_share_runs_once(compared: Compared) -> None:
@@ -259,7 +260,7 @@ def test_sequences_are_children_of_the_comparisons_run(
     runs = client.search_runs([client.get_experiment_by_name("unit").experiment_id])
     (parent,) = [run for run in runs if PARENT not in run.data.tags]
     assert (parent.info.run_name, parent.info.status) == ("compare tiny", "FINISHED")
-    assert [file.path for file in client.list_artifacts(parent.info.run_id)] == ["tiny.md"]
+    assert [file.path for file in client.list_artifacts(parent.info.run_id)] == ["ap_after_each_task.png", "tiny.md"]
     sequences = {run.info.run_name: run for run in runs if run.data.tags.get(PARENT) == parent.info.run_id}
     assert set(sequences) == {"SAPT seed 0", "no reflection seed 0"}
     for run in sequences.values():
@@ -486,3 +487,11 @@ def test_what_ships_validates(shipped: Path) -> None:
     assert str(found.config.results) == f"docs/results/{found.name}"
     head = shipped.read_text().splitlines()[1]
     assert head.startswith(f"# python pipelines/compare.py --config pipelines/configs/{shipped.name}")
+
+
+def test_methods_are_listed_a_line_each(call: Call) -> None:
+    listed = call(compare.main, ["--list-methods"])
+    assert listed.code == 0
+    lines = listed.out.splitlines()
+    assert [line.split()[0] for line in lines] == sorted(known_methods())
+    assert "am_lora      attention over the LoRAs' own features in every layer (AM-LoRA, arXiv 2409.19611)" in lines
