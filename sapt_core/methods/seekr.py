@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers import PretrainedConfig
 
 from sapt_core.collate import Batch, Collator
-from sapt_core.device import autocast
+from sapt_core.device import autocast, default_device
 from sapt_core.errors import BackboneError
 from sapt_core.memory import choose, pack
 from sapt_core.methods.base import Lesson, Method, Plan
@@ -64,6 +64,7 @@ class Seekr(Method):
 
     def begin(self, lesson: Lesson) -> Plan:
         """Choose the task's own memory, note its attention before, and replay that of the earlier ones."""
+        lesson.model.to(default_device())
         lesson.notes["usual"] = lesson.model.backbone.config._attn_implementation
         lesson.model.backbone.set_attn_implementation(EAGER)
         rows = choose(lesson.rows, self.share, step_seed(lesson.seed, "memory"))
