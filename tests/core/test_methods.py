@@ -97,8 +97,6 @@ def test_every_method_learns_a_sequence_and_answers_from_its_versions(method: st
     after = backbone.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(value, after[key]) for key, value in before.items())
-    again = sequence(DictStore(), method=options, name=name, pet=pet)
-    assert again[-1].digest == last.digest
 
 
 @pytest.mark.parametrize("method", sorted(known_methods()))

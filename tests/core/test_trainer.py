@@ -43,6 +43,21 @@ def reflection(batch_size: int = 3, *, per_micro_batch: bool = False) -> Reflect
     return Reflection(memories, batch_size, weight=0.7, per_micro_batch=per_micro_batch)
 
 
+class OldWeight:
+    """Half of each row's weight of the oldest block; a penalty that reaches the router."""
+
+    weight = 0.5
+    name = "old"
+
+    def per_row(self, model: SaptModel) -> Tensor:
+        assert model.weights is not None
+        return model.weights[:, 0]
+
+
+def with_both() -> Objective:
+    return Objective((reflection(),), penalties=(OldWeight(),))
+
+
 def learn(
     model: SaptModel,
     *,
@@ -166,6 +181,22 @@ def test_training_equals_a_naive_loop(name: str, objective: Objective, changes: 
     assert moved > 0.05
 
 
+def test_a_penalty_is_the_mean_over_the_rows_of_a_step() -> None:
+    """Its value, and that its gradient moves what is trained: with a great weight it falls."""
+    model = sapt_model("t5")
+    heavy = OldWeight()
+    heavy.weight = 50.0
+    curve = learn(model, objective=Objective(penalties=(heavy,)), epochs=6)
+    fresh = sapt_model("t5")
+    lengths = [len(row["prompt_ids"]) + len(row["answer_ids"]) for row in ROWS]
+    first = epoch_batches(lengths, 4, 3, 0)[0]
+    with torch.no_grad():
+        fresh(Collator(PAD, is_encoder_decoder=True)([ROWS[i] for i in first]))
+    assert fresh.weights is not None
+    assert curve[0]["old"] == pytest.approx(fresh.weights[:, 0].mean().item(), rel=1e-4)
+    assert curve[-1]["old"] < 0.5 * curve[0]["old"]
+
+
 def test_it_learns() -> None:
     curve = learn(sapt_model("llama"), objective=Objective(), epochs=40)
     assert curve[-1]["loss"] < 0.5 * curve[0]["loss"]
@@ -175,8 +206,9 @@ def test_it_learns() -> None:
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_gradient_accumulation_changes_nothing(name: str, size: int) -> None:
     whole, parts = sapt_model(name), sapt_model(name)
-    curve = learn(whole, epochs=1)
-    split = learn(parts, epochs=1, micro_batch_size=size)
+    curve = learn(whole, objective=with_both(), epochs=1)
+    split = learn(parts, objective=with_both(), epochs=1, micro_batch_size=size)
+    assert all(0 < entry["old"] < 1 for entry in curve)
     for given, entry in zip(split, curve, strict=True):
         assert given == pytest.approx(entry, rel=1e-4, abs=1e-5)
     assert_same(whole, parts, atol=1e-4)
@@ -362,7 +394,7 @@ def one_of_two(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     for name, size in (("t5", None), ("llama", 1)):
         model = sapt_model(name)
-        curve = learn(model, rows=ROWS[:9], micro_batch_size=size)
+        curve = learn(model, objective=with_both(), rows=ROWS[:9], micro_batch_size=size)
         save_file(trainable(model), Path(folder, f"{name}-{rank}.safetensors"))
         Path(folder, f"{name}-{rank}.json").write_text(json.dumps(curve))
     torch.distributed.destroy_process_group()
@@ -376,7 +408,7 @@ def test_two_workers_learn_what_one_does(tmp_path: Path) -> None:
     mp.spawn(one_of_two, args=(port, str(tmp_path)), nprocs=2)
     for name in ("t5", "llama"):
         alone = sapt_model(name)
-        curve = learn(alone, rows=ROWS[:9])
+        curve = learn(alone, objective=with_both(), rows=ROWS[:9])
         states = [load_file(tmp_path / f"{name}-{rank}.safetensors") for rank in (0, 1)]
         assert same_bits(*states)
         both = copy.deepcopy(trainable(alone))
