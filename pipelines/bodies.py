@@ -307,7 +307,7 @@ def _score(
     precision: Any,
     max_target_tokens: int,
 ) -> tuple[float, Tensor, list[dict[str, Any]]]:
-    rows: list[dict[str, Any]] = list(task.test)
+    rows: list[dict[str, Any]] = list(getattr(task, config.split))
     try:
         texts, weights = answer(model, tokenizer, rows, config, max_new_tokens=max_target_tokens, precision=precision)
     finally:

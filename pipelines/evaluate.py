@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def evaluate(manifest: Manifest, store: BlobStore, tasks: Sequence[Task], config: ExperimentConfig) -> dict[str, Any]:
-    """Scores (0 to 100) and mean mixture weights of a version on the test rows of ``tasks``.
+    """Scores (0 to 100) and mean mixture weights of a version on the rows of ``tasks`` that are scored.
 
     Args:
         manifest: the version.
@@ -79,7 +79,7 @@ def evaluate(manifest: Manifest, store: BlobStore, tasks: Sequence[Task], config
                 "rows": len(predictions),
                 "metric": task.metric,
                 "score": score,
-                "weights": dict(zip(manifest.block_names, weights.mean(dim=0).tolist(), strict=True)),
+                "weights": dict(zip(manifest.blocks_for(task.name), weights.mean(dim=0).tolist(), strict=True)),
             }
         )
     return {"snapshot": manifest.digest, "method": manifest.method.name, "learnt": learnt, "tasks": rows}

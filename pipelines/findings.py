@@ -35,7 +35,7 @@ class AttentionFindings:
 
     Attributes:
         learnt: row j is task j's attention when it was learnt, over the j+1 blocks there were.
-        test: entry i is version i: row j the weights that task j's test rows were answered with.
+        test: entry i is version i: row j the weights that task j's scored rows were answered with.
         dev: the same on dev rows; None for a version where it was not measured.
         kl: entry i is version i: KL of each task's attention when learnt from that on its dev rows now.
     """

@@ -25,7 +25,6 @@ from sapt_core.trainer import step_seed
 # so a split's tokens stand for them.
 KEPT_FROM = frozenset({"train.arrow"})
 LEARNT_FROM = frozenset({"train.arrow", "dev.arrow"})
-SCORED_ON = frozenset({"test.arrow", "meta.json"})
 SAMPLED = frozenset({"samples"})
 ATTENDED_ON = frozenset({"dev.arrow"})
 ROUTED_BY = frozenset({"manifest"})
@@ -229,7 +228,7 @@ class _Learner:
                 "attention": attention.model_dump(mode="json"),
                 "reflection": reflection.model_dump(mode="json", exclude={"source", "data_dir", "share", "rank"}),
                 "train": config.train.model_dump(mode="json", exclude={"checkpoint_every_steps"}),
-                "evaluation": evaluation.model_dump(mode="json", exclude={"single_task"}),
+                "evaluation": evaluation.model_dump(mode="json", exclude={"single_task", "split"}),
                 "seed": step_seed(config.seed, task.name),
                 "backbone": self.backbone,
                 "learnt": LearntTask(
@@ -296,7 +295,7 @@ class _Learner:
                 **reads,
             },
             inputs=inputs,
-            uses={"task": SCORED_ON},
+            uses={"task": frozenset({f"{config.evaluation.split}.arrow", "meta.json"})},
             cpus=config.cluster.cpus_per_worker,
             gpus=config.cluster.gpus_per_worker,
         )

@@ -154,7 +154,8 @@ class Reporter:
     def show_end(self) -> None:
         """Print the score matrix, its summaries and what to type next."""
         matrix, config = self.matrix(), self.experiment.config
-        table = Table(title=f"Scores of {config.method.name}, row i after task i", title_justify="left")
+        rows = "" if config.evaluation.split == "test" else f", {config.evaluation.split} rows"
+        table = Table(title=f"Scores of {config.method.name}, row i after task i{rows}", title_justify="left")
         table.add_column("after")
         for index, name in enumerate(matrix.tasks):
             table.add_column(f"{index} {short_name(name)}", justify="right")

@@ -73,7 +73,7 @@ def warnings(findings: Findings) -> Section:
 
 def scores(findings: Findings) -> Section:
     """The score matrix."""
-    matrix, tasks = findings.matrix, findings.tasks
+    matrix, tasks, split = findings.matrix, findings.tasks, findings.experiment.config.evaluation.split
     rows = [
         (f"after {name}", *_padded(map(_one, row), len(tasks))) for name, row in zip(tasks, matrix.rows, strict=True)
     ]
@@ -86,7 +86,7 @@ def scores(findings: Findings) -> Section:
         "learnt.",
         plots.score_map(tasks, matrix.rows),
     )
-    table = Table("Scores, 0 to 100, on the test rows", ("", *tasks), tuple(rows), folded=True)
+    table = Table(f"Scores, 0 to 100, on the {split} rows", ("", *tasks), tuple(rows), folded=True)
     return Section("scores", "Scores", (plot, table))
 
 
@@ -95,10 +95,10 @@ def attention(findings: Findings) -> Section | None:
     found, tasks = findings.attention, findings.tasks
     if found is None:
         return None
-    blocks = findings.manifest.block_names
+    blocks, split = findings.manifest.block_names, findings.experiment.config.evaluation.split
     now = f"after {tasks[-1]}"
-    maps = [("when learnt", found.learnt), (f"{now}, test rows", found.test[-1])]
-    if found.dev[-1] is not None:
+    maps = [("when learnt", found.learnt), (f"{now}, {split} rows", found.test[-1])]
+    if found.dev[-1] is not None and split != "dev":
         maps.insert(1, (f"{now}, dev rows", found.dev[-1]))
     parts: list[Part] = [
         "How much each block takes part in the answers to each task's inputs. Where training and use agree, the maps "
@@ -123,7 +123,7 @@ def attention(findings: Findings) -> Section | None:
     rows = [
         (f"{name}, {kind} rows", *map(_two, weights))
         for j, name in enumerate(tasks)
-        for kind, every in (("dev", found.dev[-1]), ("test", found.test[-1]))
+        for kind, every in {"dev": found.dev[-1], split: found.test[-1]}.items()
         if every is not None
         for weights in (every[j],)
     ]

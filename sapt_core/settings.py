@@ -251,8 +251,11 @@ class TrainConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Decoding of the test rows, without sampling."""
+    """Decoding of the rows that are scored, without sampling."""
 
+    split: Literal["test", "dev"] = Field(
+        "test", description="Rows that scores are of: the test rows, or dev, to choose settings by."
+    )
     batch_size: int = Field(32, ge=1)
     num_beams: int = Field(1, ge=1)
     single_task: bool = Field(True, description="Learn every task alone too: the baseline of FWT.")

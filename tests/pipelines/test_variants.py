@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from pipelines import continual, predict, report
+from pipelines import continual, evaluate, predict, report
 from sapt_core import backbone, generator
 from sapt_core.methods.base import known_methods
 from sapt_core.snapshot import Manifest
@@ -181,3 +181,33 @@ def test_every_method_end_to_end(copied: Finished, tmp_path: Path, call: Call, m
     asked = ["--snapshot", summary["snapshot"], "--task", "animal", "--input", "ada met a grey fox."]
     answered = call(predict.main, [*asked, f"store.uri={copied.store}"])
     assert answered.code == 0, answered.err
+
+
+def test_settings_are_chosen_on_dev_rows(copied: Finished, tmp_path: Path, call: Call) -> None:
+    """Nothing is trained anew, and no test row is looked at."""
+    summary, added = run(call, copied.store, "evaluation.split=dev")
+    assert {name.partition("[")[0] for name in added} == {"evaluate"}
+    assert summary["snapshot"] == copied.snapshot
+    assert {record["metrics"]["rows"] for record in added.values()} == {2}  # a tenth of 24 train rows
+    ended = call(continual.main, [*command(copied.store)[2:], "evaluation.split=dev"])
+    assert "row i after task i, dev rows" in " ".join(ended.out.split())
+    reported = call(
+        report.main, [*command(copied.store)[2:], "evaluation.split=dev", "--out", str(tmp_path / "report")]
+    )
+    assert reported.code == 0, reported.err
+    page = (tmp_path / "report/index.html").read_text()
+    assert "on the dev rows" in page
+    assert "test rows" not in page
+
+
+def test_an_oracle_is_scored_again_on_what_it_has_learnt_alone(copied: Finished, call: Call) -> None:
+    summary, _ = run(call, copied.store, "method.name=per_task")
+    arguments = [word for word in command(copied.store)[2:] if word != "--inline"]
+    asked = ["--snapshot", summary["snapshot"], "method.name=per_task"]
+    scored = call(evaluate.main, [*arguments, *asked])
+    assert scored.code == 0, scored.err
+    assert "animal 100%" in scored.out
+    assert "basket 100%" in scored.out
+    refused = call(evaluate.main, [*arguments, *asked, "benchmark.tasks=animal,stock"])
+    assert refused.code == 2
+    assert "it has not learnt stock; it knows: animal, basket" in refused.err
