@@ -44,7 +44,12 @@ class RayExecutor:
 
     def submit(self, stage: Stage, key: str, inputs: Mapping[str, StageRecord]) -> Ref:
         alone = replace(stage, inputs={})  # their records travel, not the graph behind them
-        options: dict[str, Any] = {"name": stage.name, "max_retries": self._cluster.max_failures}
+        # By name, so that stages that a trial starts are not squeezed into the place that Tune holds for the trial.
+        options: dict[str, Any] = {
+            "name": stage.name,
+            "max_retries": self._cluster.max_failures,
+            "scheduling_strategy": "DEFAULT",
+        }
         if stage.workers:
             # Actors do not inherit the driver's address, and Ray Train's clean-up asks the cluster by it.
             address = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}

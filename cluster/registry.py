@@ -168,6 +168,11 @@ class PoolRegistry:
             run_id=found.run_id or None,
         )
 
+    def set_alias(self, alias: str, version: int) -> None:
+        """Give a version an alias, which it takes from the one that had it."""
+        with reported(self.config.uri):
+            client_of(self.config.uri).set_registered_model_alias(self.config.model, alias, str(version))
+
     def load_manifest(self, reference: str) -> tuple[bytes, StoreConfig, PoolVersion]:
         """The manifest of a version, verified, and the store that has its blobs.
 

@@ -32,7 +32,7 @@ from pipelines.records import (
     read_records,
     record_of,
     results,
-    write_markdown,
+    write_between_markers,
     write_record,
 )
 from pipelines.reporter import Reporter, git_commit, wide_console
@@ -65,7 +65,7 @@ def main() -> None:
     for name in arguments.rows or ():
         comparison.row(name)
     if arguments.markdown is not None:
-        check_markers(arguments.markdown, comparison.name)
+        check_markers(arguments.markdown, f"compare:{comparison.name}")
     folder = comparison.config.results
     keys = {record.place: record.key for record in read_records(folder)}
     console = wide_console()
@@ -94,7 +94,7 @@ def main() -> None:
     if plot is not None:
         cli.write_output(folder / PLOT, plot)
     if arguments.markdown is not None:
-        write_markdown(arguments.markdown, comparison, made)
+        write_between_markers(arguments.markdown, f"compare:{comparison.name}", made.markdown())
     if failed:
         _raise(failed)
 

@@ -63,6 +63,11 @@ class SequenceGraph:
     attend: tuple[Stage, ...]
 
     @property
+    def by_version(self) -> list[Stage]:
+        """What the scores of the versions need, each version's before the next is learnt."""
+        return [stage for version, row in zip(self.train, self.evaluate, strict=True) for stage in (version, *row)]
+
+    @property
     def stages(self) -> list[Stage]:
         """All of them, most urgent first: the chain, then task by task what the chain and the versions wait for."""
         found = list(self.train)

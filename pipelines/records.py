@@ -133,7 +133,7 @@ def record_of(cell: Cell, reporter: Reporter) -> Record:
         snapshot=summary["snapshot"],
         commit=git_commit(),
         written_at=datetime.now(UTC).replace(microsecond=0),
-        machine=_machine(experiment.config.train),
+        machine=machine_of(experiment.config.train),
         sizes={"tasks": len(experiment.tasks), **rows},
         figures=Figures(**_rounded({name: summary[name] for name in Figures.model_fields})),
         tasks=summary["tasks"],
@@ -203,17 +203,17 @@ class Results:
 
     def tables(self) -> list[Table]:
         """For a terminal."""
-        made = [_table(self.title, self.header, self.rows)]
+        made = [text_table(self.title, self.header, self.rows)]
         if self.attention:
-            made.append(_table("Mean attention, after each version", self.attention[0], self.attention[1:]))
+            made.append(text_table("Mean attention, after each version", self.attention[0], self.attention[1:]))
         return made
 
     def markdown(self) -> str:
         """For a file."""
-        parts = [_markdown(self.header, self.rows), *self.remarks]
+        parts = [markdown_table(self.header, self.rows), *self.remarks]
         if self.attention:
             parts.append("Mean attention on each task's test rows, after each version:")
-            parts.append(_markdown(self.attention[0], self.attention[1:]))
+            parts.append(markdown_table(self.attention[0], self.attention[1:]))
         return "\n\n".join(parts) + "\n"
 
 
@@ -265,7 +265,7 @@ def results(comparison: Comparison, records: Sequence[Record]) -> Results:
 
 
 def check_markers(path: Path, name: str) -> None:
-    """Refuse a Markdown file that has no place for the table.
+    """Refuse a Markdown file that has no place for a table, between comments of its ``name`` with begin and end.
 
     Raises:
         SaptError: with what to paste.
@@ -273,19 +273,19 @@ def check_markers(path: Path, name: str) -> None:
     _around_markers(path, name)
 
 
-def write_markdown(path: Path, comparison: Comparison, made: Results) -> None:
-    """Put the table between its markers.
+def write_between_markers(path: Path, name: str, text: str) -> None:
+    """Put a table between its markers.
 
     Raises:
         SaptError: they are not there.
     """
-    before, after = _around_markers(path, comparison.name)
-    cli.write_output(path, f"{before}\n{made.markdown()}{after}")
+    before, after = _around_markers(path, name)
+    cli.write_output(path, f"{before}\n{text}{after}")
 
 
 def _around_markers(path: Path, name: str) -> tuple[str, str]:
     """The file up to the first marker and from the second on."""
-    begin, end = (f"<!-- compare:{name} {place} -->" for place in ("begin", "end"))
+    begin, end = (f"<!-- {name} {place} -->" for place in ("begin", "end"))
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -370,7 +370,8 @@ def _mean(values: Sequence[float], form: str) -> str:
     return form.format(fmean(values)) if values else "–"
 
 
-def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+def text_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A table for a terminal; the first and the last column hold text, the others figures."""
     table = Table(title=title, title_justify="left")
     for index, name in enumerate(header):
         table.add_column(name, justify="left" if index in {0, len(header) - 1} else "right")
@@ -379,13 +380,15 @@ def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     return table
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The same for a file."""
     rule = ["---", *["--:"] * (len(header) - 2), "---"]
     lines = [header, rule, *([cell.replace("|", "\\|") for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _machine(config: TrainConfig) -> Machine:
+def machine_of(config: TrainConfig) -> Machine:
+    """The machine that this process runs on, and the numbers it trains in."""
     auto = "bfloat16" if computes_bfloat16(default_device()) else "float32"
     return Machine(
         cpu=_cpu(),

@@ -182,7 +182,7 @@ def validated(model: type[Values], layers: Sequence[DictConfig], what: str) -> V
         ConfigError: with every fault and its dotted path.
     """
     try:
-        values = OmegaConf.to_container(_merged(layers), resolve=True)
+        values = OmegaConf.to_container(merged(layers), resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{what} cannot be read:", [str(error)]) from error
     try:
@@ -191,7 +191,7 @@ def validated(model: type[Values], layers: Sequence[DictConfig], what: str) -> V
         raise ConfigError(f"{what} is not valid:", _faults(error, model, values)) from error
 
 
-def _merged(layers: Sequence[DictConfig]) -> DictConfig:
+def merged(layers: Sequence[DictConfig]) -> DictConfig:
     """The later layer over the earlier; another kind of PET block or method starts its section anew.
 
     Their fields differ.

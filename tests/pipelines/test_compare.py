@@ -21,7 +21,7 @@ from cluster.stages import InlineExecutor, StageContext, StageResult
 from cluster.tracking import PARENT, client_of
 from pipelines import bodies, cli, compare
 from pipelines.comparison import Comparison, ComparisonConfig, Row, load_comparison
-from pipelines.records import Figures, Machine, Record, read_records, results, write_markdown
+from pipelines.records import Figures, Machine, Record, read_records, results, write_between_markers
 from sapt_core.errors import ConfigError, DataError, SaptError
 from sapt_core.methods.base import known_methods
 from sapt_core.settings import TrackingConfig
@@ -433,7 +433,7 @@ def test_markdown_by_hand(tmp_path: Path) -> None:
         record("plain", 0, 5.0, source_bytes=None, seconds={"train": 4.0}),
         record("gone", 0, 5.0),
     ]
-    write_markdown(path, comparison(), results(comparison(), there))
+    write_between_markers(path, "compare:tiny", results(comparison(), there).markdown())
     assert path.read_text() == (
         "# Results\n<!-- compare:tiny begin -->\n"
         "| row | cells | AP | F.Ra | FWT | BWT | trained | stored | forward | train s | source s | kept | note |\n"

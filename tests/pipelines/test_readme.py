@@ -19,7 +19,7 @@ import requests
 from cluster.registry import PoolRegistry
 from cluster.store import open_store
 from cluster.tracking import Tracker
-from pipelines import compare, continual, evaluate, predict, report
+from pipelines import compare, continual, evaluate, predict, report, sweep
 from sapt_core.benchmarks.synthetic import synthetic_sequence
 from sapt_core.config import load_config
 from sapt_core.settings import BenchmarkConfig, StoreConfig, TrackingConfig
@@ -47,7 +47,7 @@ def commands(program: str, script: str = "") -> list[list[str]]:
 def test_the_tests_below_see_every_command() -> None:
     said = [words for words in COMMANDS if words[0] in RUNS]
     scripts = [words[1] for words in said if words[0] == "python"]
-    named = ("compare", "continual", "evaluate", "predict", "report")
+    named = ("compare", "continual", "evaluate", "predict", "report", "sweep")
     assert sorted(scripts) == [f"pipelines/{name}.py" for name in named]
     assert [len(commands(program)) for program in ("make", "mlflow", "ray")] == [2, 1, 1]
 
@@ -155,3 +155,13 @@ def test_the_ui_starts(migrated_database: Path, unused_port: int) -> None:
             assert answered
         finally:
             os.killpg(process.pid, signal.SIGTERM)  # the server's own workers too
+
+
+def test_a_sweep_ends_in_its_table(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (words,) = commands("python", "sweep")
+    monkeypatch.chdir(tmp_path)
+    given = [word.replace("pipelines/configs", str(ROOT / "pipelines/configs")) for word in words[2:]]
+    ended = call(sweep.main, [*given, *TINY, "train.epochs=1", "evaluation.single_task=false", "--inline"])
+    assert ended.code == 0, ended.out + ended.err
+    assert "Best: reflection.weight=" in ended.out
+    assert len(list(Path("runs/sweeps/quickstart").glob("trial_*.json"))) == 4

@@ -1,0 +1,239 @@
+"""What a sweep varies and how, read from one YAML file and checked before anything starts."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+from omegaconf import OmegaConf
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from pydantic import Field, model_validator
+
+from sapt_core.config import ExperimentConfig, load_config, merged, parsed, read_mapping, validated
+from sapt_core.errors import ConfigError
+from sapt_core.settings import Section
+
+Scalar: TypeAlias = bool | int | float | str
+Point: TypeAlias = dict[str, Scalar]
+"""A value for every swept field, by its dotted name."""
+
+# What a trial may not change: they say what is learnt, where and from which data, not how.
+FIXED = ("seed", "benchmark", "backbone", "store", "tracking", "cluster", "evaluation.split", "diagnostics")
+DIRECTIONS: dict[str, Literal["maximize", "minimize"]] = {"ap": "maximize", "f_ra": "minimize"}
+
+
+class Dimension(Section):
+    """The values of one field: a range of numbers, or a list."""
+
+    low: float | None = None
+    high: float | None = None
+    log: bool = Field(False, description="Draw the logarithm evenly; of a range only.")
+    values: tuple[Scalar, ...] | None = Field(None, min_length=2)
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Dimension:
+        ranged = self.low is not None or self.high is not None
+        if ranged == (self.values is not None):
+            raise ValueError("give either low and high, or values")
+        if not ranged:
+            if self.log:
+                raise ValueError("log is for a range, not for values")
+            return self
+        if self.low is None or self.high is None:
+            raise ValueError("give both low and high")
+        if self.low >= self.high:
+            raise ValueError(f"low {self.low:g} is not below high {self.high:g}")
+        if self.log and self.low <= 0:
+            raise ValueError(f"a log range cannot start at {self.low:g}: give a low above 0")
+        return self
+
+    def distribution(self, field: type) -> BaseDistribution:
+        """The dimension as Optuna draws from it; a ``field`` of whole numbers has steps of 1."""
+        if self.values is not None:
+            return CategoricalDistribution(self.values)
+        assert self.low is not None  # noqa: S101 - validated
+        assert self.high is not None  # noqa: S101
+        if field is int:
+            return IntDistribution(math.ceil(self.low), math.floor(self.high), log=self.log)
+        return FloatDistribution(self.low, self.high, log=self.log)
+
+    def ends(self) -> tuple[Scalar, Scalar]:
+        """Two values of it that differ."""
+        if self.values is not None:
+            return self.values[0], self.values[-1]
+        assert self.low is not None  # noqa: S101 - validated
+        assert self.high is not None  # noqa: S101
+        return self.low, self.high
+
+
+Names = Annotated[tuple[Literal["ap", "f_ra"], ...], Field(min_length=1, max_length=2)]
+
+
+class SweepConfig(Section):
+    """A sweep as its YAML file gives it."""
+
+    base: Path = Field(description="Experiment config, relative to this file.")
+    overrides: tuple[str, ...] = Field((), description="Dotted key=value over the base, for all trials.")
+    space: dict[str, Dimension] = Field(min_length=1, description="Dotted fields and their values.")
+    search: Literal["tpe", "random", "grid"] = Field(
+        "tpe", description="Optuna's TPE, points drawn beforehand, or every combination of values."
+    )
+    trials: int | None = Field(None, ge=1, description="How many; of a grid all combinations.")
+    objectives: Names = Field(("ap",), description="What is looked for; two give a Pareto front.")
+    stop: Literal["none", "asha", "median"] = Field(
+        "none", description="End bad trials early, by AP over the tasks so far: successive halving or the median rule."
+    )
+    grace: int = Field(2, ge=1, description="Tasks that no trial is stopped before.")
+    concurrent: int = Field(1, ge=1, description="Trials at once.")
+    seed: int = Field(0, ge=0, description="Of the search; the trials' own is the base's.")
+    champion: bool = Field(False, description="Register the best trial's versions and give the last the alias.")
+    results: Path = Field(description="Folder of the trials' records, one JSON file each.")
+
+    @model_validator(mode="after")
+    def _belongs_together(self) -> SweepConfig:
+        if self.search == "grid":
+            open_ended = [name for name, dimension in self.space.items() if dimension.values is None]
+            if open_ended:
+                raise ValueError(f"a grid needs values, not ranges: {', '.join(open_ended)}")
+            if self.trials is not None:
+                raise ValueError("a grid has as many trials as combinations: leave trials out")
+        elif self.trials is None:
+            raise ValueError(f"search {self.search} needs trials, how many points are tried")
+        if self.stop != "none" and len(self.objectives) > 1:
+            raise ValueError("stopping early ranks by AP alone: with two objectives set stop: none")
+        return self
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep whose settings are known to be valid.
+
+    Attributes:
+        name: of its tables and its MLflow run.
+        path: of its YAML file.
+        config: what the file says.
+        overrides: of the command line, over every trial.
+        base: the experiment's mapping before a point is laid over it; a trial on another node has no files.
+        kinds: the type of every swept field.
+    """
+
+    name: str
+    path: Path
+    config: SweepConfig
+    overrides: tuple[str, ...]
+    base: Mapping[str, Any]
+    kinds: Mapping[str, type]
+
+    @property
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """Of every field, for Optuna."""
+        return {name: each.distribution(self.kinds[name]) for name, each in self.config.space.items()}
+
+    def experiment(self, point: Mapping[str, Scalar]) -> ExperimentConfig:
+        """The settings of a trial; of no point those of the base.
+
+        Raises:
+            ConfigError: with every fault.
+        """
+        changes = parsed([f"{name}={_written(value)}" for name, value in point.items()])
+        return validated(ExperimentConfig, [OmegaConf.create(dict(self.base)), *changes], f"A trial of {self.path}")
+
+    def corners(self) -> list[Point]:
+        """Two points that differ in every field: what is the same for both is the same for all trials."""
+        both = {name: dimension.ends() for name, dimension in self.config.space.items()}
+        return [{name: ends[side] for name, ends in both.items()} for side in (0, 1)]
+
+    def planned(self) -> list[Point] | None:
+        """The points of a search that does not look at results, in their order; None for one that does."""
+        space = self.config.space
+        if self.config.search == "grid":
+            every = itertools.product(*(dimension.values or () for dimension in space.values()))
+            return [dict(zip(space, values, strict=True)) for values in every]
+        if self.config.search == "random":
+            import optuna  # noqa: PLC0415  a second, and for searches alone
+
+            study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=self.config.seed))
+            return [study.ask(self.distributions).params for _ in range(self.config.trials or 0)]
+        return None
+
+
+def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
+    """Read a sweep and validate its space and the settings at its corners.
+
+    Args:
+        path: of the YAML file.
+        overrides: dotted key=value of the command line, over every trial.
+
+    Raises:
+        ConfigError: with all faults.
+    """
+    config = validated(SweepConfig, [read_mapping(path)], str(path))
+    shared = [*config.overrides, *overrides, "evaluation.split=dev"]
+    base = load_config(path.parent / config.base, shared)
+    faults: list[str] = []
+    kinds: dict[str, type] = {}
+    for name in config.space:
+        if any(name == fixed or name.startswith(f"{fixed}.") for fixed in FIXED):
+            faults.append(f"space.{name}: is the same for all trials of a sweep; set it in the base or in overrides")
+            continue
+        try:
+            kinds[name] = _kind(base, name)
+        except ConfigError as error:
+            faults += [f"space.{fault}" for fault in error.faults]
+    clashes = {item.partition("=")[0] for item in (*config.overrides, *overrides)} & set(config.space)
+    faults += [f"overrides: {name} is swept: leave it out" for name in sorted(clashes)]
+    laid = merged([read_mapping(path.parent / config.base), *parsed(shared)])
+    raw: Any = OmegaConf.to_container(laid, resolve=True)
+    sweep = Sweep(path.stem.removeprefix("sweep_"), path, config, tuple(overrides), raw, kinds)
+    if not faults:
+        for point in sweep.corners():
+            try:
+                sweep.experiment(point)
+            except ConfigError as error:
+                faults += [f"at {describe(point)}: {fault}" for fault in error.faults]
+    if faults:
+        raise ConfigError(f"{path} is not a valid sweep:", list(dict.fromkeys(faults)))
+    return sweep
+
+
+def describe(point: Mapping[str, Scalar]) -> str:
+    """A point for people."""
+    return ", ".join(f"{name}={f'{v:.4g}' if isinstance(v, float) else v}" for name, v in point.items())
+
+
+def _kind(base: ExperimentConfig, name: str) -> type:
+    """The type of a swept field's value in the base.
+
+    Raises:
+        ConfigError: there is no such field, or it is a section.
+    """
+    value: Any = base.model_dump()
+    parts = name.split(".")
+    for place, part in enumerate(parts):
+        if not isinstance(value, Mapping) or part not in value:
+            from difflib import get_close_matches  # noqa: PLC0415  in an error alone
+
+            known = _leaves(base.model_dump())
+            close = get_close_matches(name, known, n=1, cutoff=0.4)
+            there = f"; did you mean {close[0]}?" if close else ""
+            raise ConfigError("", [f"{name}: there is no {'.'.join(parts[: place + 1])}{there}"])
+        value = value[part]
+    if isinstance(value, Mapping | list | tuple):
+        raise ConfigError("", [f"{name}: is a {'section' if isinstance(value, Mapping) else 'list'}, not one value"])
+    return type(value)
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for name, value in values.items():
+        found += _leaves(value, f"{prefix}{name}.") if isinstance(value, Mapping) else [f"{prefix}{name}"]
+    return found
+
+
+def _written(value: Scalar) -> str:
+    """A value as an override has it: all digits, so that a trial is the same wherever it is read."""
+    return str(value).lower() if isinstance(value, bool) else repr(value) if isinstance(value, float) else str(value)
