@@ -23,6 +23,7 @@ Point: TypeAlias = dict[str, Scalar]
 
 # What a trial may not change: they say what is learnt, where and from which data, not how.
 FIXED = ("seed", "benchmark", "backbone", "store", "tracking", "cluster", "evaluation.split", "diagnostics")
+MOST_POINTS = 256
 DIRECTIONS: dict[str, Literal["maximize", "minimize"]] = {"ap": "maximize", "f_ra": "minimize"}
 
 
@@ -142,10 +143,11 @@ class Sweep:
         changes = parsed([f"{name}={_written(value)}" for name, value in point.items()])
         return validated(ExperimentConfig, [OmegaConf.create(dict(self.base)), *changes], f"A trial of {self.path}")
 
-    def corners(self) -> list[Point]:
-        """Two points that differ in every field: what is the same for both is the same for all trials."""
-        both = {name: dimension.ends() for name, dimension in self.config.space.items()}
-        return [{name: ends[side] for name, ends in both.items()} for side in (0, 1)]
+    def lattice(self) -> list[Point]:
+        """Points with every listed value and both ends of every range: what two of them share, trials may share."""
+        values = {name: dimension.values or dimension.ends() for name, dimension in self.config.space.items()}
+        every = itertools.islice(itertools.product(*values.values()), MOST_POINTS)
+        return [dict(zip(values, point, strict=True)) for point in every]
 
     def planned(self) -> list[Point] | None:
         """The points of a search that does not look at results, in their order; None for one that does."""
@@ -162,7 +164,7 @@ class Sweep:
 
 
 def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
-    """Read a sweep and validate its space and the settings at its corners.
+    """Read a sweep and validate its space and the settings at its ends.
 
     Args:
         path: of the YAML file.
@@ -190,11 +192,11 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
     raw: Any = OmegaConf.to_container(laid, resolve=True)
     sweep = Sweep(path.stem.removeprefix("sweep_"), path, config, tuple(overrides), raw, kinds)
     if not faults:
-        for point in sweep.corners():
+        for point in sweep.lattice():
             try:
                 sweep.experiment(point)
             except ConfigError as error:
-                faults += [f"at {describe(point)}: {fault}" for fault in error.faults]
+                faults += [f"at {_named(point, fault)}: {fault}" for fault in error.faults]
     if faults:
         raise ConfigError(f"{path} is not a valid sweep:", list(dict.fromkeys(faults)))
     return sweep
@@ -203,6 +205,12 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
 def describe(point: Mapping[str, Scalar]) -> str:
     """A point for people."""
     return ", ".join(f"{name}={f'{v:.4g}' if isinstance(v, float) else v}" for name, v in point.items())
+
+
+def _named(point: Mapping[str, Scalar], fault: str) -> str:
+    """Of a point what a fault is about, where it says so, so that it is told once and not for every point."""
+    about = {name: value for name, value in point.items() if fault.startswith(f"{name}:")}
+    return describe(about or point)
 
 
 def _kind(base: ExperimentConfig, name: str) -> type:

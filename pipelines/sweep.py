@@ -2,9 +2,9 @@
 
     python pipelines/sweep.py --config pipelines/configs/sweep_quickstart.yaml [key=value ...]
 
-What no swept field reaches is computed once, before the first trial. Each trial leaves a JSON record in the results
-folder; submitted again after any interruption, the same command goes on where it stopped, and with more trials in the
-file it adds them.
+What several trials have in common is computed once, before the first of them. Each trial leaves a JSON record in the
+results folder; submitted again after any interruption, the same command goes on where it stopped, and with more trials
+in the file it adds them.
 """
 
 from __future__ import annotations
@@ -149,7 +149,8 @@ class Running:
         # One that failed is tried again.
         self.before = [each for each in trials.read_trials(self.folder, self.key) if each.state != "failed"]
         self.points = Points.after(sweep, self.before, len(experiment.tasks))
-        self.shared = self.setup.shared()
+        # All that are planned, also those with a record: their stages are done.
+        self.shared = self.setup.shared(sweep.planned() or sweep.lattice())
         self.shared_seconds = 0.0
         self._tracker: Tracker | None = None
         self._parent = ""
@@ -159,10 +160,10 @@ class Running:
         """Print what a run would do."""
         left = self.points.count(self.before)
         states = Counter(plan(self.shared, self.store).values())
-        whole = len(self.setup.graph(self.sweep.corners()[0]).by_version)
+        whole = len(self.setup.graph({}).by_version)
         self._console.print(
             f"Sweep {self.sweep.name}: {left} trials to run, {len(self.before)} have their record; each has {whole} "
-            f"stages of training and scoring. All of them share {len(self.shared)} stages, which run first: "
+            f"stages of training and scoring. {len(self.shared)} stages, of which several trials have need, run first: "
             f"{states['done']} are done.",
             markup=False,
         )
@@ -236,13 +237,15 @@ class Running:
             self._tracker.finish(self._parent, "FINISHED")
 
     def _run_shared(self, executor: Executor[Any]) -> None:
-        """Run what all trials share, so that no two of them begin the same work."""
+        """Run what trials share, so that no two of them begin the same work."""
 
         def tell(event: StageEvent) -> None:
-            if event.record is not None:
-                self.shared_seconds += event.record.seconds
+            if event.record is None:
+                return
+            self.shared_seconds += event.record.seconds
             if event.kind == "finished":
-                self._console.print(f"shared by all trials: {event.stage.name}", markup=False)
+                said = f"shared by trials: {event.stage.name} in {event.record.seconds:.0f} s"
+                self._console.print(said, markup=False)
 
         run_graph(self.shared, self.store, executor, tell)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from statistics import fmean
@@ -94,12 +95,14 @@ class Setup:
         """The stages of a trial."""
         return build_graph(self.sweep.experiment(point), self.tasks, (), self.backbone, self.samples)
 
-    def shared(self) -> list[Stage]:
-        """Stages that no swept field reaches: the same in every trial."""
-        first, second = (self.graph(point) for point in self.sweep.corners())
+    def shared(self, points: Sequence[Mapping[str, Scalar]]) -> list[Stage]:
+        """Stages that several of the trials have in common, each once; their names say what they are of."""
         known: dict[Stage, str] = {}
-        there = {_signature(stage, known) for stage in _closure(second.by_version)}
-        return [stage for stage in _closure(first.by_version) if _signature(stage, known) in there]
+        seen: dict[str, list[Stage]] = {}
+        for point in points:
+            for stage in _closure(self.graph(point).by_version):
+                seen.setdefault(_signature(stage, known), []).append(stage)
+        return _renamed([stages[0] for stages in seen.values() if len(stages) > 1])
 
 
 @dataclass
@@ -205,6 +208,8 @@ class Cost:
         run: of all that was run, the shared ones too.
         alone: of the same trials, each run by itself to its end; a trial that was stopped or failed counts as the
             mean of those that were not.
+
+    What an interrupted sweep had run of a trial counts, when it goes on, as shared.
     """
 
     shared: float
@@ -285,6 +290,23 @@ def study_of(sweep: Sweep, trials: Sequence[TrialRecord], objectives: Sequence[s
         elif each.state == "stopped":
             study.add_trial(optuna.trial.create_trial(**given, state=optuna.trial.TrialState.PRUNED))
     return study
+
+
+def _renamed(stages: Sequence[Stage]) -> list[Stage]:
+    """The stages with those they depend on, under names that no other has."""
+    counts: Counter[str] = Counter()
+    copies: dict[Stage, Stage] = {}
+
+    def copy(stage: Stage) -> Stage:
+        if stage not in copies:
+            inputs = {name: copy(source) for name, source in stage.inputs.items()}
+            counts[stage.name] += 1
+            number = counts[stage.name]
+            name = stage.name if number == 1 else f"{stage.name} {number}"
+            copies[stage] = replace(stage, name=name, inputs=inputs)
+        return copies[stage]
+
+    return [copy(stage) for stage in stages]
 
 
 def _closure(stages: Sequence[Stage]) -> list[Stage]:
