@@ -15,8 +15,8 @@ CONFIGS = Path(__file__).resolve().parents[2] / "pipelines/configs"
 QUICKSTART = CONFIGS / "quickstart.yaml"
 
 
-# Comparisons are files of another kind: tests/pipelines/test_compare.py validates them.
-EXPERIMENTS = sorted(path for path in CONFIGS.glob("*.yaml") if not path.stem.startswith("compare_"))
+# Comparisons and sweeps are files of another kind: test_compare.py and test_sweep.py in tests/pipelines validate them.
+EXPERIMENTS = sorted(path for path in CONFIGS.glob("*.yaml") if not path.stem.startswith(("compare_", "sweep_")))
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
