@@ -10,17 +10,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
+import torch
 from pydantic import BeforeValidator, SerializeAsAny
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sapt_core.blobs import BlobStore
 from sapt_core.blocks.base import PETBlocks
+from sapt_core.collate import Batch
+from sapt_core.device import autocast
 from sapt_core.evaluation import pooled_embeddings
 from sapt_core.model import SaptModel
 from sapt_core.pool import new_blocks
@@ -41,8 +44,8 @@ class Lesson:
     """One task that is to be learnt, and what there is to learn it with.
 
     Attributes:
-        model: the backbone with the pool whose last block is learnt; the pool is on the CPU but while it trains
-            and a method's ``end`` runs.
+        model: the backbone with the pool whose last block is learnt. It may be on the CPU when ``begin`` is called,
+            which may move it, and is where it trained when ``end`` is.
         tokenizer: of the backbone.
         task: tokenised rows.
         learnt: what the next version keeps of the task.
@@ -82,6 +85,20 @@ class Lesson:
     def pooled(self) -> Tensor:
         """Pooled embeddings (N, D) of the train rows."""
         return pooled_embeddings(self.model, self.tokenizer, self.rows)
+
+    def batch(self, row: Row) -> Batch:
+        """One train row as a batch, where the backbone is."""
+        collator = self.model.collator(self.tokenizer.pad_token_id)
+        return collator([row]).to(next(self.model.backbone.parameters()).device)
+
+    @torch.no_grad()
+    def answer_logits(self, row: Row) -> Tensor:
+        """What the model says now of a row's answer tokens (L, V), in float32 on the CPU."""
+        batch = self.batch(row)
+        assert batch.labels is not None  # noqa: S101 - a training batch has labels
+        with autocast(batch.input_ids.device, self.train.precision):
+            logits = self.model(batch)
+        return self.model.answer_logits(logits[0], batch.labels[0]).cpu()
 
     def state(self, name: str) -> bytes | None:
         """What the method saved under a name at the end of an earlier task; None if it did not."""
@@ -171,11 +188,17 @@ DEFAULT = "sapt"
 _known: dict[str, type[Method]] = {}
 
 
-def known_methods() -> dict[str, type[Method]]:
-    """Every method by its name: this package's, and all others whose classes exist."""
+@cache
+def _import_all() -> None:
+    """Make the classes of this package; a folder is listed, so once."""
     package = import_module("sapt_core.methods")
     for module in iter_modules(package.__path__):
         import_module(f"{package.__name__}.{module.name}")
+
+
+def known_methods() -> dict[str, type[Method]]:
+    """Every method by its name: this package's, and all others whose classes exist."""
+    _import_all()
     return dict(sorted(_known.items()))
 
 

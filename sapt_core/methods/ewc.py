@@ -25,7 +25,7 @@ class EWC(Method):
     """One block trained on from task to task, under the quadratic penalty of all earlier tasks.
 
     ``λ/2 Σ_i Σ_p F_i[p] (θ[p] − θ_i[p])²``, with θ_i the parameters after task i and F_i the diagonal of its
-    Fisher information (equation 3). A sum of parabolas is one: what is kept is ``Σ F_i`` and ``Σ F_i θ_i``,
+    Fisher information. A sum of parabolas is one: what is kept is ``Σ F_i`` and ``Σ F_i θ_i``,
     two numbers a parameter however many tasks there were.
     """
 
@@ -103,13 +103,11 @@ def diagonal_fisher(lesson: Lesson, rows: list[Mapping[str, object]]) -> dict[st
     """
     model = lesson.model.eval()
     parameters = _parameters(model)
-    device = next(iter(parameters.values())).device
-    collator = model.collator(lesson.tokenizer.pad_token_id)
     sums = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     for row in rows:
-        batch = collator([row]).to(device)
+        batch = lesson.batch(row)
         assert batch.labels is not None  # noqa: S101 - a training batch has labels
-        with autocast(device, lesson.train.precision):
+        with autocast(batch.input_ids.device, lesson.train.precision):
             loss = model.token_loss(model(batch), batch.labels)
         gradients = torch.autograd.grad(loss, list(parameters.values()))
         for name, gradient in zip(parameters, gradients, strict=True):

@@ -21,7 +21,7 @@ from sapt_core.trainer import Objective
 
 
 class L2P(Method):
-    """Prompts and keys are all trained on from task to task; picked keys are pulled to the queries (equation 5)."""
+    """Prompts and keys are all trained on from task to task; picked keys are pulled to the queries."""
 
     name: Literal["l2p"] = "l2p"
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from sapt_core.benchmarks.prepare import PromptEncoder
 from sapt_core.benchmarks.templates import ANSWER_MARKER, INPUT_MARKER, PromptPieces
 from sapt_core.collate import Collator
-from sapt_core.device import autocast, default_device
+from sapt_core.device import default_device
 from sapt_core.generator import SOURCE, sample
 from sapt_core.methods.base import Lesson, Method, Plan
 from sapt_core.model import SaptModel
@@ -46,9 +46,10 @@ class LFPT5(Method):
 
     def begin(self, lesson: Lesson) -> Plan:
         """Write samples of the earlier tasks, and train on them beside the task's rows."""
+        lesson.model.to(default_device()).eval()
         writer = _Writer(lesson, self)
         earlier = lesson.parent.tasks if lesson.parent is not None else ()
-        pseudo = [sample for index, task in enumerate(earlier) for sample in writer.samples(task, index)]
+        pseudo = [each for index, task in enumerate(earlier) for each in writer.samples(task, index)]
         terms: list[WritingTerm | ConsistencyTerm] = []
         collator = lesson.model.collator(lesson.tokenizer.pad_token_id)
         size = lesson.train.batch_size
@@ -57,8 +58,8 @@ class LFPT5(Method):
             terms.append(WritingTerm(self.writing, tuple(written), collator, size))
         if self.consistency and pseudo:
             rows = tuple(each.row for each in pseudo)
-            logits = tuple(writer.logits(row) for row in rows)
-            terms.append(ConsistencyTerm(self.consistency, rows, logits, collator, size))
+            before = tuple(lesson.answer_logits(row) for row in rows)
+            terms.append(ConsistencyTerm(self.consistency, rows, collator, size, before))
         return Plan([*lesson.rows, *(each.row for each in pseudo)], Objective(tuple(terms)))
 
 
@@ -116,18 +117,14 @@ class _Writer:
         )
         wanted = max(1, round(method.share * len(self.lesson.rows)))
         torch.manual_seed(step_seed(self.lesson.seed, "sample", index))
-        model.to(default_device()).eval()
-        try:
-            found, _ = sample(
-                model,
-                self.lesson.tokenizer,
-                self.source(task),
-                wanted=wanted,
-                config=config,
-                precision=self.lesson.train.precision,
-            )
-        finally:
-            model.pool.cpu()
+        found, _ = sample(
+            model,
+            self.lesson.tokenizer,
+            self.source(task),
+            wanted=wanted,
+            config=config,
+            precision=self.lesson.train.precision,
+        )
         if not found:
             return []
         encoder = self._encoder(task)
@@ -136,65 +133,52 @@ class _Writer:
         rows = [{**prompt.row, "answer_ids": ids} for prompt, (ids, _) in zip(prompts, answers, strict=True)]
         return [_Sample(*pair) for pair in zip(rows, self.written(task, list(found.items())), strict=True)]
 
-    @torch.no_grad()
-    def logits(self, row: Row) -> Tensor:
-        """What the block says now of a row's answer tokens (L, V), on the CPU."""
-        model = self.lesson.model.to(default_device()).eval()
-        device = next(model.backbone.parameters()).device
-        batch = model.collator(self.lesson.tokenizer.pad_token_id)([row]).to(device)
-        with autocast(device, self.lesson.train.precision):
-            logits = model(batch)
-        assert batch.labels is not None  # noqa: S101 - a training batch has labels
-        found = model.answer_logits(logits[0], batch.labels[0]).cpu()
-        model.pool.cpu()
-        return found
-
 
 @dataclass(frozen=True)
-class WritingTerm:
-    """Mean cross-entropy a token of written samples; a ``sapt_core.trainer.Term``."""
+class _OfRows:
+    """A ``sapt_core.trainer.Term`` on at most ``batch_size`` random rows a step."""
 
     weight: float
     rows: tuple[Row, ...]
     collator: Collator
     batch_size: int
-    name = "writing"
     per_micro_batch = False
 
     def draw(self, generator: torch.Generator) -> list[int]:
         return torch.randperm(len(self.rows), generator=generator)[: self.batch_size].tolist()
 
-    def value(self, model: SaptModel, drawn: Sequence[int]) -> Tensor:
+    def seen(self, model: SaptModel, drawn: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Logits (B, P, V) and labels (B, P) of the drawn rows."""
         batch = self.collator([self.rows[index] for index in drawn]).to(next(model.backbone.parameters()).device)
         assert batch.labels is not None  # noqa: S101 - a training batch has labels
-        return model.token_loss(model(batch), batch.labels) / sum(len(self.rows[i]["answer_ids"]) for i in drawn)
+        return model(batch), batch.labels
+
+
+@dataclass(frozen=True)
+class WritingTerm(_OfRows):
+    """Mean cross-entropy a token of written samples."""
+
+    name = "writing"
+
+    def value(self, model: SaptModel, drawn: Sequence[int]) -> Tensor:
+        return model.token_loss(*self.seen(model, drawn)) / sum(len(self.rows[i]["answer_ids"]) for i in drawn)
 
     def to(self, device: torch.device) -> WritingTerm:
         return self
 
 
 @dataclass(frozen=True)
-class ConsistencyTerm:
-    """``KL(p_before ‖ p_now)``, mean over the answer tokens of pseudo-samples; a ``sapt_core.trainer.Term``."""
+class ConsistencyTerm(_OfRows):
+    """``KL(p_before ‖ p_now)``, mean over the answer tokens of pseudo-samples."""
 
-    weight: float
-    rows: tuple[Row, ...]
     before: tuple[Tensor, ...]
-    collator: Collator
-    batch_size: int
     name = "consistency"
-    per_micro_batch = False
-
-    def draw(self, generator: torch.Generator) -> list[int]:
-        return torch.randperm(len(self.rows), generator=generator)[: self.batch_size].tolist()
 
     def value(self, model: SaptModel, drawn: Sequence[int]) -> Tensor:
-        batch = self.collator([self.rows[index] for index in drawn]).to(next(model.backbone.parameters()).device)
-        assert batch.labels is not None  # noqa: S101 - a training batch has labels
-        logits = model(batch)
+        logits, labels = self.seen(model, drawn)
         parts, tokens = [], 0
         for place, index in enumerate(drawn):
-            now = model.answer_logits(logits[place], batch.labels[place])
+            now = model.answer_logits(logits[place], labels[place])
             parts.append(F.kl_div(now.log_softmax(-1), self.before[index].softmax(-1), reduction="sum"))
             tokens += len(now)
         return torch.stack(parts).sum() / tokens

@@ -1,7 +1,7 @@
 """SEEKR (arXiv 2411.06171): replay, with the logits and the most valuable attention heads of earlier models kept.
 
 A teacher is the model right after a task. Kept of it, for a few rows of the task: the answers' logits, and
-the attention of the heads that matter most, at some query positions. Section numbers are the paper's.
+the attention of the heads that matter most, at some query positions.
 """
 
 from __future__ import annotations
@@ -69,16 +69,13 @@ class Seekr(Method):
         lesson.model.backbone.set_attn_implementation(EAGER)
         rows = choose(lesson.rows, self.share, step_seed(lesson.seed, "memory"))
         queries = torch.Generator().manual_seed(step_seed(lesson.seed, "queries"))
-        views = [_View.choose(lesson, row, self.queries, queries) for row in rows]
-        before = [view.maps(lesson) for view in views]
-        lesson.notes.update(rows=rows, views=views, before=before)
-        taught = [
-            _Taught.load(row, lesson.store.get(digest), index)
-            for task, rows_of_task in enumerate(remembered(lesson))
-            for index, row in enumerate(rows_of_task)
-            if lesson.parent is not None
-            for digest in [lesson.parent.state[teacher_name(task)]]
-        ]
+        views = [_View.first(lesson, row, self.queries, queries) for row in rows]
+        lesson.notes.update(rows=rows, views=views)
+        taught: list[_Taught] = []
+        for task, kept in enumerate(remembered(lesson)):
+            saved = lesson.state(teacher_name(task))
+            teacher = {} if saved is None else load_tensors(saved)
+            taught += [_Taught.read(row, teacher, index) for index, row in enumerate(kept)]
         if not taught:
             return Plan(lesson.rows)
         term = Distillation(
@@ -98,7 +95,7 @@ class Seekr(Method):
         lesson.model.eval()
         after = [view.maps(lesson) for view in views]
         sensitivity = torch.stack([head_sensitivity(lesson, row) for row in rows]).mean(dim=0)
-        moved = torch.stack([forgettability(*pair) for pair in zip(lesson.notes["before"], after, strict=True)])
+        moved = torch.stack([forgettability(view.before, now) for view, now in zip(views, after, strict=True)])
         saved = lesson.state(IMPORTANCE)
         sums = load_tensors(saved) if saved is not None else {}
         found = {"sensitivity": within_layers(sensitivity), "forgettability": moved.mean(dim=0)}
@@ -106,7 +103,7 @@ class Seekr(Method):
         chosen = choose_heads(sums["sensitivity"] * sums["forgettability"], self.layers, self.heads)
         teacher: dict[str, Tensor] = {"heads": chosen}
         for index, (row, view, maps) in enumerate(zip(rows, views, after, strict=True)):
-            teacher[f"{index}/logits"] = _answer_logits(lesson, row)
+            teacher[f"{index}/logits"] = lesson.answer_logits(row).half()
             for layer, heads in by_layer(chosen).items():
                 teacher[f"{index}/queries {layer}"] = view.queries[layer]
                 teacher[f"{index}/map {layer}"] = maps[layer][heads].half()
@@ -137,7 +134,7 @@ def within_layers(values: Tensor) -> Tensor:
 
 
 def choose_heads(importance: Tensor, layers: int, heads: int) -> Tensor:
-    """The most important heads of the most important layers (section 4.2).
+    """The most important heads of the most important layers.
 
     Args:
         importance: (layers, heads).
@@ -169,7 +166,7 @@ def forgettability(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
 
 def head_sensitivity(lesson: Lesson, row: Row) -> Tensor:
     """``‖∂L/∂A‖_F`` of every head (layers, heads) on one row (equation 7), L the row's cross-entropy."""
-    batch = _batch(lesson, row)
+    batch = lesson.batch(row)
     # Maps that no trained parameter reaches have a gradient too.
     frozen = [parameter for parameter in lesson.model.backbone.parameters() if not parameter.requires_grad]
     try:
@@ -188,25 +185,42 @@ def head_sensitivity(lesson: Lesson, row: Row) -> Tensor:
 
 @dataclass(frozen=True)
 class _View:
-    """A row and the query positions at which its attention is looked at: (≤ B_T) a layer."""
+    """A row of the task's memory and the query positions at which its attention is looked at.
+
+    Attributes:
+        row: token ids.
+        queries: (≤ B_T) a layer.
+        before: attention (heads, q, K) of every layer at these positions before the task was learnt.
+    """
 
     row: Row
     queries: tuple[Tensor, ...]
+    before: tuple[Tensor, ...]
 
     @classmethod
-    def choose(cls, lesson: Lesson, row: Row, most: int, generator: torch.Generator) -> _View:
-        with torch.no_grad():
-            _, maps = lesson.model.attend(_batch(lesson, row))
-        drawn = [torch.randperm(each.shape[2], generator=generator)[:most].sort().values for each in maps]
-        return cls(row, tuple(drawn))
+    def first(cls, lesson: Lesson, row: Row, most: int, generator: torch.Generator) -> _View:
+        """At random positions, at most so many a layer."""
+        maps = _maps(lesson, row)
+        drawn = [torch.randperm(each.shape[1], generator=generator)[:most].sort().values for each in maps]
+        return cls(row, tuple(drawn), tuple(_at(drawn, maps)))
 
-    @torch.no_grad()
     def maps(self, lesson: Lesson) -> list[Tensor]:
-        """Attention (heads, q, K) of every layer at these positions, on the CPU in float32."""
-        batch = _batch(lesson, self.row)
-        with autocast(batch.input_ids.device, lesson.train.precision):
-            _, maps = lesson.model.attend(batch)
-        return [each[0][:, at].float().cpu() for each, at in zip(maps, self.queries, strict=True)]
+        """Attention (heads, q, K) of every layer at these positions now."""
+        return _at(self.queries, _maps(lesson, self.row))
+
+
+@torch.no_grad()
+def _maps(lesson: Lesson, row: Row) -> list[Tensor]:
+    """Attention (heads, Q, K) of every layer on one row."""
+    batch = lesson.batch(row)
+    with autocast(batch.input_ids.device, lesson.train.precision):
+        _, maps = lesson.model.attend(batch)
+    return [each[0] for each in maps]
+
+
+def _at(queries: Sequence[Tensor], maps: Sequence[Tensor]) -> list[Tensor]:
+    """Of every layer's map (heads, Q, K) some query positions, on the CPU in float32: whole maps are gigabytes."""
+    return [each[:, at].float().cpu() for each, at in zip(maps, queries, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -224,8 +238,8 @@ class _Taught:
     maps: Mapping[int, tuple[list[int], Tensor, Tensor]]
 
     @classmethod
-    def load(cls, row: Row, teacher: bytes, index: int) -> _Taught:
-        tensors = load_tensors(teacher)
+    def read(cls, row: Row, tensors: Mapping[str, Tensor], index: int) -> _Taught:
+        """The ``index``-th row of a task, with what was saved of the task's teacher."""
         maps = {
             layer: (heads, tensors[f"{index}/queries {layer}"], tensors[f"{index}/map {layer}"].float())
             for layer, heads in by_layer(tensors["heads"]).items()
@@ -298,18 +312,3 @@ class Distillation:
 
     def to(self, device: torch.device) -> Distillation:
         return replace(self, taught=tuple(each.to(device) for each in self.taught))
-
-
-def _batch(lesson: Lesson, row: Row) -> Batch:
-    collator = lesson.model.collator(lesson.tokenizer.pad_token_id)
-    return collator([row]).to(next(lesson.model.backbone.parameters()).device)
-
-
-@torch.no_grad()
-def _answer_logits(lesson: Lesson, row: Row) -> Tensor:
-    """The logits (L, V) of a row's answer tokens, in half precision on the CPU."""
-    batch = _batch(lesson, row)
-    with autocast(batch.input_ids.device, lesson.train.precision):
-        logits = lesson.model(batch)
-    assert batch.labels is not None  # noqa: S101 - a training batch has labels
-    return lesson.model.answer_logits(logits[0], batch.labels[0]).half().cpu()
