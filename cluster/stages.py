@@ -335,17 +335,22 @@ def plan(stages: Sequence[Stage], store: ArtifactStore) -> dict[Stage, Literal["
     return states
 
 
-def _graph(stages: Sequence[Stage]) -> tuple[TopologicalSorter[Stage], dict[Stage, int]]:
-    """The graph of the stages and all they depend on, and each stage's place in the order it was given."""
-    graph: TopologicalSorter[Stage] = TopologicalSorter()
-    order: dict[Stage, int] = {}
+def closure(stages: Sequence[Stage]) -> list[Stage]:
+    """The stages and all that they depend on, each once, in the order given, what a stage needs behind it."""
+    found: dict[Stage, None] = {}
     waiting = list(reversed(stages))
     while waiting:
         stage = waiting.pop()
-        if stage not in order:
-            order[stage] = len(order)
-            graph.add(stage, *stage.inputs.values())
+        if stage not in found:
+            found[stage] = None
             waiting.extend(stage.inputs.values())
+    return list(found)
+
+
+def _graph(stages: Sequence[Stage]) -> tuple[TopologicalSorter[Stage], dict[Stage, int]]:
+    """The graph of the stages and all they depend on, and each stage's place in the order it was given."""
+    order = {stage: place for place, stage in enumerate(closure(stages))}
+    graph = TopologicalSorter({stage: stage.inputs.values() for stage in order})
     twice = [name for name, count in Counter(stage.name for stage in order).items() if count > 1]
     if twice:
         raise ValueError(f"stages of the same name: {', '.join(twice)}")

@@ -46,18 +46,14 @@ def main() -> None:
         reporter = Reporter(experiment, store, None)
         _run(experiment, store, InlineExecutor(store), reporter)
     else:
-        reporter = _run_published(experiment, store, all_done=set(states.values()) == {"done"})
+        reporter = publish_sequence(experiment, store, all_done=set(states.values()) == {"done"})
     reporter.show_end()
     if arguments.summary is not None:
         cli.write_output(arguments.summary, json.dumps(reporter.summary(), indent=1))
 
 
-def publish_sequence(experiment: Experiment, store: ArtifactStore) -> Reporter:
+def publish_sequence(experiment: Experiment, store: ArtifactStore, *, all_done: bool) -> Reporter:
     """Run on Ray, unless nothing is left to run, and publish to MLflow."""
-    return _run_published(experiment, store, all_done=set(plan(experiment.graph.stages, store).values()) == {"done"})
-
-
-def _run_published(experiment: Experiment, store: ArtifactStore, *, all_done: bool) -> Reporter:
     from cluster import tracking  # noqa: PLC0415  not with --inline
     from pipelines.publishing import MLflowPublisher  # noqa: PLC0415
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -158,13 +158,25 @@ def read_records(folder: Path) -> list[Record]:
     Raises:
         DataError: with every file that is no record.
     """
+    return read_folder(folder, "*.json", Record)
+
+
+Kept = TypeVar("Kept", bound=BaseModel)
+
+
+def read_folder(folder: Path, pattern: str, kind: type[Kept]) -> list[Kept]:
+    """All files of a pattern as records of a kind, by name; none if there is no such folder yet.
+
+    Raises:
+        DataError: with every file that is no such record.
+    """
     found, faults = [], []
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(folder.glob(pattern)):
         try:
-            found.append(Record.model_validate_json(path.read_bytes()))
+            found.append(kind.model_validate_json(path.read_bytes()))
         except (OSError, ValidationError) as error:
             said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-            faults.append(f"{path.name}: {said}; delete it, and its cell is put together again from its stages")
+            faults.append(f"{path.name}: {said}; delete it, and it is put together again from its stages")
     if faults:
         raise DataError(f"{folder} holds files that are no records:", faults)
     return found

@@ -6,9 +6,11 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
+import optuna
 from omegaconf import OmegaConf
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from pydantic import Field, model_validator
@@ -56,18 +58,14 @@ class Dimension(Section):
         """The dimension as Optuna draws from it; a ``field`` of whole numbers has steps of 1."""
         if self.values is not None:
             return CategoricalDistribution(self.values)
-        assert self.low is not None  # noqa: S101 - validated
-        assert self.high is not None  # noqa: S101
+        low, high = self.ends()
         if field is int:
-            return IntDistribution(math.ceil(self.low), math.floor(self.high), log=self.log)
-        return FloatDistribution(self.low, self.high, log=self.log)
+            return IntDistribution(math.ceil(low), math.floor(high), log=self.log)
+        return FloatDistribution(low, high, log=self.log)
 
-    def ends(self) -> tuple[Scalar, Scalar]:
-        """Two values of it that differ."""
-        if self.values is not None:
-            return self.values[0], self.values[-1]
-        assert self.low is not None  # noqa: S101 - validated
-        assert self.high is not None  # noqa: S101
+    def ends(self) -> tuple[float, float]:
+        """Of a range."""
+        assert self.low is not None and self.high is not None  # noqa: S101, PT018 - validated
         return self.low, self.high
 
 
@@ -117,7 +115,6 @@ class Sweep:
         name: of its tables and its MLflow run.
         path: of its YAML file.
         config: what the file says.
-        overrides: of the command line, over every trial.
         base: the experiment's mapping before a point is laid over it; a trial on another node has no files.
         kinds: the type of every swept field.
     """
@@ -125,7 +122,6 @@ class Sweep:
     name: str
     path: Path
     config: SweepConfig
-    overrides: tuple[str, ...]
     base: Mapping[str, Any]
     kinds: Mapping[str, type]
 
@@ -156,8 +152,6 @@ class Sweep:
             every = itertools.product(*(dimension.values or () for dimension in space.values()))
             return [dict(zip(space, values, strict=True)) for values in every]
         if self.config.search == "random":
-            import optuna  # noqa: PLC0415  a second, and for searches alone
-
             study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=self.config.seed))
             return [study.ask(self.distributions).params for _ in range(self.config.trials or 0)]
         return None
@@ -184,13 +178,13 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
             continue
         try:
             kinds[name] = _kind(base, name)
-        except ConfigError as error:
-            faults += [f"space.{fault}" for fault in error.faults]
+        except ValueError as error:
+            faults.append(f"space.{name}: {error}")
     clashes = {item.partition("=")[0] for item in (*config.overrides, *overrides)} & set(config.space)
     faults += [f"overrides: {name} is swept: leave it out" for name in sorted(clashes)]
     laid = merged([read_mapping(path.parent / config.base), *parsed(shared)])
     raw: Any = OmegaConf.to_container(laid, resolve=True)
-    sweep = Sweep(path.stem.removeprefix("sweep_"), path, config, tuple(overrides), raw, kinds)
+    sweep = Sweep(path.stem.removeprefix("sweep_"), path, config, raw, kinds)
     if not faults:
         for point in sweep.lattice():
             try:
@@ -204,7 +198,12 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
 
 def describe(point: Mapping[str, Scalar]) -> str:
     """A point for people."""
-    return ", ".join(f"{name}={f'{v:.4g}' if isinstance(v, float) else v}" for name, v in point.items())
+    return ", ".join(f"{name}={shown(value)}" for name, value in point.items())
+
+
+def shown(value: Scalar) -> str:
+    """A value for people."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _named(point: Mapping[str, Scalar], fault: str) -> str:
@@ -217,21 +216,19 @@ def _kind(base: ExperimentConfig, name: str) -> type:
     """The type of a swept field's value in the base.
 
     Raises:
-        ConfigError: there is no such field, or it is a section.
+        ValueError: there is no such field, or it is a section or a list.
     """
     value: Any = base.model_dump()
     parts = name.split(".")
     for place, part in enumerate(parts):
         if not isinstance(value, Mapping) or part not in value:
-            from difflib import get_close_matches  # noqa: PLC0415  in an error alone
-
             known = _leaves(base.model_dump())
             close = get_close_matches(name, known, n=1, cutoff=0.4)
             there = f"; did you mean {close[0]}?" if close else ""
-            raise ConfigError("", [f"{name}: there is no {'.'.join(parts[: place + 1])}{there}"])
+            raise ValueError(f"there is no {'.'.join(parts[: place + 1])}{there}")
         value = value[part]
     if isinstance(value, Mapping | list | tuple):
-        raise ConfigError("", [f"{name}: is a {'section' if isinstance(value, Mapping) else 'list'}, not one value"])
+        raise ValueError(f"is a {'section' if isinstance(value, Mapping) else 'list'}, not one value")
     return type(value)
 
 

@@ -16,9 +16,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import optuna
 from rich.console import Console
 
 from cluster.stages import Executor, InlineExecutor, StageEvent, plan, run_graph
@@ -34,11 +36,10 @@ from sapt_core.config import canonical_hash
 from sapt_core.errors import SaptError, TrackingError
 
 if TYPE_CHECKING:
-    import optuna
-
     from cluster.tracking import Tracker
 
 CHAMPION = "champion"
+FEWEST_DRAWN = 3
 
 
 def main() -> None:
@@ -61,13 +62,10 @@ def main() -> None:
         run.inline()
     else:
         run.published()
-    ended = trials.read_trials(folder, run.key)
-    chosen = trials.best(ended)
     run.show_end()
     if arguments.markdown is not None:
-        made = trials.markdown(sweep, ended, run.shared_seconds)
-        write_between_markers(arguments.markdown, f"sweep:{sweep.name}", made)
-    if chosen is None:
+        write_between_markers(arguments.markdown, f"sweep:{sweep.name}", run.markdown())
+    if trials.best(run.after) is None:
         raise SaptError(f"No trial of {arguments.config} learnt all tasks: the table says what became of each.")
 
 
@@ -92,13 +90,11 @@ class Points:
     @classmethod
     def after(cls, sweep: Sweep, ended: Sequence[TrialRecord], tasks: int) -> Points:
         """What is left to try."""
-        import optuna  # noqa: PLC0415  a second, and for searches alone
-
         planned = sweep.planned()
         known = [each.point for each in ended]
         study = trials.study_of(sweep, ended, sweep.config.objectives)
         # Another seed for each start: the same one would propose the same first points again.
-        study.sampler = optuna.samplers.TPESampler(seed=sweep.config.seed + len(ended), multivariate=True)
+        study.sampler = optuna.samplers.TPESampler(seed=sweep.config.seed + len(ended))
         return cls(sweep, None if planned is None else [point for point in planned if point not in known], study, tasks)
 
     def count(self, ended: Sequence[TrialRecord]) -> int:
@@ -117,8 +113,6 @@ class Points:
         proposed = self.asked.pop(trial, None)
         if proposed is None:
             return
-        import optuna  # noqa: PLC0415  as above
-
         if result is None or "ap" not in result:
             self.study.tell(proposed, state=optuna.trial.TrialState.FAIL)
         elif result["tasks"] < self.tasks:  # AP over fewer tasks is no AP of the sequence
@@ -178,8 +172,9 @@ class Running:
             raise SaptError("--inline runs trials one after another: set stop: none, or run on Ray")
         self._experiment.upload(self.store)
         self._run_shared(InlineExecutor(self.store))
-        number = 0
-        while (point := self.points.ask(str(number))) is not None:
+        for number in range(self.points.count(self.before)):
+            point = self.points.ask(str(number))
+            assert point is not None  # noqa: S101 - so many are left
             results: list[dict[str, Any]] = []
             error = None
             try:
@@ -188,9 +183,6 @@ class Running:
                 error = str(failed)
             self.ended(str(number), point, results, error)
             self.points.tell(str(number), results[-1] if results and error is None else None)
-            number += 1
-            if self.points.left is None and number >= (self.sweep.config.trials or 0) - len(self.before):
-                break
 
     def published(self) -> None:
         """Run on Ray Tune; the sweep is a parent run in MLflow, each trial a child."""
@@ -222,10 +214,8 @@ class Running:
                         tasks=len(self._experiment.tasks),
                         retries=self._experiment.config.cluster.max_failures,
                     )
-                ended = trials.read_trials(self.folder, self.key)
-                files = {f"{self.sweep.name}.md": trials.markdown(self.sweep, ended, self.shared_seconds)}
-                self._tracker.log_artifacts(self._parent, {**files, **plots(self.sweep, ended)})
-                chosen = trials.best(ended)
+                self._tracker.log_artifacts(self._parent, {f"{self.sweep.name}.md": self.markdown(), **self.plots})
+                chosen = trials.best(self.after)
                 if config.champion and chosen is not None:
                     self._crown(chosen, checked)
             except BaseException as error:
@@ -257,7 +247,7 @@ class Running:
         scored = config.model_copy(
             update={"evaluation": config.evaluation.model_copy(update={"split": "test"}), "tracking": checked}
         )
-        reporter = publish_sequence(assemble(scored, "The best trial"), self.store)
+        reporter = publish_sequence(assemble(scored, "The best trial"), self.store, all_done=False)
         version = reporter.versions[-1]
         assert version is not None  # noqa: S101 - it was published
         PoolRegistry(checked).set_alias(CHAMPION, version)
@@ -317,15 +307,33 @@ class Running:
             )
         return self._open[name]
 
+    @cached_property
+    def after(self) -> list[TrialRecord]:
+        """Records of all trials; to be asked for once they have ended, as what is made of them."""
+        return trials.read_trials(self.folder, self.key)
+
+    @cached_property
+    def plots(self) -> dict[str, bytes]:
+        """PNGs by name; none of fewer than three trials that learnt all tasks."""
+        if sum(each.state == "finished" for each in self.after) < FEWEST_DRAWN:
+            return {}
+        from pipelines.surfaces import draw  # noqa: PLC0415  matplotlib, only where something is drawn
+
+        return draw(self.sweep, self.after)
+
+    def markdown(self) -> str:
+        """The table for a file."""
+        return trials.markdown(self.sweep, self.after, self.shared_seconds)
+
     def show_end(self) -> None:
         """Print the table, and put the plots beside the records."""
-        ended = trials.read_trials(self.folder, self.key)
-        self._console.print(text_table(f"Sweep {self.sweep.name}", *trials.table(self.sweep, ended)))
-        for remark in trials.remarks(ended, self.shared_seconds):
+        self._console.print(text_table(f"Sweep {self.sweep.name}", *trials.table(self.sweep, self.after)))
+        for remark in trials.remarks(self.after, self.shared_seconds):
             self._console.print(remark, markup=False)
         if len(self.sweep.config.objectives) > 1:
-            self._console.print("Pareto front: " + "; ".join(describe(each.point) for each in trials.front(ended)))
-        for name, png in plots(self.sweep, ended).items():
+            points = "; ".join(map(describe, trials.front(self.sweep, self.after)))
+            self._console.print(f"Pareto front: {points}", markup=False)
+        for name, png in self.plots.items():
             cli.write_output(self.folder / name, png)
 
 
@@ -340,16 +348,6 @@ class _Body:
 
         cluster = self.setup.sweep.experiment(point).cluster
         trials.try_point(self.setup, point, report, lambda _: RayExecutor(self.setup.store, cluster))
-
-
-def plots(sweep: Sweep, ended: Sequence[TrialRecord]) -> dict[str, bytes]:
-    """Response surfaces, Pareto front, parallel coordinates and importance as PNGs by name; none for fewer than 3."""
-    whole = [each for each in ended if each.state == "finished"]
-    if len(whole) < 3:
-        return {}
-    from pipelines.surfaces import draw  # noqa: PLC0415  matplotlib and optuna, only where something is drawn
-
-    return draw(sweep, whole)
 
 
 def _arguments() -> argparse.Namespace:

@@ -8,26 +8,23 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+import optuna
+from pydantic import BaseModel, ConfigDict
 
-from cluster.stages import Executor, Stage, StageEvent, StageRecord, run_graph
+from cluster.stages import Executor, Stage, StageEvent, StageRecord, closure, run_graph
 from cluster.store import ArtifactStore, open_store
 from pipelines import cli
 from pipelines.experiment import Experiment
 from pipelines.graph import SequenceGraph, build_graph
-from pipelines.records import Machine, markdown_table
-from pipelines.space import DIRECTIONS, Scalar, Sweep, describe
+from pipelines.records import Machine, markdown_table, read_folder
+from pipelines.space import DIRECTIONS, Scalar, Sweep, describe, shown
 from sapt_core.backbone import BackboneRef
 from sapt_core.benchmarks.task import Task
 from sapt_core.config import canonical_hash
-from sapt_core.errors import DataError
 from sapt_core.metrics import ScoreMatrix
 from sapt_core.settings import StoreConfig
-
-if TYPE_CHECKING:
-    import optuna
 
 
 class TrialRecord(BaseModel):
@@ -96,13 +93,25 @@ class Setup:
         return build_graph(self.sweep.experiment(point), self.tasks, (), self.backbone, self.samples)
 
     def shared(self, points: Sequence[Mapping[str, Scalar]]) -> list[Stage]:
-        """Stages that several of the trials have in common, each once; their names say what they are of."""
-        known: dict[Stage, str] = {}
+        """Stages that several of the trials have in common, each once and under a name of its own."""
+        signatures: dict[Stage, str] = {}
         seen: dict[str, list[Stage]] = {}
         for point in points:
-            for stage in _closure(self.graph(point).by_version):
-                seen.setdefault(_signature(stage, known), []).append(stage)
-        return _renamed([stages[0] for stages in seen.values() if len(stages) > 1])
+            for stage in closure(self.graph(point).by_version):
+                seen.setdefault(_signature(stage, signatures), []).append(stage)
+        copies: dict[str, Stage] = {}
+        names: Counter[str] = Counter()
+
+        def copy(stage: Stage) -> Stage:
+            signature = signatures[stage]
+            if signature not in copies:
+                inputs = {name: copy(source) for name, source in stage.inputs.items()}
+                names[stage.name] += 1
+                number = "" if names[stage.name] == 1 else f" {names[stage.name]}"
+                copies[signature] = replace(stage, name=f"{stage.name}{number}", inputs=inputs)
+            return copies[signature]
+
+        return [copy(stages[0]) for stages in seen.values() if len(stages) > 1]
 
 
 @dataclass
@@ -161,16 +170,8 @@ def read_trials(folder: Path, sweep: str) -> list[TrialRecord]:
     Raises:
         DataError: with every file that is no record.
     """
-    found, faults = [], []
-    for path in sorted(folder.glob("trial_*.json")):
-        try:
-            found.append(TrialRecord.model_validate_json(path.read_bytes()))
-        except (OSError, ValidationError) as error:
-            said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-            faults.append(f"{path.name}: {said}; delete it, and its trial is put together again from its stages")
-    if faults:
-        raise DataError(f"{folder} holds files that are no records:", faults)
-    return sorted((each for each in found if each.sweep == sweep), key=lambda each: (each.written_at, each.file))
+    found = [each for each in read_folder(folder, "trial_*.json", TrialRecord) if each.sweep == sweep]
+    return sorted(found, key=lambda each: (each.written_at, each.file))
 
 
 def write_trial(record: TrialRecord, folder: Path) -> None:
@@ -184,19 +185,10 @@ def best(trials: Sequence[TrialRecord]) -> TrialRecord | None:
     return max(whole, key=lambda each: (each.ap[-1], -each.f_ra[-1], describe(each.point)), default=None)
 
 
-def front(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
-    """Of those that learnt all tasks, the ones that no other beats in AP without losing in F.Ra, by falling AP."""
-    whole = [each for each in trials if each.state == "finished"]
-
-    def beaten(one: TrialRecord) -> bool:
-        return any(
-            other.ap[-1] >= one.ap[-1]
-            and other.f_ra[-1] <= one.f_ra[-1]
-            and (other.ap[-1] > one.ap[-1] or other.f_ra[-1] < one.f_ra[-1])
-            for other in whole
-        )
-
-    return sorted((each for each in whole if not beaten(each)), key=lambda each: -each.ap[-1])
+def front(sweep: Sweep, trials: Sequence[TrialRecord]) -> list[dict[str, Scalar]]:
+    """Points that learnt all tasks and that no other beats in AP without losing in F.Ra, by falling AP."""
+    found = study_of(sweep, trials, ("ap", "f_ra")).best_trials
+    return [each.params for each in sorted(found, key=lambda each: -each.values[0])]
 
 
 @dataclass(frozen=True)
@@ -204,7 +196,7 @@ class Cost:
     """Seconds of stages.
 
     Attributes:
-        shared: of those that all trials share, run once.
+        shared: of those that several trials share, run once.
         run: of all that was run, the shared ones too.
         alone: of the same trials, each run by itself to its end; a trial that was stopped or failed counts as the
             mean of those that were not.
@@ -237,7 +229,7 @@ def table(sweep: Sweep, trials: Sequence[TrialRecord]) -> tuple[tuple[str, ...],
     rows = [
         (
             each.file.removeprefix("trial_").removesuffix(".json")[:6],
-            *(describe({name: each.point[name]}).partition("=")[2] for name in sweep.config.space),
+            *(shown(each.point[name]) for name in sweep.config.space),
             f"{each.ap[-1]:.2f}" if each.ap else "–",
             f"{each.f_ra[-1]:.2f}" if each.f_ra else "–",
             str(len(each.ap)),
@@ -270,7 +262,7 @@ def remarks(trials: Sequence[TrialRecord], shared_seconds: float) -> list[str]:
         early = sum(each.state != "finished" for each in trials)
         guess = f"; the {early} that ended early counted as the mean of the others" if early else ""
         said.append(
-            f"{spent.run:.0f} stage-seconds, {spent.shared:.0f} of them of stages that all trials share, against "
+            f"{spent.run:.0f} stage-seconds, {spent.shared:.0f} of them of stages that several trials share, against "
             f"{spent.alone:.0f} for the same trials one by one{guess}: {spent.ratio:.0%}."
         )
     return said
@@ -278,8 +270,6 @@ def remarks(trials: Sequence[TrialRecord], shared_seconds: float) -> list[str]:
 
 def study_of(sweep: Sweep, trials: Sequence[TrialRecord], objectives: Sequence[str]) -> optuna.Study:
     """Trials as a study of Optuna, whose values are the objectives; one that was stopped early counts as pruned."""
-    import optuna  # noqa: PLC0415  a second, and for searches and plots alone
-
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(directions=[DIRECTIONS[name] for name in objectives])
     for each in trials:
@@ -290,35 +280,6 @@ def study_of(sweep: Sweep, trials: Sequence[TrialRecord], objectives: Sequence[s
         elif each.state == "stopped":
             study.add_trial(optuna.trial.create_trial(**given, state=optuna.trial.TrialState.PRUNED))
     return study
-
-
-def _renamed(stages: Sequence[Stage]) -> list[Stage]:
-    """The stages with those they depend on, under names that no other has."""
-    counts: Counter[str] = Counter()
-    copies: dict[Stage, Stage] = {}
-
-    def copy(stage: Stage) -> Stage:
-        if stage not in copies:
-            inputs = {name: copy(source) for name, source in stage.inputs.items()}
-            counts[stage.name] += 1
-            number = counts[stage.name]
-            name = stage.name if number == 1 else f"{stage.name} {number}"
-            copies[stage] = replace(stage, name=name, inputs=inputs)
-        return copies[stage]
-
-    return [copy(stage) for stage in stages]
-
-
-def _closure(stages: Sequence[Stage]) -> list[Stage]:
-    """The stages and all that they depend on, each once."""
-    found: dict[Stage, None] = {}
-    waiting = list(reversed(stages))
-    while waiting:
-        stage = waiting.pop()
-        if stage not in found:
-            found[stage] = None
-            waiting.extend(stage.inputs.values())
-    return list(found)
 
 
 def _signature(stage: Stage, known: dict[Stage, str]) -> str:

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
+from cluster.stages import closure
 from pipelines import sweep as command
 from pipelines import trials
 from pipelines.experiment import assemble
 from pipelines.records import Machine
-from pipelines.space import Dimension, Point, describe, load_sweep
+from pipelines.space import Point, describe, load_sweep
 from pipelines.surfaces import draw
 from pipelines.sweep import Points
 from pipelines.trials import Setup, TrialRecord, best, cost, front, sweep_key
@@ -29,6 +30,9 @@ SPACE = """
   reflection.weight: {values: [0.1, 2.0]}
   attention.temperature: {values: [0.1, 1.0]}
 """
+
+
+RANGES = "\n  reflection.weight: {low: 0.1, high: 9, log: true}\n  attention.temperature: {low: 0.1, high: 9}"
 
 
 def written(folder: Path, *, space: str = SPACE, more: str = "search: grid") -> Path:
@@ -144,7 +148,7 @@ def record(weight: float, ap: tuple[float, ...], f_ra: float = 0.0, **changes: A
     return TrialRecord(**given)
 
 
-def test_the_best_trial_is_chosen_by_a_stated_rule() -> None:
+def test_the_best_trial_is_chosen_by_a_stated_rule(tmp_path: Path) -> None:
     there = [
         record(0.1, (50.0, 40.0), 2.0),
         record(0.5, (50.0, 41.0), 5.0),
@@ -155,7 +159,8 @@ def test_the_best_trial_is_chosen_by_a_stated_rule() -> None:
     chosen = best(there)
     assert chosen is not None
     assert chosen.point["reflection.weight"] == 1.0
-    assert [each.point["reflection.weight"] for each in front(there)] == [1.0, 0.1]
+    sweep = load_sweep(written(tmp_path, space=RANGES, more="trials: 5"))
+    assert [point["reflection.weight"] for point in front(sweep, there)] == [1.0, 0.1]
     assert best(there[3:]) is None
 
 
@@ -172,7 +177,9 @@ def test_what_no_swept_field_reaches_is_shared(tmp_path: Path) -> None:
         sweep = load_sweep(written(tmp_path, space=space))
         experiment = assemble(sweep.experiment({}), "x")
         setup = Setup(sweep, experiment.tasks, experiment.backbone, {}, experiment.config.store)
-        return {stage.name for stage in setup.shared(sweep.lattice())}
+        found = setup.shared(sweep.lattice())
+        assert set(closure(found)) == set(found)  # what they need is shared too, and is there once
+        return {stage.name for stage in found}
 
     prepared = {"prepare[00 animal]", "prepare[01 basket]", "pseudo_samples[00 animal]"}
     first = {"train[00 animal]", "evaluate[v00 on 00 animal]"}
@@ -261,8 +268,7 @@ def test_a_dry_run_starts_nothing(tmp_path: Path, call: Call) -> None:
 
 
 def test_optuna_learns_from_the_records(tmp_path: Path) -> None:
-    ranged = "\n  reflection.weight: {low: 0.1, high: 9, log: true}\n  attention.temperature: {low: 0.1, high: 9}"
-    sweep = load_sweep(written(tmp_path, space=ranged, more="trials: 20"))
+    sweep = load_sweep(written(tmp_path, space=RANGES, more="trials: 20"))
     there = [record(0.2 + index / 10, (1.0, 50.0 - index)) for index in range(12)]
     points = Points.after(sweep, there, tasks=2)
     assert points.count(there) == 8
@@ -287,7 +293,5 @@ def test_plots_of_a_sweep(tmp_path: Path) -> None:
     assert all(png.startswith(b"\x89PNG") for png in made.values())
 
 
-def test_dimensions_have_two_ends() -> None:
-    assert Dimension(values=(1, 2, 3)).ends() == (1, 3)
-    assert Dimension(low=0.5, high=2).ends() == (0.5, 2)
+def test_a_record_is_named_by_its_point() -> None:
     assert record(0.1, (1.0,)).file == f"trial_{canonical_hash(record(0.1, (1.0,)).point)[:12]}.json"
