@@ -25,6 +25,14 @@ class BlobStore(Protocol):
         """Whether a blob of this name is there (not whether it is intact)."""
         ...
 
+    def size(self, digest: str) -> int:
+        """Length of a blob in bytes, without reading it.
+
+        Raises:
+            StoreError: the blob is missing, or the store cannot be reached.
+        """
+        ...
+
     def put_file(self, path: Path) -> str:
         """Like ``put``, streamed from a file."""
         ...

@@ -53,4 +53,4 @@ def trained_parameters(manifest: Manifest, store: BlobStore) -> int:
 def stored_bytes(manifest: Manifest, store: BlobStore) -> int:
     """Size of all that the version is made of and that its method needs to go on, without the backbone."""
     digests = {*manifest.blocks, *manifest.state.values(), *([manifest.router] if manifest.router else [])}
-    return sum(len(store.get(digest)) for digest in digests) + len(manifest.to_bytes())
+    return sum(store.size(digest) for digest in digests) + len(manifest.to_bytes())

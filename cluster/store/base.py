@@ -113,6 +113,17 @@ class ArtifactStore(ABC):
         """Whether a blob is there; its content is verified when it is read."""
         return self._size(_blob(digest)) is not None
 
+    def size(self, digest: str) -> int:
+        """Length of a blob in bytes, without reading it.
+
+        Raises:
+            StoreError: the blob is missing.
+        """
+        size = self._size(_blob(digest))
+        if size is None:
+            raise self._missing(digest)
+        return size
+
     def fetch_to(self, digest: str, path: Path | str) -> None:
         """Write a blob to a local file, streamed and verified; the file appears whole or not at all.
 

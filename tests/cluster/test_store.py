@@ -35,6 +35,7 @@ def test_bytes_come_back_under_their_sha256(store: LocalStore, data: bytes) -> N
     assert digest == hashlib.sha256(data).hexdigest()
     assert store.has(digest)
     assert store.get(digest) == data
+    assert store.size(digest) == len(data)
 
 
 def test_files_go_in_and_out_in_pieces(store: LocalStore, tmp_path: Path) -> None:
@@ -54,6 +55,8 @@ def test_missing_blob_says_what_to_do(store: LocalStore, tmp_path: Path) -> None
     with pytest.raises(StoreError, match=f"{digest} is not in .*Run the pipeline again"):
         store.get(digest)
     with pytest.raises(StoreError, match=digest):
+        store.size(digest)
+    with pytest.raises(StoreError, match=digest):
         store.fetch_to(digest, tmp_path / "out")
 
 
@@ -63,6 +66,8 @@ def test_damage_is_found_on_every_read(store: LocalStore, tmp_path: Path, conten
     blob_path(store, digest).write_bytes(content)
     with pytest.raises(StoreError, match=f"{digest}.*damaged"):
         store.get(digest)
+    with pytest.raises(StoreError, match=digest):
+        store.size(digest)
     with pytest.raises(StoreError, match="damaged"):
         store.fetch_to(digest, tmp_path / "out")
     assert list(tmp_path.iterdir()) == [store.folder]  # nothing half-written
@@ -79,6 +84,8 @@ def test_putting_again_mends_a_truncated_blob(store: LocalStore) -> None:
 def test_a_digest_cannot_leave_its_folder(store: LocalStore, digest: str) -> None:
     with pytest.raises(StoreError, match="not a sha256"):
         store.get(digest)
+    with pytest.raises(StoreError, match=digest):
+        store.size(digest)
     with pytest.raises(StoreError, match="not a sha256"):
         store.read_record(digest)
 

@@ -207,6 +207,9 @@ class DictStore:
     def has(self, digest: str) -> bool:
         return digest in self.blobs
 
+    def size(self, digest: str) -> int:
+        return len(self.get(digest))
+
     def put_file(self, path: Path) -> str:
         return self.put(path.read_bytes())
 

@@ -44,6 +44,7 @@ def test_blobs(store: S3Store, tmp_path: Path) -> None:
     digest = store.put(b"hello")
     assert keys(store) == [f"some/prefix/blobs/{digest[:2]}/{digest}"]
     assert store.has(digest)
+    assert store.size(digest) == len(store.get(digest))
     assert store.get(digest) == b"hello"
     source = tmp_path / "big"
     source.write_bytes(os.urandom(9 << 20))  # more than one part
