@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from sapt_core.learning import learn_task
-from sapt_core.methods.base import Kept, find_method
-from sapt_core.settings import AttentionConfig, EvaluationConfig, ReflectionConfig, TrainConfig
+from sapt_core.methods.base import Kept, Lesson, find_method
+from sapt_core.model import SaptModel
+from sapt_core.pool import new_pool
+from sapt_core.settings import AttentionConfig, EvaluationConfig, PETConfig, ReflectionConfig, TrainConfig
 from sapt_core.snapshot import Manifest
 from tests.core.tiny import (
     T5_NAMES,
     DictStore,
     KeptCheckpoints,
+    fill,
     learnt_task,
     lora,
     tiny_backbone,
@@ -68,3 +71,23 @@ def sequence(store: DictStore, **changes: Any) -> list[Manifest]:
     for number in range(3):
         versions.append(learn(store, number, versions[-1] if versions else None, **changes)[0])
     return versions
+
+
+def lesson(manifest: Manifest | None, number: int, store: DictStore, *, pet: PETConfig | None = None) -> Lesson:
+    """The lesson of task ``number`` on top of a version, with a new block that is not trained yet."""
+    backbone = tiny_backbone("t5")
+    task = tiny_task(number)
+    pool = fill(new_pool(backbone, pet or lora("t5"), None), 1)
+    return Lesson(
+        model=SaptModel(backbone, pool),
+        tokenizer=tiny_tokenizer(),
+        task=task,
+        learnt=learnt_task(task),
+        parent=manifest,
+        kept=(),
+        attention=None,
+        reflection=ReflectionConfig(),
+        train=TrainConfig(**TRAIN),
+        seed=5,
+        store=store,
+    )

@@ -28,8 +28,7 @@ from sapt_core.model import SaptModel
 from sapt_core.pool import new_pool
 from sapt_core.settings import FullConfig
 from sapt_core.snapshot import load_pool
-from tests.core.lessons import learn, sequence
-from tests.core.test_methods import lesson
+from tests.core.lessons import learn, lesson, sequence
 from tests.core.tiny import PAD, DictStore, fill, lora, random_rows, tiny_backbone, tiny_task
 
 SEEKR: dict[str, Any] = {"name": "seekr", "share": 0.3, "layers": 2, "heads": 3, "queries": 4}

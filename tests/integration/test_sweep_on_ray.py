@@ -83,8 +83,8 @@ def test_a_sweep_its_runs_and_its_champion(folder: Path) -> None:
     assert "champion: quickstart version 2" in done.out
 
 
-def test_bad_trials_end_early_on_training_workers(folder: Path) -> None:
-    """Ray Train inside Ray Tune, two at once on all places there are; a stopped trial is kept as such."""
+def test_training_workers_inside_of_trials(folder: Path) -> None:
+    """Ray Train inside Ray Tune, two at once on all places there are, neither waits for the other for ever."""
     workers = f"cluster.cpus_per_worker={(os.cpu_count() or 2) / 2}"
     told = "stop: asha\ngrace: 1\nconcurrent: 2"
     path = written(folder, told, space=TEMPERATURES, overrides=("cluster.train_workers=1", workers))
