@@ -93,8 +93,6 @@ class Points:
         planned = sweep.planned()
         known = [each.point for each in ended]
         study = trials.study_of(sweep, ended, sweep.config.objectives)
-        # Another seed for each start: the same one would propose the same first points again.
-        study.sampler = optuna.samplers.TPESampler(seed=sweep.config.seed + len(ended))
         return cls(sweep, None if planned is None else [point for point in planned if point not in known], study, tasks)
 
     def count(self, ended: Sequence[TrialRecord]) -> int:
@@ -104,6 +102,8 @@ class Points:
     def ask(self, trial: str) -> Mapping[str, Scalar] | None:
         if self.left is not None:
             return self.left.pop(0) if self.left else None
+        # A seed for each point, so that a sweep that was broken off goes on with the points it would have tried.
+        self.study.sampler = optuna.samplers.TPESampler(seed=self.sweep.config.seed + len(self.study.trials))
         proposed = self.study.ask(self.sweep.distributions)
         self.asked[trial] = proposed
         point: dict[str, Scalar] = proposed.params

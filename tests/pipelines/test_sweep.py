@@ -281,6 +281,29 @@ def test_optuna_learns_from_the_records(tmp_path: Path) -> None:
     assert [trial.state.name for trial in points.study.trials[12:]] == ["COMPLETE", "FAIL", "PRUNED"]
 
 
+@pytest.mark.parametrize("objectives", ["[ap]", "[ap, f_ra]"])
+def test_a_sweep_that_was_broken_off_tries_the_points_it_would_have_tried(tmp_path: Path, objectives: str) -> None:
+    sweep = load_sweep(written(tmp_path, space=RANGES, more=f"trials: 14\nobjectives: {objectives}"))
+
+    def tried(starts: tuple[int, ...]) -> list[Point]:
+        """Points of a sweep, one trial at a time, that is started anew after so many trials."""
+        there: list[TrialRecord] = []
+        points = Points.after(sweep, there, tasks=2)
+        for number in range(14):
+            if number in starts:
+                points = Points.after(sweep, there, tasks=2)
+            point = points.ask(str(number))
+            assert point is not None
+            weight = float(point["reflection.weight"])
+            there.append(record(weight, (1.0, 50.0 - weight), weight / 2, point=dict(point)))
+            points.tell(str(number), {"tasks": 2, "ap": 50.0 - weight, "f_ra": weight / 2})
+        return [each.point for each in there]
+
+    undisturbed = tried(())
+    assert len({describe(point) for point in undisturbed}) == 14
+    assert tried((1, 11, 13)) == undisturbed
+
+
 def test_plots_of_a_sweep(tmp_path: Path) -> None:
     sweep = load_sweep(written(tmp_path))
     there = [
