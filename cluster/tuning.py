@@ -6,6 +6,7 @@ workers they start never wait for each other's places. It lives on the head node
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol, TypeAlias
@@ -96,6 +97,8 @@ def run_trials(
         tasks: of a whole trial.
         retries: how often a trial that fails is begun again; its finished stages are not repeated.
     """
+    # Tune's newer output names its folder, which is gone at the end, however silent it is asked to be.
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     with tempfile.TemporaryDirectory(prefix="sweep-") as folder:  # Tune's own state, which nothing is restored from
         tune.Tuner(
             tune.with_resources(_trainable(body), tune.PlacementGroupFactory([{HEAD: SHARE_OF_HEAD}])),
