@@ -2,7 +2,8 @@
 
     python benchmarks/sweep_kills.py --kills 10
 
-Twelve points drawn at random, two trials at once on a local Ray, no early stopping, two tasks of the quickstart.
+Twelve points drawn at random, two trials at once on a local Ray, no early stopping, two of the quickstart's tasks with
+60 rows each: some minutes on two cores.
 Ends with 1 if a record of an ended trial was lost or changed, or if the two tables differ.
 """
 
@@ -17,6 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,12 @@ EARLIEST, LATEST = 5.0, 40.0  # seconds after its start; Ray and the first stage
 
 SWEEP = """
 base: {root}/pipelines/configs/quickstart.yaml
-overrides: ["benchmark.tasks=animal,basket", "store.uri={folder}/store", "tracking.uri=sqlite:///{folder}/mlflow.db"]
+overrides:
+  - benchmark.tasks=animal,basket
+  - benchmark.train_rows=60
+  - generator.steps=20
+  - store.uri={folder}/store
+  - tracking.uri=sqlite:///{folder}/mlflow.db
 space:
   reflection.weight: {{low: 0.05, high: 5.0, log: true}}
   attention.temperature: {{low: 0.03, high: 3.0, log: true}}
@@ -53,16 +61,18 @@ def main() -> None:
         began = time.monotonic()
         finish(Path(calm))
         undisturbed_seconds = time.monotonic() - began
+        print(f"undisturbed: {undisturbed_seconds:.0f} s", flush=True)
         kills: list[dict[str, Any]] = []
         began = time.monotonic()
         while len(kills) < arguments.kills:
             after = moments.uniform(EARLIEST, LATEST)
             before = records(Path(disturbed))
-            if not kill(Path(disturbed), after):
+            if not killed(Path(disturbed), after):
                 break
             there = records(Path(disturbed))
             kept = all(there.get(name) == data for name, data in before.items())
             kills.append({"after_seconds": round(after, 1), "ended": len(there), "kept": kept})
+            print(f"kill {len(kills)} after {after:.0f} s: {len(there)} trials have ended", flush=True)
         finish(Path(disturbed))
         seconds = time.monotonic() - began
         same = table(Path(calm)) == table(Path(disturbed))
@@ -90,32 +100,37 @@ def main() -> None:
         sys.exit(1)
 
 
-def start(folder: Path) -> subprocess.Popen[bytes]:
-    """The sweep in ``folder``, in a process group of its own."""
+@contextmanager
+def driver(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """The sweep in ``folder``, started and, if it still runs at the end, killed with its process group."""
     path = folder / "sweep_kills.yaml"
     path.write_text(SWEEP.format(root=ROOT, folder=folder))
     command = [sys.executable, "pipelines/sweep.py", "--config", str(path)]
-    return subprocess.Popen(  # noqa: S603
+    process = subprocess.Popen(  # noqa: S603
         command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def finish(folder: Path) -> None:
     """Run the sweep to its end."""
-    if code := start(folder).wait():
+    with driver(folder) as process:
+        code = process.wait()
+    if code:
         sys.exit(f"The sweep in {folder} ended with {code}: run it by hand to see why")
 
 
-def kill(folder: Path, after: float) -> bool:
+def killed(folder: Path, after: float) -> bool:
     """Start the sweep and kill it after so many seconds; False if it had ended by then."""
-    driver = start(folder)
-    try:
-        driver.wait(after)
-    except subprocess.TimeoutExpired:
-        os.killpg(driver.pid, signal.SIGKILL)
-        driver.wait()
-        return True
-    return False
+    with driver(folder) as process, suppress(subprocess.TimeoutExpired):
+        process.wait(after)
+        return False
+    return True
 
 
 def records(folder: Path) -> dict[str, bytes]:
