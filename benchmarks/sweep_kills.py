@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).parents[1]
-EARLIEST, LATEST = 5.0, 40.0  # seconds after its start; Ray and the first stage take some ten
+EARLIEST, LATEST = 0.05, 0.3  # after its start, as shares of the seconds that an undisturbed sweep takes
 
 SWEEP = """
 base: {root}/pipelines/configs/quickstart.yaml
@@ -65,7 +65,7 @@ def main() -> None:
         kills: list[dict[str, Any]] = []
         began = time.monotonic()
         while len(kills) < arguments.kills:
-            after = moments.uniform(EARLIEST, LATEST)
+            after = moments.uniform(EARLIEST, LATEST) * undisturbed_seconds
             before = records(Path(disturbed))
             if not killed(Path(disturbed), after):
                 break
