@@ -63,6 +63,13 @@ class Dimension(Section):
             return IntDistribution(math.ceil(low), math.floor(high), log=self.log)
         return FloatDistribution(low, high, log=self.log)
 
+    def holds(self, value: Scalar) -> bool:
+        """Whether ``value`` is one of these."""
+        if self.values is not None:
+            return value in self.values
+        low, high = self.ends()
+        return not isinstance(value, str) and low <= value <= high
+
     def ends(self) -> tuple[float, float]:
         """Of a range."""
         assert self.low is not None and self.high is not None  # noqa: S101, PT018 - validated
@@ -138,6 +145,10 @@ class Sweep:
         """
         changes = parsed([f"{name}={_written(value)}" for name, value in point.items()])
         return validated(ExperimentConfig, [OmegaConf.create(dict(self.base)), *changes], f"A trial of {self.path}")
+
+    def holds(self, point: Mapping[str, Scalar]) -> bool:
+        """Whether a trial of a sweep over the same fields lies in this space."""
+        return all(self.config.space[name].holds(value) for name, value in point.items())
 
     def lattice(self) -> list[Point]:
         """Points with every listed value and both ends of every range: what two of them share, trials may share."""

@@ -141,7 +141,7 @@ class Running:
         self.folder = sweep.config.results
         self.key = trials.sweep_key(sweep, experiment)
         # One that failed is tried again.
-        self.before = [each for each in trials.read_trials(self.folder, self.key) if each.state != "failed"]
+        self.before = [each for each in trials.read_trials(self.sweep, self.key) if each.state != "failed"]
         self.points = Points.after(sweep, self.before, len(experiment.tasks))
         # All that are planned, also those with a record: their stages are done.
         self.shared = self.setup.shared(sweep.planned() or sweep.lattice())
@@ -310,7 +310,7 @@ class Running:
     @cached_property
     def after(self) -> list[TrialRecord]:
         """Records of all trials; to be asked for once they have ended, as what is made of them."""
-        return trials.read_trials(self.folder, self.key)
+        return trials.read_trials(self.sweep, self.key)
 
     @cached_property
     def plots(self) -> dict[str, bytes]:

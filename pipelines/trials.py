@@ -164,14 +164,17 @@ def try_point(
     run_graph(graph.by_version, store, executor(store), Follower(graph, report).on_event)
 
 
-def read_trials(folder: Path, sweep: str) -> list[TrialRecord]:
-    """The records of a sweep's trials, oldest first; those of other sweeps are left out.
+def read_trials(sweep: Sweep, key: str) -> list[TrialRecord]:
+    """The records of a sweep's trials, oldest first.
+
+    Those of other sweeps are left out, and of values that this one no longer asks for.
 
     Raises:
         DataError: with every file that is no record.
     """
-    found = [each for each in read_folder(folder, "trial_*.json", TrialRecord) if each.sweep == sweep]
-    return sorted(found, key=lambda each: (each.written_at, each.file))
+    found = read_folder(sweep.config.results, "trial_*.json", TrialRecord)
+    own = [each for each in found if each.sweep == key and sweep.holds(each.point)]
+    return sorted(own, key=lambda each: (each.written_at, each.file))
 
 
 def write_trial(record: TrialRecord, folder: Path) -> None:

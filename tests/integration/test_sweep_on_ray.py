@@ -51,7 +51,7 @@ def folder(migrated_database: Path, tmp_path: Path) -> Path:
 
 def ended(path: Path) -> list[trials.TrialRecord]:
     sweep = load_sweep(path)
-    return trials.read_trials(path.parent / "results", trials.sweep_key(sweep, assemble(sweep.experiment({}), "x")))
+    return trials.read_trials(sweep, trials.sweep_key(sweep, assemble(sweep.experiment({}), "x")))
 
 
 def table(path: Path) -> list[tuple[Any, ...]]:

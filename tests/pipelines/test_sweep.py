@@ -46,7 +46,7 @@ def written(folder: Path, *, space: str = SPACE, more: str = "search: grid") -> 
 def kept(path: Path) -> list[TrialRecord]:
     """Records of the sweep in ``path``."""
     sweep = load_sweep(path)
-    return trials.read_trials(path.parent / "results", sweep_key(sweep, assemble(sweep.experiment({}), "x")))
+    return trials.read_trials(sweep, sweep_key(sweep, assemble(sweep.experiment({}), "x")))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -279,6 +279,23 @@ def test_optuna_learns_from_the_records(tmp_path: Path) -> None:
     points.tell("2", {"tasks": 1, "ap": 99.0, "f_ra": 0.0})
     points.tell("1", None)
     assert [trial.state.name for trial in points.study.trials[12:]] == ["COMPLETE", "FAIL", "PRUNED"]
+
+
+def test_a_narrower_space_leaves_out_the_trials_beyond_it(tmp_path: Path) -> None:
+    def left(space: str, more: str) -> list[float]:
+        path = written(tmp_path, space=space, more=more)
+        sweep = load_sweep(path)
+        key = sweep_key(sweep, assemble(sweep.experiment({}), "x"))
+        for weight in (0.1, 2.0):
+            trials.write_trial(record(weight, (1.0, 40.0), sweep=key), tmp_path / "results")
+        there = kept(path)
+        assert len(trials.study_of(sweep, there, ("ap",)).trials) == len(there)
+        return [float(each.point["reflection.weight"]) for each in there]
+
+    temperature = "\n  attention.temperature: {values: [0.1, 1.0]}"
+    assert left(f"\n  reflection.weight: {{values: [0.1, 2.0]}}{temperature}", "search: grid") == [0.1, 2.0]
+    assert left(f"\n  reflection.weight: {{values: [1.0, 2.0]}}{temperature}", "search: grid") == [2.0]
+    assert left(f"\n  reflection.weight: {{low: 0.05, high: 1}}{temperature}", "trials: 3") == [0.1]
 
 
 @pytest.mark.parametrize("objectives", ["[ap]", "[ap, f_ra]"])
