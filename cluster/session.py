@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,8 +19,8 @@ from sapt_core.settings import ClusterConfig
 def connect(config: ClusterConfig, *, num_cpus: int | None = None) -> Iterator[None]:
     """Be connected to Ray: at ``cluster.address``, else RAY_ADDRESS, else a local Ray of our own.
 
-    On leaving, disconnects, and stops Ray only if it was started here. Inside a process that is
-    connected already (a Tune trial) it changes nothing.
+    Meanwhile SIGTERM, by which a job is stopped, interrupts as Ctrl-C does. On leaving, disconnects, and stops
+    Ray only if it was started here. Inside a process that is connected already (a Tune trial) it changes nothing.
 
     Args:
         config: where to connect.
@@ -57,10 +58,13 @@ def connect(config: ClusterConfig, *, num_cpus: int | None = None) -> Iterator[N
             f"No Ray cluster can be used at {address}: {_first_line(error)}. Check that the cluster runs this Ray "
             "version, and that RAY_AUTH_MODE and the token (RAY_AUTH_TOKEN or ~/.ray/auth_token) are the cluster's."
         ) from error
+    # As Ctrl-C: Ray's own handler aborts the process, and a job that is stopped leaves its MLflow run open.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:
         ray.shutdown()
+        signal.signal(signal.SIGTERM, before)
 
 
 def check_resources(config: ClusterConfig) -> None:

@@ -107,15 +107,19 @@ def test_killed_worker_of_two(ray_cluster: Cluster, arguments: list[str], tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("workers", "checkpoint"), [(0, "checkpoints/*/*/manifest.json"), (2, "train/*/checkpoint_*/*")]
+    ("workers", "checkpoint", "sent"),
+    [(0, "checkpoints/*/*/manifest.json", signal.SIGTERM), (2, "train/*/checkpoint_*/*", signal.SIGINT)],
+    ids=["stopped", "interrupted"],
 )
-def test_interrupt(ray_cluster: Cluster, arguments: list[str], tmp_path: Path, workers: int, checkpoint: str) -> None:
-    """Ctrl-C ends within seconds, says how to go on, and the cluster is free again."""
+def test_interrupt(  # noqa: PLR0917 - fixtures and parameters
+    ray_cluster: Cluster, arguments: list[str], tmp_path: Path, workers: int, checkpoint: str, sent: signal.Signals
+) -> None:
+    """Ctrl-C, or a job that is stopped, ends within seconds, says how to go on, and the cluster is free again."""
     driver = start([*arguments, "train.epochs=500", f"cluster.train_workers={workers}"], ray_cluster.environment)
     read_until(driver, "train[00 animal] started")
     await_file(tmp_path / "store", checkpoint)
     begun = time.monotonic()
-    driver.send_signal(signal.SIGINT)
+    driver.send_signal(sent)
     _, err = driver.communicate(timeout=60)
     print(f"interrupted: {time.monotonic() - begun:.1f} s")
     assert driver.returncode == 130, err
