@@ -99,6 +99,8 @@ def run_trials(
     """
     # Tune's newer output names its folder, which is gone at the end, however silent it is asked to be.
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+    # At Ctrl-C Tune would end as if all had been tried, and the sweep would be reported and crowned as a whole one.
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     with tempfile.TemporaryDirectory(prefix="sweep-") as folder:  # Tune's own state, which nothing is restored from
         tune.Tuner(
             tune.with_resources(_trainable(body), tune.PlacementGroupFactory([{HEAD: SHARE_OF_HEAD}])),

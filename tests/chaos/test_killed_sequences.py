@@ -111,8 +111,8 @@ def test_killed_worker_of_two(ray_cluster: Cluster, arguments: list[str], tmp_pa
     [(0, "checkpoints/*/*/manifest.json", signal.SIGTERM), (2, "train/*/checkpoint_*/*", signal.SIGINT)],
     ids=["stopped", "interrupted"],
 )
-def test_interrupt(  # noqa: PLR0917 - fixtures and parameters
-    ray_cluster: Cluster, arguments: list[str], tmp_path: Path, workers: int, checkpoint: str, sent: signal.Signals
+def test_interrupt(
+    ray_cluster: Cluster, arguments: list[str], tmp_path: Path, *, workers: int, checkpoint: str, sent: signal.Signals
 ) -> None:
     """Ctrl-C, or a job that is stopped, ends within seconds, says how to go on, and the cluster is free again."""
     driver = start([*arguments, "train.epochs=500", f"cluster.train_workers={workers}"], ray_cluster.environment)

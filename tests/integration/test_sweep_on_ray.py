@@ -16,7 +16,7 @@ from cluster.tracking import PARENT, client_of
 from pipelines import trials
 from pipelines.experiment import assemble
 from pipelines.space import load_sweep
-from tests.sequences import ROOT, SETTINGS, environment, run, start
+from tests.sequences import ROOT, SETTINGS, environment, read_until, run, start
 
 pytest_plugins = ["tests.mlflow_servers"]
 pytestmark = pytest.mark.integration
@@ -104,6 +104,24 @@ def test_more_trials_than_the_cluster_holds(folder: Path) -> None:
     assert done.code == 3
     assert "too small for concurrent" in done.err
     assert not (folder / "results").exists()
+
+
+@pytest.mark.chaos
+def test_an_interrupted_sweep_is_not_told_as_a_whole_one(folder: Path) -> None:
+    path = written(folder, "champion: true")
+    driver = start(["pipelines/sweep.py", "--config", str(path)], environment())
+    read_until(driver, "after task 1")
+    driver.send_signal(signal.SIGINT)
+    out, err = driver.communicate(timeout=60)
+    assert driver.returncode == 130, out + err
+    assert err.splitlines()[-1] == "interrupted: the same command goes on where it stopped"
+    assert "Best: " not in out
+    client = client_of(f"sqlite:///{folder}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("quickstart").experiment_id])
+    statuses = {each.info.run_name: each.info.status for each in runs}
+    assert statuses["sweep tiny"] == "KILLED"
+    assert "RUNNING" not in statuses.values()
+    assert client.search_registered_models() == []
 
 
 @pytest.mark.chaos
