@@ -43,9 +43,9 @@ def draw(sweep: Sweep, trials: Sequence[TrialRecord]) -> dict[str, bytes]:
                 values = sweep.config.space[first].values, sweep.config.space[second].values
                 if values[0] is not None and values[1] is not None:
                     found[file] = _listed(whole, name, (first, values[0]), (second, values[1]))
-                    continue
-                told = {"params": [first, second], "target": _value(index), "target_name": LABELS[name]}
-                found[file] = _png(plots.plot_contour, study, **told)
+                else:
+                    told = {"params": [first, second], "target": _value(index), "target_name": LABELS[name]}
+                    found[file] = _png(plots.plot_contour, study, **told)
         found["pareto_front.png"] = _png(plots.plot_pareto_front, study, target_names=list(LABELS.values()))
         of_ap = {"target": _value(0), "target_name": LABELS["ap"]}
         found["parallel_coordinates.png"] = _png(plots.plot_parallel_coordinate, study, **of_ap)
@@ -64,8 +64,7 @@ def _listed(
         at.setdefault((each.point[down[0]], each.point[across[0]]), []).append(getattr(each, name)[-1])
     cells = [[fmean(at.get((one, other), [math.nan])) for other in across[1]] for one in down[1]]
     told_across, told_down = ((field, [shown(value) for value in values]) for field, values in (across, down))
-    highest = max((fmean(values) for values in at.values()), default=0.0)
-    return grid_map(told_across, told_down, cells, f"{LABELS[name]}; empty: ended early", top=max(highest, 1.0))
+    return grid_map(told_across, told_down, cells, f"{LABELS[name]}; empty: not to the end")
 
 
 def _value(index: int) -> Callable[[optuna.trial.FrozenTrial], float]:

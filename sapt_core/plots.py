@@ -91,21 +91,19 @@ def average_performance(rows: Sequence[tuple[str, Sequence[float]]]) -> bytes:
     return _png(figure)
 
 
-def grid_map(
-    across: tuple[str, Sequence[str]], down: tuple[str, Sequence[str]], cells: Ragged, label: str, *, top: float
-) -> bytes:
+def grid_map(across: tuple[str, Sequence[str]], down: tuple[str, Sequence[str]], cells: Ragged, label: str) -> bytes:
     """Heat map of figures over the values of two fields, each given by its name and its values; NaN is left empty.
 
     Args:
         across, down: the fields.
-        cells: a row for each value of ``down``.
+        cells: a row for each value of ``down``, not all of them NaN.
         label: what the figures are.
-        top: the figure of the darkest colour; 0 has the lightest.
     """
     (name_across, columns), (name_down, rows) = across, down
     figure = _figure(0.8 * len(columns) + 2.6, 0.55 * len(rows) + 1.6)
     axes = figure.add_subplot()
-    image = _map(axes, _square(cells, len(columns)), columns, rows, top=top, digits=1)
+    values = _square(cells, len(columns))
+    image = _map(axes, values, columns, rows, top=max(np.nanmax(values), 1.0), digits=1)
     axes.set_xlabel(name_across)
     axes.set_ylabel(name_down)
     figure.colorbar(image, ax=axes, label=label, shrink=0.9)

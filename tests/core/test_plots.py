@@ -27,7 +27,7 @@ DRAWN: dict[str, Callable[[int], bytes]] = {
     "history": lambda size: plots.weight_history(names(size), [None, *(triangle(i + 1, 0.5) for i in range(1, size))]),
     "alignment": lambda size: plots.alignment_map(names(size), [None, *triangle(size, 2.0)[1:]], 0.5),
     "grid": lambda size: plots.grid_map(
-        ("λ", names(size)), ("τ", ["1", "2"]), [[50.0] * size, [float("nan")] * size], "AP", top=60.0
+        ("λ", names(size)), ("τ", ["1", "2"]), [[50.0] * size, [float("nan")] * size], "AP"
     ),
     "curves": lambda size: plots.curves(
         names(size), [[{"step": s, "loss": 1.0, "kl": 0.0, "gate": 0.5} for s in range(1, 450)]] * size
