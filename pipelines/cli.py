@@ -8,11 +8,17 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
+from cluster.processes import stage_processes
+from cluster.stages import Executor, InlineExecutor
+from cluster.store import ArtifactStore
 from sapt_core.errors import SaptError, ServiceError
+from sapt_core.settings import StoreConfig
 
 
 def parser(description: str, example: str, *, needs_config: bool = True) -> argparse.ArgumentParser:
@@ -23,6 +29,37 @@ def parser(description: str, example: str, *, needs_config: bool = True) -> argp
     made.add_argument("--config", type=Path, required=needs_config, help="experiment YAML, see pipelines/configs")
     made.add_argument("overrides", nargs="*", metavar="key=value", help="dotted field of the config, e.g. seed=3")
     return made
+
+
+def add_inline(made: argparse.ArgumentParser) -> None:
+    """The options of those who run without Ray."""
+    made.add_argument("--inline", action="store_true", help="on this machine alone: no Ray, no MLflow")
+    made.add_argument(
+        "--processes", type=_at_least_one, metavar="N", help="with --inline: run up to N stages at once (default: 1)"
+    )
+
+
+def inline_executor(
+    arguments: argparse.Namespace, config: StoreConfig, store: ArtifactStore, stack: ExitStack
+) -> Executor[Any]:
+    """What runs the stages with ``--inline`` until ``stack`` is closed: this process or ``--processes`` others."""
+    if arguments.processes is None:
+        return InlineExecutor(store)
+    return stack.enter_context(stage_processes(arguments.processes, config))
+
+
+def parse(made: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line; ends with a message if its options do not go together."""
+    arguments = made.parse_intermixed_args()
+    if arguments.processes is not None and not arguments.inline:
+        made.error("--processes goes with --inline; on Ray, the cluster says how many stages run at once")
+    return arguments
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
 
 
 def check_output(path: Path | None) -> None:

@@ -31,6 +31,7 @@ from pipelines.records import (
     check_markers,
     read_records,
     record_of,
+    recorded_elsewhere,
     results,
     write_between_markers,
     write_record,
@@ -67,24 +68,10 @@ def main() -> None:
     if arguments.markdown is not None:
         check_markers(arguments.markdown, f"compare:{comparison.name}")
     folder = comparison.config.results
-    keys = {record.place: record.key for record in read_records(folder)}
     console = wide_console()
-    failed: Mapping[Cell, Exception] = {}
-    if not arguments.table_only:
-        cells = comparison.cells(comparison.places(arguments.rows, arguments.seeds))
-        cli.check_output(folder / cells[0].place.file)
-        to_run = [cell for cell in cells if keys.get(cell.place) != cell.experiment.key]
-        store = open_store(cells[0].experiment.config.store)
-        if not arguments.dry_run:
-            store.check()
-        running = Running(comparison, to_run, store, console)
-        running.show_plan(recorded=len(cells) - len(to_run))
-        for cell in to_run:
-            if cell.place in keys:
-                console.print(f"{cell.place.name}: its record is of other settings, data or backbone; it is replaced")
-        if arguments.dry_run:
-            return
-        failed = running.run() if arguments.inline else _run_published(running)
+    failed = {} if arguments.table_only else _learn(comparison, arguments, console)
+    if arguments.dry_run:
+        return
     made = results(comparison, read_records(folder))
     for table in made.tables():
         console.print(table)
@@ -97,6 +84,32 @@ def main() -> None:
         write_between_markers(arguments.markdown, f"compare:{comparison.name}", made.markdown())
     if failed:
         _raise(failed)
+
+
+def _learn(comparison: Comparison, arguments: argparse.Namespace, console: Console) -> Mapping[Cell, Exception]:
+    """Give the chosen cells their records; those that failed, each with its error."""
+    folder = comparison.config.results
+    keys = {record.place: record.key for record in read_records(folder)}
+    cells = comparison.cells(comparison.places(arguments.rows, arguments.seeds))
+    cli.check_output(folder / cells[0].place.file)
+    unrecorded = [cell for cell in cells if keys.get(cell.place) != cell.experiment.key]
+    elsewhere = recorded_elsewhere(unrecorded, folder)
+    to_run = [cell for cell in unrecorded if cell not in elsewhere]
+    store = open_store(cells[0].experiment.config.store)
+    if not arguments.dry_run:
+        store.check()
+    running = Running(comparison, to_run, store, console)
+    running.show_plan(recorded=len(cells) - len(to_run))
+    for cell in unrecorded:
+        if cell.place in keys:
+            console.print(f"{cell.place.name}: its record is of other settings, data or backbone; it is replaced")
+        if cell in elsewhere:
+            console.print(f"{cell.place.name}: its record is taken over from another comparison")
+    if arguments.dry_run:
+        return {}
+    for record in elsewhere.values():
+        write_record(record, folder)
+    return _run(running, arguments) if to_run else {}
 
 
 class Running:
@@ -153,12 +166,12 @@ class Running:
         self._console.print(table)
 
     def run(
-        self, executor: Executor[Any] | None = None, publisher: Callable[[Cell], MLflowPublisher] | None = None
+        self, executor: Executor[Any], publisher: Callable[[Cell], MLflowPublisher] | None = None
     ) -> Mapping[Cell, Exception]:
         """Learn all cells; one that fails leaves the others to go on.
 
         Args:
-            executor: where stages run; default: this process.
+            executor: where stages run.
             publisher: opens the MLflow run of a cell, when its first stage has news.
 
         Returns:
@@ -174,7 +187,7 @@ class Running:
             while stages := self.stages:
                 failures = len(self.failed)
                 try:
-                    run_graph(stages, self.store, executor or InlineExecutor(self.store), self.on_event)
+                    run_graph(stages, self.store, executor, self.on_event)
                 except Exception:
                     if len(self.failed) == failures:  # no stage's failure but the surroundings'
                         raise
@@ -221,13 +234,19 @@ class Running:
         )
 
 
+def _run(running: Running, arguments: argparse.Namespace) -> Mapping[Cell, Exception]:
+    if not arguments.inline:
+        return _run_published(running)
+    with ExitStack() as stack:
+        config = running.cells[0].experiment.config
+        return running.run(cli.inline_executor(arguments, config.store, running.store, stack))
+
+
 def _run_published(running: Running) -> Mapping[Cell, Exception]:
-    """Run on Ray, unless nothing is left to run, each sequence a child of the comparison's MLflow run."""
+    """Run on Ray, unless the store has all of it, each sequence a child of the comparison's MLflow run."""
     from cluster import tracking  # noqa: PLC0415  not with --inline
     from pipelines.publishing import MLflowPublisher  # noqa: PLC0415
 
-    if not running.cells:
-        return {}
     comparison, config = running.comparison, running.cells[0].experiment.config
     checked = tracking.check(config.tracking)
     tracker = tracking.Tracker(checked)
@@ -294,10 +313,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=_names, metavar="A,B", help="only these rows")
     parser.add_argument("--seeds", type=_seeds, metavar="N,N", help="these seeds for every row")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
-    parser.add_argument("--inline", action="store_true", help="one process: no Ray, no MLflow")
+    cli.add_inline(parser)
     parser.add_argument("--table-only", action="store_true", help="run nothing, show what the records say")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="put the table between its markers in FILE")
-    return parser.parse_intermixed_args()
+    return cli.parse(parser)
 
 
 def _names(text: str) -> list[str]:

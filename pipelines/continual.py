@@ -30,9 +30,9 @@ def main() -> None:
         __doc__ or "", "python pipelines/continual.py --config pipelines/configs/superni_mini.yaml seed=1"
     )
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
-    parser.add_argument("--inline", action="store_true", help="one process: no Ray, no MLflow")
+    cli.add_inline(parser)
     parser.add_argument("--summary", type=Path, metavar="FILE", help="write the figures of the end as JSON")
-    arguments = parser.parse_intermixed_args()
+    arguments = cli.parse(parser)
     cli.check_output(arguments.summary)
     experiment = load_experiment(arguments.config, arguments.overrides)
     store = open_store(experiment.config.store)
@@ -44,7 +44,9 @@ def main() -> None:
         return
     if arguments.inline:
         reporter = Reporter(experiment, store, None)
-        _run(experiment, store, InlineExecutor(store), reporter)
+        with ExitStack() as stack:
+            executor = cli.inline_executor(arguments, experiment.config.store, store, stack)
+            _run(experiment, store, executor, reporter)
     else:
         reporter = publish_sequence(experiment, store, all_done=set(states.values()) == {"done"})
     reporter.show_end()

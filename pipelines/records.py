@@ -6,6 +6,7 @@ import json
 import os
 import platform
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -159,6 +160,22 @@ def read_records(folder: Path) -> list[Record]:
         DataError: with every file that is no record.
     """
     return read_folder(folder, "*.json", Record)
+
+
+def recorded_elsewhere(cells: Sequence[Cell], folder: Path) -> dict[Cell, Record]:
+    """Records, as of these cells, of their experiments that other comparisons keep in folders beside this one."""
+    found = {}
+    for path in sorted(folder.absolute().parent.glob("*/*_seed*.json")):
+        with suppress(OSError, ValidationError):
+            record = Record.model_validate_json(path.read_bytes())
+            found[record.key] = record
+    return {
+        cell: found[cell.experiment.key].model_copy(
+            update={**vars(cell.place), "overrides": cell.overrides, "settings": cell.settings}
+        )
+        for cell in cells
+        if cell.experiment.key in found
+    }
 
 
 Kept = TypeVar("Kept", bound=BaseModel)

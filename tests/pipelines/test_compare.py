@@ -78,7 +78,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Compared:
             return super().wait(handles)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare, "InlineExecutor", Interrupted)
+        patch.setattr(cli, "InlineExecutor", Interrupted)
         interrupted = in_process(["--config", str(path), "--inline"])
     then = tuple(sorted(file.name for file in (folder / "results").glob("*.json")))
     names = tuple(name for name, _ in records(folder / "store").values())
@@ -181,6 +181,25 @@ def test_what_has_its_record_is_not_run_again(again: Path, call: Call) -> None:
     assert ended.code == 0, ended.err
     assert contents(again.parent) == before
     assert "0 cells to learn, 4 have their record" in ended.out
+
+
+def test_a_record_is_taken_over_from_a_comparison_of_the_same_experiment(again: Path, call: Call) -> None:
+    there = read_records(again.parent / "results")
+    shutil.rmtree(again.parent / "store")
+    (again.parent / "results").rename(again.parent / "others")
+    rows = [{"name": "ours"}, {"name": "without", "overrides": ["reflection.weight=0"]}]
+    path = write(again.parent, rows=rows)
+    shown = call(compare.main, ["--config", str(path), "--inline", "--dry-run"])
+    assert "ours seed 1: its record is taken over from another comparison" in shown.out
+    assert not (again.parent / "results").exists()
+    ended = call(compare.main, ["--config", str(path), "--inline"])
+    assert ended.code == 0, ended.err
+    assert " started" not in ended.out
+    taken = {record.place.name: record for record in read_records(again.parent / "results")}
+    assert set(taken) == {"ours seed 0", "ours seed 1", "without seed 0", "without seed 1"}
+    (ours,) = [record for record in there if record.place.name == "SAPT seed 1"]
+    assert taken["ours seed 1"] == ours.model_copy(update={"row": "ours"})
+    assert "No record yet" not in ended.out
 
 
 def test_a_lost_record_is_put_together_from_its_stages(again: Path, call: Call) -> None:

@@ -153,6 +153,35 @@ def test_warnings_are_told_and_kept(
     assert f"warning: {warning['text']}" in again.out.splitlines()
 
 
+def test_stages_of_several_processes_end_in_the_same_version(finished: Finished, tmp_path: Path) -> None:
+    ended = subprocess.run(
+        command(tmp_path / "store", "--processes", "2", "--summary", str(tmp_path / "summary.json")),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["snapshot"] == finished.snapshot
+    assert summary["scores"] == finished.summary["scores"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--inline", "--processes", "0"], "'0' is not a whole number from 1 on"),
+        (["--inline", "--processes", "two"], "'two' is not a whole number from 1 on"),
+        (["--processes", "2"], "--processes goes with --inline"),
+    ],
+)
+def test_a_wrong_number_of_processes(
+    arguments: list[str], told: str, call: Callable[[Callable[[], None], list[str]], Outcome]
+) -> None:
+    refused = call(continual.main, ["--config", QUICKSTART, *arguments])
+    assert refused.code == 2
+    assert told in refused.err
+
+
 def test_dry_run_writes_nothing(
     tmp_path: Path, call: Callable[[Callable[[], None], list[str]], Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
