@@ -19,7 +19,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "env: ready"
 
 test: env
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	@echo "test: what needs no server, two files at a time"
+	@$(BIN)/python -m pytest -m "not integration" --numprocesses 2 --dist loadfile
+	@echo "test: with Ray, MLflow and S3, one after another"
+	@$(BIN)/python -m pytest -m integration
 
 run: env
 	@echo "run: SAPT over the quickstart's tasks"

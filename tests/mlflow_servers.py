@@ -23,7 +23,7 @@ import requests
 from cluster.tracking import check
 from sapt_core.settings import TrackingConfig
 
-START_SECONDS = 90
+START_SECONDS = 180
 
 
 @pytest.fixture(scope="session")

@@ -71,7 +71,7 @@ def _node(arguments: list[str], environment: Mapping[str, str], log: Path) -> It
             start_new_session=True,
         )
         try:
-            deadline = time.monotonic() + 90
+            deadline = time.monotonic() + 180
             while "Ray runtime started" not in log.read_text():
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise RuntimeError(f"ray start did not come up:\n{log.read_text()[-3000:]}")

@@ -107,7 +107,7 @@ def run(arguments: list[str], environment: Mapping[str, str]) -> Outcome:
     """Run a pipeline to its end."""
     process = start(arguments, environment)
     try:
-        out, err = process.communicate(timeout=240)
+        out, err = process.communicate(timeout=480)
     except BaseException:
         os.killpg(process.pid, signal.SIGKILL)
         raise

@@ -86,7 +86,7 @@ def test_killed_worker(ray_cluster: Cluster, arguments: list[str], undisturbed: 
     read_until(driver, "train[01 ticket] started")
     await_file(tmp_path / "store/checkpoints", "*/*/manifest.json")
     kill_worker(ray_cluster, "train[01 ticket]")
-    out, err = driver.communicate(timeout=200)
+    out, err = driver.communicate(timeout=400)
     assert driver.returncode == 0, out + err
     assert read_summary(tmp_path / "summary.json")["snapshot"] == undisturbed
 
@@ -100,7 +100,7 @@ def test_killed_worker_of_two(ray_cluster: Cluster, arguments: list[str], tmp_pa
     driver = start([*two, "tracking.experiment=killed"], ray_cluster.environment)
     await_file(tmp_path / "store/train", "*/checkpoint_*/*")
     kill_worker(ray_cluster, "RayTrainWorker")
-    out, err = driver.communicate(timeout=200)
+    out, err = driver.communicate(timeout=400)
     assert driver.returncode == 0, out + err
     assert read_summary(tmp_path / "summary.json")["snapshot"] == expected
     assert list((tmp_path / "store/train").iterdir()) == []

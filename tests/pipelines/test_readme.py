@@ -146,7 +146,7 @@ def test_the_ui_starts(migrated_database: Path, unused_port: int) -> None:
     ) as process:
         try:
             answered = False
-            for _ in range(480):
+            for _ in range(960):
                 try:
                     answered = requests.get(f"http://127.0.0.1:{unused_port}/health", timeout=5).ok
                     break
