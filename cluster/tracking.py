@@ -246,12 +246,12 @@ class Tracker:
         with reported(self.config.uri):
             client, experiment = client_of(self.config.uri), experiment_of(self.config)
             runs = self._search(experiment, {RUN_KEY: key})
-            nested = {PARENT: parent} if parent is not None else {}
-            run = runs[0] if runs else client.create_run(experiment, run_name=name, tags={RUN_KEY: key, **nested})
+            run = runs[0] if runs else client.create_run(experiment, run_name=name, tags={RUN_KEY: key})
             run_id: str = run.info.run_id
             if run.info.status != "RUNNING":
                 client.update_run(run_id, status="RUNNING")
             wanted = {metric_name(k): _cut(str(v), _MAX_PARAM) for k, v in params.items()}
+            nested = {PARENT: parent} if parent is not None else {}
             new = {k: v for k, v in wanted.items() if k not in run.data.params}
             self._log(run_id, params=new, tags={**tags, **nested})
             return run_id
@@ -331,19 +331,12 @@ class Tracker:
             self._log(run_id, tags=tags)
 
     def finish(self, run_id: str, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
-        """Close a run and the sequences of it that are open; ``start_sequence`` opens it again.
-
-        A stage's run that an interrupt left half-written goes.
-        """
+        """Close a run; ``start_sequence`` opens it again. A stage's run that an interrupt left half-written goes."""
         with reported(self.config.uri):
             client, experiment = client_of(self.config.uri), experiment_of(self.config)
             for child in self._search(experiment, {PARENT: run_id}):
-                if child.info.status != "RUNNING":
-                    continue
-                if STAGE_KEY in child.data.tags:
+                if STAGE_KEY in child.data.tags and child.info.status == "RUNNING":
                     client.delete_run(child.info.run_id)
-                else:
-                    self.finish(child.info.run_id, status)
             client.set_terminated(run_id, status=status)
 
     def _search(self, experiment: str, tags: Mapping[str, str]) -> list[Run]:

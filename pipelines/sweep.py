@@ -221,7 +221,8 @@ class Running:
             except BaseException as error:
                 state: Literal["FAILED", "KILLED"] = "FAILED" if isinstance(error, Exception) else "KILLED"
                 with suppress(TrackingError):  # the first error is the one to tell
-                    self._tracker.finish(self._parent, state)
+                    for opened in (*self._open.values(), self._parent):
+                        self._tracker.finish(opened, state)
                 raise
             self._tracker.finish(self._parent, "FINISHED")
 
