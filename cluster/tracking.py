@@ -245,15 +245,21 @@ class Tracker:
         """
         with reported(self.config.uri):
             client, experiment = client_of(self.config.uri), experiment_of(self.config)
-            runs = self._search(experiment, {RUN_KEY: key})
-            run = runs[0] if runs else client.create_run(experiment, run_name=name, tags={RUN_KEY: key})
-            run_id: str = run.info.run_id
-            if run.info.status != "RUNNING":
-                client.update_run(run_id, status="RUNNING")
-            wanted = {metric_name(k): _cut(str(v), _MAX_PARAM) for k, v in params.items()}
-            nested = {PARENT: parent} if parent is not None else {}
-            new = {k: v for k, v in wanted.items() if k not in run.data.params}
-            self._log(run_id, params=new, tags={**tags, **nested})
+            try:
+                runs = self._search(experiment, {RUN_KEY: key})
+                run = runs[0] if runs else client.create_run(experiment, run_name=name, tags={RUN_KEY: key})
+                run_id: str = run.info.run_id
+                if run.info.status != "RUNNING":
+                    client.update_run(run_id, status="RUNNING")
+                wanted = {metric_name(k): _cut(str(v), _MAX_PARAM) for k, v in params.items()}
+                nested = {PARENT: parent} if parent is not None else {}
+                new = {k: v for k, v in wanted.items() if k not in run.data.params}
+                self._log(run_id, params=new, tags={**tags, **nested})
+            except KeyboardInterrupt:  # nobody else has the id by which to close it
+                for run in self._search(experiment, {RUN_KEY: key}):
+                    if run.info.status == "RUNNING":
+                        client.set_terminated(run.info.run_id, status="KILLED")
+                raise
             return run_id
 
     def find_sequence(self, key: str) -> str | None:

@@ -183,13 +183,20 @@ class Running:
         self._publisher = publisher
         for cell in self.cells:
             cell.experiment.upload(self.store)
-        while stages := self.stages:
-            failures = len(self.failed)
-            try:
-                run_graph(stages, self.store, executor, self.on_event)
-            except Exception:
-                if len(self.failed) == failures:  # no stage's failure but the surroundings'
-                    raise
+        try:
+            while stages := self.stages:
+                failures = len(self.failed)
+                try:
+                    run_graph(stages, self.store, executor, self.on_event)
+                except Exception:
+                    if len(self.failed) == failures:  # no stage's failure but the surroundings'
+                        raise
+        except BaseException as error:
+            for cell, opened in self._publishers.items():
+                if cell not in self._complete and cell not in self.failed:
+                    with suppress(TrackingError):  # the first error is the one to tell
+                        opened.abandon(killed=not isinstance(error, Exception))
+            raise
         return self.failed
 
     def on_event(self, event: StageEvent) -> None:

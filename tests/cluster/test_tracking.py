@@ -332,6 +332,30 @@ def test_closing_a_sequence_leaves_no_stage_half_written(
     assert statuses == {comparison: "RUNNING", nested: "RUNNING", parent: "KILLED", whole: "FINISHED"}
 
 
+@pytest.mark.parametrize("call", ["create_run", "log_batch"])
+def test_a_sequence_that_is_interrupted_while_it_is_opened_is_closed(
+    call: str, tracker: Tracker, config: TrackingConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = getattr(client_of(config.uri), call)
+
+    def interrupted(*args: object, **kwargs: object) -> None:
+        whole(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    comparison = start(tracker, "c3")
+    with monkeypatch.context() as patch:
+        patch.setattr(client_of(config.uri), call, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            tracker.start_sequence("trial", key="d4", params={"a": 1}, tags={}, parent=comparison)
+    statuses = {run.info.run_name: run.info.status for run in runs(config)}
+    assert statuses.pop("trial") == "KILLED"
+    assert list(statuses.values()) == ["RUNNING"]
+    assert tracker.start_sequence("trial", key="d4", params={"a": 1}, tags={}) in {
+        run.info.run_id for run in runs(config)
+    }
+    assert len(runs(config)) == 2
+
+
 def test_scores_are_points_over_the_tasks_learnt(tracker: Tracker, config: TrackingConfig) -> None:
     run_id = start(tracker)
     tracker.log_scores(run_id, 1, {"AP": 90.0, "score/a+b": 90.0})

@@ -125,7 +125,7 @@ def test_an_interrupted_sweep_is_not_told_as_a_whole_one(folder: Path) -> None:
 
 
 @pytest.mark.chaos
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_a_killed_driver_keeps_what_ended(folder: Path) -> None:
     """Killed at moments of its run; the table is that of a sweep that nothing happened to."""
     calm = folder / "calm"
