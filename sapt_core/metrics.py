@@ -7,15 +7,18 @@ import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rouge_score.rouge_scorer import RougeScorer
+if TYPE_CHECKING:
+    from rouge_score.rouge_scorer import RougeScorer
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 @cache
 def _rouge() -> RougeScorer:
+    from rouge_score.rouge_scorer import RougeScorer  # noqa: PLC0415  seconds of scipy and scikit-learn by way of nltk
+
     return RougeScorer(["rougeL"], use_stemmer=True)
 
 
