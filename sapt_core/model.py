@@ -148,7 +148,7 @@ class SaptModel(nn.Module):
     @property
     def weights(self) -> Tensor | None:
         """Mixture (B, T) of the last forward or generate."""
-        return self._weights
+        return None if self._weights is None else self.pool.blocks.mixed(self._weights)
 
     def _mixture(self) -> tuple[Tensor, Tensor]:
         if self._weights is None or self._used is None:

@@ -64,10 +64,16 @@ class PETBlocks(nn.Module, ABC):
     def prompts(self, weights: Tensor, pooled: Tensor) -> Tensor | None:
         """Embeddings (B, l, D) to put in front of the input's; None if there are none.
 
+        Asked once for every batch, before its first layer.
+
         Args:
             weights: of the blocks (B, T).
             pooled: embeddings (B, D) of the inputs.
         """
+
+    def mixed(self, weights: Tensor) -> Tensor:
+        """What the blocks took part with in the last batch (B, T): ``weights``, unless they choose for themselves."""
+        return weights
 
     @abstractmethod
     def add(self) -> None:

@@ -72,7 +72,7 @@ class GatedSite(LoRASite):
         self.register_buffer("frozen_bias", torch.empty(0))
         self.register_parameter("selector_weight", None)
         self.register_parameter("selector_bias", None)
-        # Sum of the gates of each row of the last batch, mean over its positions (B·k).
+        # Gates of each row, mean over its positions (B·k, T), in the first pass since this was None.
         self.opened: Tensor | None = None
 
     def add(self) -> None:
@@ -115,7 +115,8 @@ class GatedSite(LoRASite):
         readers = torch.einsum("otr,to->tr", B.reshape(B.shape[0], -1, self.r), weight)
         scores = F.leaky_relu(torch.einsum("...tr,tr->...t", by_block, readers.to(by_block.dtype)).float() + bias, 0.2)
         gates = self._gates(scores)
-        self.opened = gates.sum(dim=-1).mean(dim=-1) if self.training else None
+        if self.opened is None:
+            self.opened = gates.mean(dim=-2)
         gated = (by_block * gates.unsqueeze(-1).to(by_block.dtype)).flatten(-2)
         return F.linear(gated, B.to(gated.dtype))
 
@@ -137,10 +138,19 @@ class GatedBlocks(LoRABlocks):
             assert isinstance(site, GatedSite)  # noqa: S101 - it makes no other
             site.gates = gates
 
-    def opened(self) -> Tensor:
-        """L1 norm (B) of the gates of each row of the last training batch: mean over sites and positions."""
-        parts = [site.opened for _, site in self.named_sites() if isinstance(site, GatedSite)]
-        return torch.stack([part for part in parts if part is not None]).mean(dim=0)
+    def prompts(self, weights: Tensor, pooled: Tensor) -> None:
+        """None; a new batch begins, so the gates of the last one are forgotten."""
+        for _, site in self.named_sites():
+            assert isinstance(site, GatedSite)  # noqa: S101 - it makes no other
+            site.opened = None
+
+    def mixed(self, weights: Tensor) -> Tensor:
+        """Gates of the LoRAs (B, T), mean over sites and positions, as the prompt was read; no row adds up to 1."""
+        rows = weights.shape[0]
+        opened = [site.opened for _, site in self.named_sites() if isinstance(site, GatedSite)]
+        # A decoder's linears see every beam of a row.
+        parts = [gates.reshape(rows, -1, gates.shape[-1]).mean(dim=1) for gates in opened if gates is not None]
+        return torch.stack(parts).mean(dim=0)
 
 
 @dataclass(frozen=True)
@@ -151,6 +161,5 @@ class Sparsity:
     name = "sparsity"
 
     def per_row(self, model: SaptModel) -> Tensor:
-        blocks = model.pool.blocks
-        assert isinstance(blocks, GatedBlocks)  # noqa: S101 - the method makes no other kind
-        return blocks.opened()
+        assert model.weights is not None  # noqa: S101 - there since the forward that the penalty is of
+        return model.weights.sum(dim=-1)

@@ -36,7 +36,7 @@ def test_am_lora_mixes_by_the_features_of_its_loras(gates: Literal["softmax", "s
         parts.append(block)
         site.append_frozen(block)
     x = torch.randn(2, 4, 6)
-    expected, opened = torch.zeros(2, 4, 5), torch.zeros(2)
+    expected, opened = torch.zeros(2, 4, 5), torch.zeros(2, 3)
     for row in range(2):
         for place in range(4):
             updates = [3.0 * b["lora_B.weight"] @ b["lora_A.weight"] @ x[row, place] for b in parts]
@@ -49,14 +49,37 @@ def test_am_lora_mixes_by_the_features_of_its_loras(gates: Literal["softmax", "s
                 shares = [math.exp(score) / total for score in scores]
             else:
                 shares = [1 / (1 + math.exp(-score)) for score in scores]
-            opened[row] += sum(shares) / 4
+            opened[row] += torch.tensor(shares) / 4
             for share, update in zip(shares, updates, strict=True):
                 expected[row, place] += share * update
-    site.train()
     found = site(x, torch.ones(2, 3), torch.arange(3))
     assert torch.allclose(found, expected, atol=1e-5)
     assert site.opened is not None
     assert torch.allclose(site.opened, opened, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["t5", "llama"])
+def test_answers_tell_the_gates_they_were_made_with(kind: str) -> None:
+    """The mean over sites of what each saw of the prompt, for each row, however many beams there are."""
+    store = DictStore()
+    version, _ = learn(store, 0, None, name=kind, method="am_lora")
+    version, _ = learn(store, 1, version, name=kind, method="am_lora")
+    backbone = tiny_backbone(kind)
+    model = SaptModel(backbone, load_pool(version, store, backbone)).eval()
+    batch = Collator(PAD, is_encoder_decoder=kind == "t5").prompts(random_rows(3))
+    model.generate(batch, max_new_tokens=4, num_beams=1)
+    one = model.weights
+    model.generate(batch, max_new_tokens=1, num_beams=2)
+    two = model.weights
+    assert one is not None
+    assert two is not None
+    assert one.shape == (3, 2)
+    assert ((one > 0) & (one < 1)).all()
+    assert (one.sum(dim=1) < 1).all()  # the zero LoRA has the rest
+    assert torch.allclose(one, two, atol=1e-5)
+    assert isinstance(model.pool.blocks, GatedBlocks)
+    opened = [site.opened.unflatten(0, (3, -1)).mean(dim=1) for _, site in model.pool.blocks.named_sites()]
+    assert torch.allclose(two, sum(opened) / len(opened))
 
 
 def test_am_loras_penalty_does_not_depend_on_micro_batches() -> None:
