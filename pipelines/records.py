@@ -62,6 +62,7 @@ class Record(_Frozen):
         commit: of the code that wrote the record.
         written_at: when the record was.
         scores: row i holds the scores after task i on tasks 0 to i.
+        single: scores of every task learnt alone, if they are; AP is held against their mean.
         unseen: scores on tasks that are never learnt, after every version.
         zero_shot: scores of the bare backbone on them.
         attention: row i holds for tasks 0 to i the mean weights over the blocks of version i.
@@ -259,13 +260,14 @@ def results(comparison: Comparison, records: Sequence[Record]) -> Results:
     }
     used = [record for group in groups.values() for record in group]
     transfer = any(record.unseen for record in used)
-    header = ["row", "cells", "AP", "F.Ra", "FWT", "BWT", *(["unseen"] if transfer else [])]
+    header = ["row", "cells", "AP", "alone", "F.Ra", "FWT", "BWT", *(["unseen"] if transfer else [])]
     header += ["trained", "stored", "forward", "train s", "source s", "kept", "note"]
     rows = []
     for row in comparison.config.rows:
         group = groups[row.name]
         figures: list[list[float | None]] = [
             [record.figures.ap for record in group],
+            [fmean(record.single) if record.single else None for record in group],
             [record.figures.f_ra for record in group],
             [record.figures.fwt for record in group],
             [record.figures.bwt for record in group],

@@ -59,8 +59,8 @@ def test_markdown_by_hand(tmp_path: Path) -> None:
     path = tmp_path / "results.md"
     path.write_text("# Results\n<!-- compare:tiny begin -->\nold\n<!-- compare:tiny end -->\nThe end.\n")
     there = [
-        record("full", 0, 10.0, trained_parameters=5000, stored_bytes=2048, forward_cost=1.2),
-        record("full", 1, 12.0, trained_parameters=5000, stored_bytes=2048, forward_cost=1.3),
+        record("full", 0, 10.0, single=(8.0, 20.0), trained_parameters=5000, stored_bytes=2048, forward_cost=1.2),
+        record("full", 1, 12.0, single=(10.0, 22.0), trained_parameters=5000, stored_bytes=2048, forward_cost=1.3),
         record("full", 2, 99.0, settings="older", written_at=datetime(2026, 1, 1, tzinfo=UTC)),
         record("plain", 0, 5.0, source_bytes=None, seconds={"train": 4.0}),
         record("gone", 0, 5.0),
@@ -68,12 +68,13 @@ def test_markdown_by_hand(tmp_path: Path) -> None:
     write_between_markers(path, "compare:tiny", results(comparison(), there).markdown())
     assert path.read_text() == (
         "# Results\n<!-- compare:tiny begin -->\n"
-        "| row | cells | AP | F.Ra | FWT | BWT | trained | stored | forward | train s | source s | kept | note |\n"
-        "| --- | --: | --: | --: | --: | --: | --: | --: | --: | --: | --: | --: | --- |\n"
-        "| full | 2 | 11.00 ± 1.41 | 1.00 ± 0.00 | 0.50 ± 0.00 | -1.00 ± 0.00 "
+        "| row | cells | AP | alone | F.Ra | FWT | BWT | trained | stored | forward "
+        "| train s | source s | kept | note |\n"
+        "| --- | --: | --: | --: | --: | --: | --: | --: | --: | --: | --: | --: | --: | --- |\n"
+        "| full | 2 | 11.00 ± 1.41 | 15.00 ± 1.41 | 1.00 ± 0.00 | 0.50 ± 0.00 | -1.00 ± 0.00 "
         "| 5 k | 2 KiB | × 1.25 | 10 | 2 | 1.5 KiB | a\\|b |\n"
-        "| plain | 1 of 2 | 5.00 | 1.00 | – | -1.00 | – | – | – | 4 | 0 | – |  |\n"
-        "| later | 0 of 1 | – | – | – | – | – | – | – | – | – | – |  |\n"
+        "| plain | 1 of 2 | 5.00 | – | 1.00 | – | -1.00 | – | – | – | 4 | 0 | – |  |\n"
+        "| later | 0 of 1 | – | – | – | – | – | – | – | – | – | – | – |  |\n"
         "\n"
         "Mean ± standard deviation over a row's cells (orders and seeds). 2026-11-24 to 2026-11-25, code at 0123456. "
         "A CPU, 2 cores, float32.\n"
@@ -91,12 +92,12 @@ def test_attention_and_unseen_tasks_by_hand() -> None:
     transfer = {"unseen": {"x": (1.0, 2.0), "y": (3.0, 4.0)}, "zero_shot": {"x": 0.0, "y": 0.0}}
     there = [record("full", 0, 10.0, **transfer), record("full", 1, 12.0, **transfer), record("plain", 0, 5.0)]
     made = results(comparison(attention=True), there)
-    assert made.header[6] == "unseen"
+    assert made.header[7] == "unseen"
     assert made.progress == (("full", (10.0, 14.5)), ("plain", (10.0, 14.5)))
     plot = made.plot()
     assert plot is not None
     assert plot.startswith(b"\x89PNG")
-    assert [row[6] for row in made.rows] == ["3.00 ± 0.00", "–", "–"]
+    assert [row[7] for row in made.rows] == ["3.00 ± 0.00", "–", "–"]
     assert made.attention[:4] == (
         ("row", "version", "block 1", "block 2", "on task"),
         ("full order 1", "1", "1.00", "", "task1"),
