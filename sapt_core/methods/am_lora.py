@@ -134,23 +134,24 @@ class GatedBlocks(LoRABlocks):
 
     def choose(self, gates: Literal["softmax", "sigmoid"]) -> None:
         """Set how scores become gates."""
-        for _, site in self.named_sites():
-            assert isinstance(site, GatedSite)  # noqa: S101 - it makes no other
+        for site in self._gated():
             site.gates = gates
 
     def prompts(self, weights: Tensor, pooled: Tensor) -> None:
         """None; a new batch begins, so the gates of the last one are forgotten."""
-        for _, site in self.named_sites():
-            assert isinstance(site, GatedSite)  # noqa: S101 - it makes no other
+        for site in self._gated():
             site.opened = None
 
     def mixed(self, weights: Tensor) -> Tensor:
         """Gates of the LoRAs (B, T), mean over sites and positions, as the prompt was read; no row adds up to 1."""
         rows = weights.shape[0]
-        opened = [site.opened for _, site in self.named_sites() if isinstance(site, GatedSite)]
+        opened = [site.opened for site in self._gated()]
         # A decoder's linears see every beam of a row.
         parts = [gates.reshape(rows, -1, gates.shape[-1]).mean(dim=1) for gates in opened if gates is not None]
         return torch.stack(parts).mean(dim=0)
+
+    def _gated(self) -> list[GatedSite]:
+        return [site for site in self.sites if isinstance(site, GatedSite)]
 
 
 @dataclass(frozen=True)
