@@ -20,6 +20,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
+from cluster.interrupts import uninterrupted
 from sapt_core.errors import TrackingError
 from sapt_core.settings import TrackingConfig
 
@@ -143,13 +144,18 @@ def client_of(uri: str) -> MlflowClient:
 
 @contextmanager
 def reported(uri: str) -> Iterator[None]:
-    """Turn what MLflow, its database or its transport raise into one ``TrackingError`` without secrets."""
+    """Turn what MLflow, its database or its transport raise into one ``TrackingError`` without secrets.
+
+    An interrupt waits until the block is left: amid a statement it would leave a database locked for as long as its
+    traceback lives, and so for the call that closes the run.
+    """
     from mlflow.exceptions import MlflowException  # noqa: PLC0415
     from requests import RequestException  # noqa: PLC0415
     from sqlalchemy.exc import SQLAlchemyError  # noqa: PLC0415
 
     try:
-        yield
+        with uninterrupted():
+            yield
     except (MlflowException, RequestException, SQLAlchemyError, OSError) as error:
         where = f"MLflow at {redacted(uri)}"
         said = redacted(" ".join(str(error).split("\n[SQL")[0].split()))
@@ -243,9 +249,9 @@ class Tracker:
         Returns:
             The run's id; its status is RUNNING.
         """
-        with reported(self.config.uri):
-            client, experiment = client_of(self.config.uri), experiment_of(self.config)
-            try:
+        try:
+            with reported(self.config.uri):
+                client, experiment = client_of(self.config.uri), experiment_of(self.config)
                 runs = self._search(experiment, {RUN_KEY: key})
                 run = runs[0] if runs else client.create_run(experiment, run_name=name, tags={RUN_KEY: key})
                 run_id: str = run.info.run_id
@@ -255,12 +261,13 @@ class Tracker:
                 nested = {PARENT: parent} if parent is not None else {}
                 new = {k: v for k, v in wanted.items() if k not in run.data.params}
                 self._log(run_id, params=new, tags={**tags, **nested})
-            except KeyboardInterrupt:  # nobody else has the id by which to close it
-                for run in self._search(experiment, {RUN_KEY: key}):
+                return run_id
+        except KeyboardInterrupt:  # nobody else has the id by which to close it
+            with reported(self.config.uri):
+                for run in self._search(experiment_of(self.config), {RUN_KEY: key}):
                     if run.info.status == "RUNNING":
-                        client.set_terminated(run.info.run_id, status="KILLED")
-                raise
-            return run_id
+                        client_of(self.config.uri).set_terminated(run.info.run_id, status="KILLED")
+            raise
 
     def find_sequence(self, key: str) -> str | None:
         """Id of the run that ``start_sequence`` opened with ``key``, as it stands; None if there is none."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import signal
 import socket
 import sqlite3
 import threading
@@ -16,6 +17,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
 
 from cluster import tracking
 from cluster.tracking import Tracker, check, client_of, metric_name, redacted, resolved
@@ -330,6 +333,28 @@ def test_closing_a_sequence_leaves_no_stage_half_written(
     tracker.finish(parent, "KILLED")
     statuses = {run.info.run_id: run.info.status for run in runs(config)}
     assert statuses == {comparison: "RUNNING", nested: "RUNNING", parent: "KILLED", whole: "FINISHED"}
+
+
+def test_an_interrupt_amid_a_statement_leaves_the_database_usable(tracker: Tracker, config: TrackingConfig) -> None:
+    """Its traceback lives while the run is closed: a statement that it broke off would hold sqlite's lock."""
+    sent = []
+
+    def interrupt(connection: object, cursor: object, statement: str, *rest: object) -> None:
+        if "INTO tags" in statement and not sent:
+            sent.append(statement)
+            signal.raise_signal(signal.SIGINT)
+
+    parent = start(tracker)
+    event.listen(Engine, "after_cursor_execute", interrupt)
+    try:
+        tracker.log_stage(parent, "train", key="f00d", metrics={"loss": 0.5}, seconds=1.0)
+    except KeyboardInterrupt:
+        tracker.finish(parent, "KILLED")
+    finally:
+        event.remove(Engine, "after_cursor_execute", interrupt)
+    assert sent
+    statuses = {run.info.run_name: run.info.status for run in runs(config)}
+    assert statuses == {"sapt 3 tasks": "KILLED", "train": "FINISHED"}
 
 
 @pytest.mark.parametrize("call", ["create_run", "log_batch"])
