@@ -27,16 +27,10 @@ from pipelines import cli
 from pipelines.comparison import Cell, Comparison, load_comparison
 from pipelines.continual import ray_executor
 from pipelines.graph import SequenceGraph
-from pipelines.records import (
-    check_markers,
-    read_records,
-    record_of,
-    recorded_elsewhere,
-    results,
-    write_between_markers,
-    write_record,
-)
+from pipelines.records import read_records, record_of, recorded_elsewhere, write_record
 from pipelines.reporter import Reporter, git_commit, wide_console
+from pipelines.results import results
+from pipelines.tables import check_markers, write_between_markers
 from sapt_core.config import canonical_hash
 from sapt_core.errors import FaultsError, SaptError, TrackingError
 from sapt_core.methods.base import known_methods
@@ -128,6 +122,7 @@ class Running:
         self.store = store
         self.failed: dict[Cell, Exception] = {}
         self._console = console
+        self.commit = git_commit()  # the checkout may move on while they are learnt
         self._graphs = {cell: _named(cell.experiment.graph, f"{cell.place.name}: ") for cell in cells}
         self._origin = {copy: (cell, stage) for cell, copies in self._graphs.items() for stage, copy in copies.items()}
         self._reporters: dict[Cell, Reporter] = {}
@@ -220,7 +215,7 @@ class Running:
             self._finish(cell, reporter)
 
     def _finish(self, cell: Cell, reporter: Reporter) -> None:
-        record = record_of(cell, reporter)
+        record = record_of(cell, reporter, self.commit)
         write_record(record, self.comparison.config.results)
         if cell in self._publishers:
             from pipelines import report  # noqa: PLC0415  matplotlib, only where something is drawn
@@ -254,7 +249,7 @@ def _run_published(running: Running) -> Mapping[Cell, Exception]:
         all_done = set(running.plan.values()) == {"done"}
         executor = InlineExecutor(running.store) if all_done else ray_executor(config, stack)
         key = canonical_hash(["comparison", comparison.name])
-        tags = {"comparison": comparison.name, "git_commit": git_commit()}
+        tags = {"comparison": comparison.name, "git_commit": running.commit}
         parent = tracker.start_sequence(f"compare {comparison.name}", key=key, params={}, tags=tags)
 
         def publisher(cell: Cell) -> MLflowPublisher:

@@ -28,9 +28,10 @@ from cluster.store import ArtifactStore, open_store, resolved
 from pipelines import cli, trials
 from pipelines.continual import publish_sequence, ray_executor
 from pipelines.experiment import Experiment, assemble
-from pipelines.records import check_markers, machine_of, text_table, write_between_markers
+from pipelines.records import machine_of
 from pipelines.reporter import git_commit, wide_console
 from pipelines.space import Scalar, Sweep, describe, load_sweep
+from pipelines.tables import check_markers, text_table, write_between_markers
 from pipelines.trials import Setup, TrialRecord
 from sapt_core.config import canonical_hash
 from sapt_core.errors import SaptError, TrackingError
@@ -147,6 +148,7 @@ class Running:
         self.shared = self.setup.shared(sweep.planned() or sweep.lattice())
         self.shared_seconds = 0.0
         self._tracker: Tracker | None = None
+        self._commit = git_commit()  # the checkout may move on during the trials
         self._parent = ""
         self._open: dict[str, str] = {}
 
@@ -192,7 +194,7 @@ class Running:
         checked = tracking.check(self._experiment.config.tracking)
         self._tracker = tracking.Tracker(checked)
         left = self.points.count(self.before)
-        tags = {"sweep": self.sweep.name, "git_commit": git_commit()}
+        tags = {"sweep": self.sweep.name, "git_commit": self._commit}
         with ExitStack() as stack:
             executor = ray_executor(self._experiment.config, stack)
             from cluster.tuning import check_room, run_trials  # noqa: PLC0415  Tune, once Ray is there
@@ -283,7 +285,7 @@ class Running:
             shared_seconds=round(last.get("shared_seconds", 0.0), 1),
             shared_stages=last.get("shared_stages", 0),
             error=error,
-            commit=git_commit(),
+            commit=self._commit,
             written_at=datetime.now(UTC),
             machine=machine_of(self._experiment.config.train),
         )

@@ -18,8 +18,9 @@ from cluster.store import ArtifactStore, open_store
 from pipelines import cli
 from pipelines.experiment import Experiment
 from pipelines.graph import SequenceGraph, build_graph
-from pipelines.records import Machine, markdown_table, read_folder
+from pipelines.records import Machine, read_folder
 from pipelines.space import DIRECTIONS, Scalar, Sweep, describe, shown
+from pipelines.tables import markdown_table
 from sapt_core.backbone import BackboneRef
 from sapt_core.benchmarks.task import Task
 from sapt_core.config import canonical_hash

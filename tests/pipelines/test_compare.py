@@ -72,12 +72,14 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Compared:
         def wait(self, handles: Any) -> Any:
             nonlocal left
             left -= 1
+            patch.setenv("GIT_COMMIT", "moved on")
             if left < 0:
                 raise KeyboardInterrupt
             return super().wait(handles)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cli, "InlineExecutor", Interrupted)
+        patch.setenv("GIT_COMMIT", "begun")
         interrupted = in_process(["--config", str(path), "--inline"])
     then = tuple(sorted(file.name for file in (folder / "results").glob("*.json")))
     names = tuple(name for name, _ in records(folder / "store").values())
@@ -128,6 +130,10 @@ def test_a_record_is_written_as_soon_as_its_cell_is_complete(compared: Compared)
     assert compared.interrupted.code == 130
     assert compared.results_then == ("sapt_seed0.json",)
     assert len(compared.stages_then) == 16
+
+
+def test_a_record_names_the_commit_at_which_its_run_began(compared: Compared) -> None:
+    assert "begun" in {record.commit for record in read_records(compared.folder / "results")}
 
 
 def test_an_interrupted_comparison_goes_on_where_it_stopped(compared: Compared) -> None:

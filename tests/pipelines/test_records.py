@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from pipelines.comparison import Comparison, ComparisonConfig, Row
-from pipelines.records import Figures, Machine, Record, read_records, results, write_between_markers
+from pipelines.records import Figures, Machine, Record, read_records
+from pipelines.results import results
+from pipelines.tables import write_between_markers
 from sapt_core.errors import DataError
 
 
