@@ -357,15 +357,18 @@ def test_an_interrupt_amid_a_statement_leaves_the_database_usable(tracker: Track
     assert statuses == {"sapt 3 tasks": "KILLED", "train": "FINISHED"}
 
 
+@pytest.mark.parametrize("times", [1, 2], ids=["once", "twice"])  # the second breaks into the call
 @pytest.mark.parametrize("call", ["create_run", "log_batch"])
 def test_a_sequence_that_is_interrupted_while_it_is_opened_is_closed(
-    call: str, tracker: Tracker, config: TrackingConfig, monkeypatch: pytest.MonkeyPatch
+    call: str, times: int, tracker: Tracker, config: TrackingConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = getattr(client_of(config.uri), call)
 
-    def interrupted(*args: object, **kwargs: object) -> None:
-        whole(*args, **kwargs)
-        raise KeyboardInterrupt
+    def interrupted(*args: object, **kwargs: object) -> object:
+        made = whole(*args, **kwargs)
+        for _ in range(times):
+            signal.raise_signal(signal.SIGINT)
+        return made
 
     comparison = start(tracker, "c3")
     with monkeypatch.context() as patch:
