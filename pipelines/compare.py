@@ -28,7 +28,7 @@ from pipelines.comparison import Cell, Comparison, load_comparison
 from pipelines.continual import ray_executor
 from pipelines.graph import SequenceGraph
 from pipelines.records import read_records, record_of, recorded_elsewhere, write_record
-from pipelines.reporter import Reporter, git_commit, wide_console
+from pipelines.reporter import Reporter, wide_console
 from pipelines.results import results
 from pipelines.tables import check_markers, write_between_markers
 from sapt_core.config import canonical_hash
@@ -122,7 +122,6 @@ class Running:
         self.store = store
         self.failed: dict[Cell, Exception] = {}
         self._console = console
-        self.commit = git_commit()  # the checkout may move on while they are learnt
         self._graphs = {cell: _named(cell.experiment.graph, f"{cell.place.name}: ") for cell in cells}
         self._origin = {copy: (cell, stage) for cell, copies in self._graphs.items() for stage, copy in copies.items()}
         self._reporters: dict[Cell, Reporter] = {}
@@ -215,7 +214,7 @@ class Running:
             self._finish(cell, reporter)
 
     def _finish(self, cell: Cell, reporter: Reporter) -> None:
-        record = record_of(cell, reporter, self.commit)
+        record = record_of(cell, reporter)
         write_record(record, self.comparison.config.results)
         if cell in self._publishers:
             from pipelines import report  # noqa: PLC0415  matplotlib, only where something is drawn
@@ -249,7 +248,7 @@ def _run_published(running: Running) -> Mapping[Cell, Exception]:
         all_done = set(running.plan.values()) == {"done"}
         executor = InlineExecutor(running.store) if all_done else ray_executor(config, stack)
         key = canonical_hash(["comparison", comparison.name])
-        tags = {"comparison": comparison.name, "git_commit": running.commit}
+        tags = {"comparison": comparison.name, "git_commit": running.cells[0].experiment.commit}
         parent = tracker.start_sequence(f"compare {comparison.name}", key=key, params={}, tags=tags)
 
         def publisher(cell: Cell) -> MLflowPublisher:

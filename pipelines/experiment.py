@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,8 @@ class Experiment:
         unseen: those that are scored and never learnt.
         backbone: by content.
         graph: the stages.
+        samples: inputs that reflection is given, by task.
+        commit: of the code, as the experiment was put together; the checkout may move on while it runs.
     """
 
     config: ExperimentConfig
@@ -37,6 +41,7 @@ class Experiment:
     backbone: BackboneRef
     graph: SequenceGraph
     samples: Mapping[str, bytes]
+    commit: str
 
     @property
     def key(self) -> str:
@@ -105,7 +110,28 @@ def assemble(
         raise faults[0]
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in samples.items()}
     tasks, unseen = tasks[:learnt], tasks[learnt:]
-    return Experiment(config, tasks, unseen, ref, build_graph(config, tasks, unseen, ref, digests), samples)
+    graph = build_graph(config, tasks, unseen, ref, digests)
+    return Experiment(config, tasks, unseen, ref, graph, samples, git_commit())
+
+
+def git_commit() -> str:
+    """The commit of the code that runs: GIT_COMMIT, else the checkout's, else ``unknown``.
+
+    A submitted job runs in a copy without its history, so its runtime environment has to say.
+    """
+    if stated := os.environ.get("GIT_COMMIT"):
+        return stated
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"],  # noqa: S607
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return found.stdout.strip()
 
 
 def _given_samples(config: ExperimentConfig, tasks: Sequence[Task]) -> dict[str, bytes]:

@@ -12,7 +12,6 @@ from cluster.stages import StageRecord
 from cluster.store import resolved
 from cluster.tracking import Tracker, check_readable, redacted
 from pipelines.experiment import Experiment
-from pipelines.reporter import git_commit
 from sapt_core.errors import TrackingError
 from sapt_core.settings import TrackingConfig
 from sapt_core.snapshot import Manifest
@@ -74,7 +73,7 @@ class MLflowPublisher:
             "backbone": experiment.backbone.path,
             "config_hash": config.digest(),
             "data_digest": experiment.data_digest,
-            "git_commit": git_commit(),
+            "git_commit": experiment.commit,
         }
         suite = f"{config.benchmark.suite} {len(experiment.tasks)} tasks"
         name = name or f"{config.method.name} {suite} seed {config.seed}"

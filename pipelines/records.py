@@ -113,8 +113,8 @@ class Record(_Frozen):
         return "\n".join(["{", ",\n".join(lines), "}", ""])
 
 
-def record_of(cell: Cell, reporter: Reporter, commit: str) -> Record:
-    """The record of a cell whose stages are all done, by the code at ``commit``."""
+def record_of(cell: Cell, reporter: Reporter) -> Record:
+    """The record of a cell whose stages are all done."""
     experiment, summary = cell.experiment, reporter.summary()
     rows = {
         f"{split}_rows": sum(len(getattr(task, split)) for task in experiment.tasks)
@@ -130,7 +130,7 @@ def record_of(cell: Cell, reporter: Reporter, commit: str) -> Record:
         key=summary["key"],
         settings=cell.settings,
         snapshot=summary["snapshot"],
-        commit=commit,
+        commit=experiment.commit,
         written_at=datetime.now(UTC).replace(microsecond=0),
         machine=machine_of(experiment.config.train),
         sizes={"tasks": len(experiment.tasks), **rows},

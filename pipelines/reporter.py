@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
-from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
 
@@ -245,26 +242,6 @@ class Reporter:
 def wide_console() -> Console:
     """Where there is no terminal to wrap for, a table is as wide as it needs to be."""
     return Console(highlight=False, width=None if sys.stdout.isatty() else 240)
-
-
-def git_commit() -> str:
-    """The commit of the code that runs: GIT_COMMIT, else the checkout's, else ``unknown``.
-
-    A submitted job runs in a copy without its history, so its runtime environment has to say.
-    """
-    if stated := os.environ.get("GIT_COMMIT"):
-        return stated
-    try:
-        found = subprocess.run(
-            ["git", "rev-parse", "HEAD"],  # noqa: S607
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return found.stdout.strip()
 
 
 def _group(stage: Stage) -> str:

@@ -14,7 +14,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +29,7 @@ from pipelines import cli, trials
 from pipelines.continual import publish_sequence, ray_executor
 from pipelines.experiment import Experiment, assemble
 from pipelines.records import machine_of
-from pipelines.reporter import git_commit, wide_console
+from pipelines.reporter import wide_console
 from pipelines.space import Scalar, Sweep, describe, load_sweep
 from pipelines.tables import check_markers, text_table, write_between_markers
 from pipelines.trials import Setup, TrialRecord
@@ -148,7 +148,6 @@ class Running:
         self.shared = self.setup.shared(sweep.planned() or sweep.lattice())
         self.shared_seconds = 0.0
         self._tracker: Tracker | None = None
-        self._commit = git_commit()  # the checkout may move on during the trials
         self._parent = ""
         self._open: dict[str, str] = {}
 
@@ -194,7 +193,7 @@ class Running:
         checked = tracking.check(self._experiment.config.tracking)
         self._tracker = tracking.Tracker(checked)
         left = self.points.count(self.before)
-        tags = {"sweep": self.sweep.name, "git_commit": self._commit}
+        tags = {"sweep": self.sweep.name, "git_commit": self._experiment.commit}
         with ExitStack() as stack:
             executor = ray_executor(self._experiment.config, stack)
             from cluster.tuning import check_room, run_trials  # noqa: PLC0415  Tune, once Ray is there
@@ -249,7 +248,8 @@ class Running:
         scored = config.model_copy(
             update={"evaluation": config.evaluation.model_copy(update={"split": "test"}), "tracking": checked}
         )
-        reporter = publish_sequence(assemble(scored, "The best trial"), self.store, all_done=False)
+        experiment = replace(assemble(scored, "The best trial"), commit=self._experiment.commit)
+        reporter = publish_sequence(experiment, self.store, all_done=False)
         version = reporter.versions[-1]
         assert version is not None  # noqa: S101 - it was published
         PoolRegistry(checked).set_alias(CHAMPION, version)
@@ -285,7 +285,7 @@ class Running:
             shared_seconds=round(last.get("shared_seconds", 0.0), 1),
             shared_stages=last.get("shared_stages", 0),
             error=error,
-            commit=self._commit,
+            commit=self._experiment.commit,
             written_at=datetime.now(UTC),
             machine=machine_of(self._experiment.config.train),
         )
