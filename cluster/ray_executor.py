@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import ray
+from ray import cloudpickle
 from ray.exceptions import RayError, RayTaskError
 
 from cluster.session import capacity
-from cluster.stages import Outcome, Stage, StageRecord, run_alone
+from cluster.stages import Outcome, Stage, StageContext, StageRecord, StageResult, run_alone
 from cluster.store import open_store, resolved
 from sapt_core.errors import ClusterError, SaptError
 from sapt_core.settings import ClusterConfig, StoreConfig
@@ -54,7 +55,8 @@ class RayExecutor:
             # Actors do not inherit the driver's address, and Ray Train's clean-up asks the cluster by it.
             address = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
             train = _train.options(**options, num_cpus=0, runtime_env={"env_vars": address})
-            handle = train.remote(alone, key, dict(inputs), self._store, self._cluster)
+            body = _Unopened(cloudpickle.dumps(stage.body))  # type: ignore[no-untyped-call]
+            handle = train.remote(replace(alone, body=body), key, dict(inputs), self._store, self._cluster)
         else:
             run = _run.options(**options, num_cpus=stage.cpus, num_gpus=stage.gpus)
             handle = run.remote(alone, key, dict(inputs), self._store)
@@ -85,6 +87,20 @@ def _needs(stage: Stage) -> dict[str, float]:
     """What a stage takes of the cluster while it runs."""
     workers = max(stage.workers, 1)
     return {"CPU": workers * stage.cpus, "GPU": workers * stage.gpus}
+
+
+@dataclass(frozen=True)
+class _Unopened:
+    """A body that is unpickled where it is called.
+
+    What it imports takes seconds, and only the training workers need it, not the two processes that manage them.
+    """
+
+    pickled: bytes
+
+    def __call__(self, context: StageContext) -> StageResult:
+        result: StageResult = cloudpickle.loads(self.pickled)(context)
+        return result
 
 
 @ray.remote

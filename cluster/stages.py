@@ -22,8 +22,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cluster.store import ArtifactStore
 from sapt_core.blobs import Checkpoints
-from sapt_core.config import canonical_hash
 from sapt_core.errors import StoreError
+from sapt_core.hashing import canonical_hash
 
 Json: TypeAlias = Any
 

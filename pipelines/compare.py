@@ -31,8 +31,8 @@ from pipelines.records import read_records, record_of, recorded_elsewhere, write
 from pipelines.reporter import Reporter, wide_console
 from pipelines.results import results
 from pipelines.tables import check_markers, write_between_markers
-from sapt_core.config import canonical_hash
 from sapt_core.errors import FaultsError, SaptError, TrackingError
+from sapt_core.hashing import canonical_hash
 from sapt_core.methods.base import known_methods
 
 if TYPE_CHECKING:

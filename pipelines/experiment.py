@@ -16,8 +16,9 @@ from pipelines.graph import SequenceGraph, build_graph
 from sapt_core.backbone import BackboneRef, check_backbone, identify, store_backbone
 from sapt_core.benchmarks import load_inputs, load_sequence
 from sapt_core.benchmarks.task import Task
-from sapt_core.config import ExperimentConfig, canonical_hash, load_config
+from sapt_core.config import ExperimentConfig, load_config
 from sapt_core.errors import FaultsError, SaptError
+from sapt_core.hashing import canonical_hash
 from sapt_core.settings import BackboneConfig, BenchmarkConfig
 
 

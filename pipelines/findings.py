@@ -21,7 +21,7 @@ from sapt_core.analysis import (
     gate_ends,
     spearman,
 )
-from sapt_core.config import canonical_hash
+from sapt_core.hashing import canonical_hash
 from sapt_core.metrics import ScoreMatrix
 from sapt_core.snapshot import Manifest
 

@@ -18,8 +18,8 @@ from cluster.store import ArtifactStore, open_store
 from pipelines import cli
 from pipelines.experiment import Experiment, load_experiment
 from pipelines.findings import Findings, collect, scored_versions
-from sapt_core.config import canonical_hash
 from sapt_core.errors import SaptError
+from sapt_core.hashing import canonical_hash
 
 REPORT_VERSION = 1  # raised when equal findings give another page
 FOLDER = Path("runs/report")

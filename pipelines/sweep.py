@@ -33,8 +33,8 @@ from pipelines.reporter import wide_console
 from pipelines.space import Scalar, Sweep, describe, load_sweep
 from pipelines.tables import check_markers, text_table, write_between_markers
 from pipelines.trials import Setup, TrialRecord
-from sapt_core.config import canonical_hash
 from sapt_core.errors import SaptError, TrackingError
+from sapt_core.hashing import canonical_hash
 
 if TYPE_CHECKING:
     from cluster.tracking import Tracker

@@ -23,7 +23,7 @@ from pipelines.space import DIRECTIONS, Scalar, Sweep, describe, shown
 from pipelines.tables import markdown_table
 from sapt_core.backbone import BackboneRef
 from sapt_core.benchmarks.task import Task
-from sapt_core.config import canonical_hash
+from sapt_core.hashing import canonical_hash
 from sapt_core.metrics import ScoreMatrix
 from sapt_core.settings import StoreConfig
 

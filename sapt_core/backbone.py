@@ -36,8 +36,9 @@ from sapt_core.benchmarks.prepare import check_fits, check_writable
 from sapt_core.benchmarks.task import Task
 from sapt_core.blobs import BlobStore
 from sapt_core.blocks.lora import find_sites
-from sapt_core.config import ExperimentConfig, canonical_hash
+from sapt_core.config import ExperimentConfig
 from sapt_core.errors import BackboneError
+from sapt_core.hashing import canonical_hash
 from sapt_core.settings import BackboneConfig, LoRAConfig, PromptConfig
 
 # What transformers may read of a model folder; pickled weights are not among it.

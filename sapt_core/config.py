@@ -5,8 +5,6 @@ Unknown keys, wrong types and impossible values are refused together, each with 
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -18,6 +16,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from yaml import YAMLError
 
 from sapt_core.errors import ConfigError
+from sapt_core.hashing import canonical_hash
 from sapt_core.methods.base import DEFAULT, AnyMethod, Method, default_method, find_method
 from sapt_core.settings import (
     PET_TYPES,
@@ -93,11 +92,6 @@ class ExperimentConfig(PlacesConfig):
             "reflection": {"data_dir"},
         }
         return canonical_hash(self.model_dump(mode="json", exclude=unread))
-
-
-def canonical_hash(value: Any) -> str:
-    """sha256 (hex) of a JSON value, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> ExperimentConfig:

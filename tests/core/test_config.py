@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sapt_core.config import ExperimentConfig, canonical_hash, load_config, load_places
+from sapt_core.config import ExperimentConfig, load_config, load_places
 from sapt_core.errors import ConfigError
+from sapt_core.hashing import canonical_hash
 
 CONFIGS = Path(__file__).resolve().parents[2] / "pipelines/configs"
 QUICKSTART = CONFIGS / "quickstart.yaml"

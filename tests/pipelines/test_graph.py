@@ -12,7 +12,7 @@ import pytest
 from cluster.stages import Stage
 from pipelines.experiment import Experiment, load_experiment
 from pipelines.graph import SequenceGraph
-from sapt_core.config import canonical_hash
+from sapt_core.hashing import canonical_hash
 from tests.pipelines.commands import QUICKSTART, TINY
 
 THREE = "benchmark.tasks=animal,basket,ticket"

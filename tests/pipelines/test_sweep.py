@@ -19,8 +19,8 @@ from pipelines.space import Point, describe, load_sweep
 from pipelines.surfaces import draw
 from pipelines.sweep import Points
 from pipelines.trials import Setup, TrialRecord, best, cost, front, sweep_key
-from sapt_core.config import canonical_hash
 from sapt_core.errors import ConfigError, SaptError
+from sapt_core.hashing import canonical_hash
 from tests.pipelines.commands import QUICKSTART, ROOT, TINY, Outcome
 
 Call = Callable[[Callable[[], None], list[str]], Outcome]
