@@ -93,7 +93,7 @@ def _needs(stage: Stage) -> dict[str, float]:
 class _Unopened:
     """A body that is unpickled where it is called.
 
-    What it imports takes seconds, and only the training workers need it, not the two processes that manage them.
+    What it imports takes seconds, and the training workers need it, not the process that starts them.
     """
 
     pickled: bytes

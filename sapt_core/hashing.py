@@ -1,4 +1,4 @@
-"""What two values are compared by where neither is kept."""
+"""One hash for JSON values, in a module that imports nothing heavy: every process that manages stages needs it."""
 
 from __future__ import annotations
 
