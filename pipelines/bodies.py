@@ -76,7 +76,7 @@ def pseudo_samples(context: StageContext) -> StageResult:
     Reads ``generator``, ``precision``, ``seed``, ``backbone``; input ``task``.
     """
     reads = context.reads
-    task = _prepared(context.store, context.inputs["task"])
+    task = prepared_task(context.store, context.inputs["task"])
     model, tokenizer = load_backbone(BackboneRef(**reads["backbone"]), context.store)
     with progress(context.name, context.is_main) as on_step:
         samples, curve = generate_pseudo_samples(
@@ -119,7 +119,7 @@ def given_samples(context: StageContext) -> StageResult:
 
 def memory(context: StageContext) -> StageResult:
     """Keep a random share of a task's real train inputs. Reads ``share``, ``seed``; input ``task``."""
-    texts = [str(text) for text in _prepared(context.store, context.inputs["task"]).train["input"]]
+    texts = [str(text) for text in prepared_task(context.store, context.inputs["task"]).train["input"]]
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(context.reads["seed"])).tolist()
     wanted = max(1, round(context.reads["share"] * len(texts)))
     return _keep_texts(context, [texts[index] for index in sorted(order[:wanted])])
@@ -131,9 +131,9 @@ def statistics(context: StageContext) -> StageResult:
     Reads ``rank``, ``attention`` (what a query is made of), ``backbone``; input ``task``.
     """
     reads = context.reads
-    task = _prepared(context.store, context.inputs["task"])
+    task = prepared_task(context.store, context.inputs["task"])
     model, tokenizer = load_backbone(BackboneRef(**reads["backbone"]), context.store)
-    pooled = pooled_embeddings(_bare(model, AttentionConfig(**reads["attention"])), tokenizer, list(task.train))
+    pooled = pooled_embeddings(pooling_model(model, AttentionConfig(**reads["attention"])), tokenizer, list(task.train))
     kept = GaussianQueries.of(pooled, reads["rank"])
     data = save_tensors({name: value.contiguous() for name, value in vars(kept).items()})
     return StageResult(outputs={"statistics": context.store.put(data)}, metrics={"bytes": len(data)})
@@ -156,12 +156,12 @@ def train(context: StageContext, *, checkpoint_every_steps: int) -> StageResult:
     reads, inputs = context.reads, context.inputs
     model, tokenizer = load_backbone(BackboneRef(**reads["backbone"]), context.store)
     parent = inputs.get("parent")
-    kept = [_kept(context.store, record) for name, record in sorted(inputs.items()) if name.startswith("kept")]
+    kept = [kept_inputs(context.store, record) for name, record in sorted(inputs.items()) if name.startswith("kept")]
     with progress(context.name, context.is_main) as on_step:
         manifest, curve = learn_task(
             model,
             tokenizer,
-            _prepared(context.store, inputs["task"]),
+            prepared_task(context.store, inputs["task"]),
             LearntTask(**reads["learnt"]),
             None if parent is None else Manifest.from_bytes(context.store.get(parent.outputs["manifest"])),
             kept,
@@ -178,7 +178,7 @@ def train(context: StageContext, *, checkpoint_every_steps: int) -> StageResult:
             on_step=on_step,
         )
     pool = load_pool(manifest, context.store, model, manifest.tasks[-1].name)
-    prepared = _prepared(context.store, inputs["task"])
+    prepared = prepared_task(context.store, inputs["task"])
     versioned = SaptModel(model, pool).to(default_device())
     rows = list(prepared.train)[:COST_ROWS]
     batch = versioned.collator(tokenizer.pad_token_id)(rows).to(default_device())
@@ -204,7 +204,7 @@ def evaluate(context: StageContext) -> StageResult:
     Metrics: ``score`` (0 to 100) and ``weights``, the mean mixture over the version's blocks (T).
     """
     reads = context.reads
-    task = _prepared(context.store, context.inputs["task"])
+    task = prepared_task(context.store, context.inputs["task"])
     manifest = Manifest.from_bytes(context.store.get(context.inputs["version"].outputs["manifest"]))
     score, weights, predictions = score_version(
         manifest,
@@ -249,7 +249,7 @@ def quality(context: StageContext) -> StageResult:
     generated: list[str] = json.loads(context.store.get(context.inputs["kept"].outputs["samples"]))
     train = read_split(context.store.get(context.inputs["task"].outputs["train.arrow"]))
     model, tokenizer = load_backbone(BackboneRef(**reads["backbone"]), context.store)
-    bare = _bare(model, AttentionConfig())
+    bare = pooling_model(model, AttentionConfig())
     encoder = PromptEncoder(
         tokenizer,
         max_source_tokens=reads["max_source_tokens"],
@@ -272,7 +272,7 @@ def zero_shot(context: StageContext) -> StageResult:
     score, _, predictions = _score(
         bare_model(model).to(default_device()),
         tokenizer,
-        _prepared(context.store, context.inputs["task"]),
+        prepared_task(context.store, context.inputs["task"]),
         EvaluationConfig(**reads["evaluation"]),
         precision=reads["precision"],
         max_target_tokens=reads["max_target_tokens"],
@@ -320,19 +320,21 @@ def _score(
     return metrics.score(task.metric, texts, references), weights, predictions
 
 
-def _bare(model: PreTrainedModel, attention: AttentionConfig) -> SaptModel:
+def pooling_model(model: PreTrainedModel, attention: AttentionConfig) -> SaptModel:
     """A model to pool with: only the embeddings are asked, and what ``attention`` lets a query see."""
     return SaptModel(model, new_pool(model, PromptConfig(length=1), attention))
 
 
-def _kept(store: BlobStore, record: StageRecord) -> Sequence[str] | GaussianQueries:
+def kept_inputs(store: BlobStore, record: StageRecord) -> Sequence[str] | GaussianQueries:
+    """What reflection has of a task, from the record of the stage that kept it."""
     if "statistics" in record.outputs:
         return GaussianQueries(**load_tensors(store.get(record.outputs["statistics"])))
     texts: list[str] = json.loads(store.get(record.outputs["samples"]))
     return texts
 
 
-def _prepared(store: BlobStore, record: StageRecord) -> PreparedTask:
+def prepared_task(store: BlobStore, record: StageRecord) -> PreparedTask:
+    """A task's tokenised rows, from the record of its ``prepare``."""
     return PreparedTask.from_blobs({name: store.get(digest) for name, digest in record.outputs.items()})
 
 
