@@ -18,7 +18,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.nn import functional as F
 
 from cluster.stages import done
 from cluster.store import open_store
@@ -44,8 +43,9 @@ def main() -> None:
     cli.check_output(arguments.output)
     experiment = load_experiment(arguments.config, arguments.overrides)
     config, graph, store = experiment.config, experiment.graph, open_store(experiment.config.store)
-    records = done(graph.stages, store)
-    if not graph.kept or not {*graph.prepare, *graph.kept} <= records.keys():
+    needed = (*graph.prepare, *graph.kept)
+    records = done(needed, store)
+    if not graph.kept or not records.keys() >= {*needed}:
         raise SaptError(f"{store.uri} does not hold what reflection keeps of these tasks: run the same config first")
 
     model, tokenizer = load_backbone(experiment.backbone, store)
@@ -54,12 +54,13 @@ def main() -> None:
     attention.start(embedding_matrix(model))
     tasks = [prepared_task(store, records[stage]) for stage in graph.prepare]
     with torch.no_grad():
-        means = [attention.query(pooled_embeddings(pooling, tokenizer, list(task.train))).mean(dim=0) for task in tasks]
-    keys = torch.stack([F.normalize(mean, dim=0) for mean in means])
+        keys = torch.stack(
+            [attention.task_key(pooled_embeddings(pooling, tokenizer, list(task.train))) for task in tasks]
+        )
 
     @torch.no_grad()
     def own(pooled: Tensor, index: int) -> dict[str, int]:
-        nearest = (attention.query(pooled) @ keys.T).argmax(dim=1)
+        nearest = attention(pooled, keys).argmax(dim=1)
         return {"inputs": len(pooled), "told_apart": int((nearest == index).sum())}
 
     encoder = PromptEncoder(

@@ -97,6 +97,14 @@ class SharedAttention(nn.Module):
             query: Tensor = self.norm(centred + hidden if self.config.residual else hidden)
             return query
 
+    def task_key(self, pooled: Tensor) -> Tensor:
+        """A key (D) of length √D in the direction of the mean query of a task's pooled embeddings (N, D).
+
+        Keys of one length: a task of varied inputs, whose mean is short, would lose to one of similar inputs.
+        """
+        mean = self.query(pooled).mean(dim=0)
+        return F.normalize(mean, dim=0) * math.sqrt(len(mean))
+
     def start(self, embedding: Tensor) -> None:
         """Set centre and spread, as configured, from the token embeddings (V, D) alone."""
         if self.config.centre == "none" and self.config.scale == "none":

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from sapt_core.benchmarks.prepare import PromptEncoder
 from sapt_core.blobs import BlobStore
@@ -84,9 +82,7 @@ def _start_routing(lesson: Lesson) -> None:
         if lesson.parent is None:
             pool.attention.start(embedding_matrix(lesson.model.backbone))
         if pool.attention.config.key_init == "task_mean":
-            # Keys of one length: a task of varied inputs, whose mean is short, would lose to one of similar inputs.
-            mean = pool.attention.query(lesson.pooled).mean(dim=0)
-            pool.key.copy_(F.normalize(mean, dim=0) * math.sqrt(len(mean)))
+            pool.key.copy_(pool.attention.task_key(lesson.pooled))
 
 
 def _memories(lesson: Lesson, parent: Manifest) -> list[Memory]:

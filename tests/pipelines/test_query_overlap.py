@@ -14,14 +14,21 @@ from pipelines import continual
 from pipelines.experiment import load_experiment
 from sapt_core.attention import vocabulary_moments
 from sapt_core.benchmarks.prepare import prepare_task
+from sapt_core.reflection import GaussianQueries
 from tests.pipelines.commands import QUICKSTART, ROOT, TINY, Finished, Outcome
 
 Call = Callable[[Callable[[], None], list[str]], Outcome]
-HIDDEN = ("attention.query=input", "reflection.source=statistics")
+# Both tasks read the same reports: what stands after the definition hardly tells them apart.
+ALIKE = (
+    "benchmark.tasks=animal,place",
+    "attention.query=input",
+    "reflection.source=statistics",
+    "evaluation.single_task=false",
+)
 
 
 def test_inputs_nearest_to_their_own_task(copied: Finished, call: Call, tmp_path: Path) -> None:
-    given = ["--config", QUICKSTART, *TINY, *HIDDEN, f"store.uri={copied.store}"]
+    given = ["--config", QUICKSTART, *TINY, *ALIKE, f"store.uri={copied.store}"]
     learnt = call(continual.main, [*given, "--inline"])
     assert learnt.code == 0, learnt.err
     ended = call(query_overlap.main, [*given, "--output", str(tmp_path / "new/overlap.json")])
@@ -34,15 +41,18 @@ def test_inputs_nearest_to_their_own_task(copied: Finished, call: Call, tmp_path
     assert animal["kept"]["inputs"] == query_overlap.DRAWS
 
     # Word by word: what stands after the definition, its largest values less those of random words, normalised.
-    experiment = load_experiment(Path(QUICKSTART), [*TINY, *HIDDEN])
+    experiment = load_experiment(Path(QUICKSTART), [*TINY, *ALIKE])
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "pipelines/backbones/tiny")
     embedding = AutoModelForSeq2SeqLM.from_pretrained(ROOT / "pipelines/backbones/tiny").get_input_embeddings().weight
     centre, _ = vocabulary_moments(embedding.detach())
 
-    def queries(rows: list[dict[str, list[int]]]) -> list[torch.Tensor]:
+    def pooled(rows: list[dict[str, list[int]]]) -> list[torch.Tensor]:
+        return [embedding.detach()[row["prompt_ids"][row["query_start"] :]].amax(dim=0) for row in rows]
+
+    def queries(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         found = []
-        for row in rows:
-            centred = embedding.detach()[row["prompt_ids"][row["query_start"] :]].amax(dim=0) - centre
+        for each in inputs:
+            centred = each - centre
             found.append((centred - centred.mean()) / (centred.var(correction=0) + 1e-5).sqrt())
         return found
 
@@ -57,12 +67,16 @@ def test_inputs_nearest_to_their_own_task(copied: Finished, call: Call, tmp_path
         )
         for task in experiment.tasks
     ]
-    keys = [torch.stack(queries(list(task.train))).mean(dim=0) for task in tasks]
-    told_apart = 0
-    for query in queries(list(tasks[0].dev)):
-        own, other = (torch.dot(query, key) / key.norm() for key in keys)
-        told_apart += int(own > other)
-    assert animal["dev"] == {"inputs": len(tasks[0].dev), "told_apart": told_apart}
+    keys = [torch.stack(queries(pooled(list(task.train)))).mean(dim=0) for task in tasks]
+    statistics = GaussianQueries.of(torch.stack(pooled(list(tasks[0].train))), experiment.config.reflection.rank)
+    drawn = statistics.draw(query_overlap.DRAWS, torch.Generator().manual_seed(experiment.config.seed))
+    for part, inputs in {"dev": pooled(list(tasks[0].dev)), "kept": list(drawn)}.items():
+        told_apart = 0
+        for query in queries(inputs):
+            own, other = (torch.dot(query, key) / key.norm() for key in keys)
+            told_apart += int(own > other)
+        assert animal[part] == {"inputs": len(inputs), "told_apart": told_apart}
+    assert 0 < animal["kept"]["told_apart"] < query_overlap.DRAWS
 
 
 def test_a_run_that_is_not_there(finished: Finished, call: Call) -> None:
