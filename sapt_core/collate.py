@@ -27,8 +27,9 @@ class Batch:
         attention_mask: (B, S) int64, 1 on tokens and 0 on padding.
         query_mask: (B, S) bool, the tokens that shared attention may look at: those of the prompt, never of an
             answer, which is not known yet when a prediction is made.
-        labels: (B, L) int64 with ``IGNORED_LABEL`` where there is no loss; L = S for a decoder-only backbone.
-            None in a batch of prompts.
+        labels: (B, L) int64 with ``IGNORED_LABEL`` where there is no loss. For a decoder-only backbone they are those
+            of the last L of the S positions, from the one that predicts the batch's first answer token on, so that
+            no logits of what lies before are made. None in a batch of prompts.
     """
 
     input_ids: Tensor
@@ -65,7 +66,9 @@ class Collator:
             inputs, labels = prompts, answers
         else:
             inputs = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
-            labels = [[IGNORED_LABEL] * len(prompt) + answer for prompt, answer in zip(prompts, answers, strict=True)]
+            first = min(map(len, prompts)) - 1
+            ignored = [[IGNORED_LABEL] * (len(prompt) - first) for prompt in prompts]
+            labels = [before + answer for before, answer in zip(ignored, answers, strict=True)]
         query = [seen + [0] * (len(ids) - len(seen)) for seen, ids in zip(map(self._seen, rows), inputs, strict=True)]
         return Batch(
             _pad(inputs, self.pad_token_id),

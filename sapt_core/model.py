@@ -71,19 +71,21 @@ class SaptModel(nn.Module):
             return max_pool(self._embed(batch.input_ids), mask)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Logits (B, L, V) of a training batch, aligned with its labels (shifted by one for a decoder-only model)."""
+        """Logits (B, L, V) of a training batch, one a label (of a decoder-only model each predicts the next label)."""
         return self._run(batch)[0]
 
     def _run(self, batch: Batch, **options: Any) -> tuple[Tensor, Any]:
         assert batch.labels is not None  # noqa: S101 - a training batch has labels
         self._attach()
         pooled = self.pooled(batch)
-        inputs, prompt_length = self._inputs(batch, self.pool.mixture(pooled), pooled)
+        inputs = self._inputs(batch, self.pool.mixture(pooled), pooled)
         if self.is_encoder_decoder:
-            inputs["decoder_input_ids"] = self.backbone.prepare_decoder_input_ids_from_labels(batch.labels)  # type: ignore[operator]
+            options["decoder_input_ids"] = self.backbone.prepare_decoder_input_ids_from_labels(batch.labels)  # type: ignore[operator]
+        else:
+            options["logits_to_keep"] = batch.labels.shape[1]
         outputs = self.backbone(**inputs, use_cache=False, **options)
         logits: Tensor = outputs.logits
-        return logits if self.is_encoder_decoder else logits[:, prompt_length:], outputs
+        return logits, outputs
 
     def attend(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
         """Logits as of ``forward``, and the attention maps (B, H, Q, K) of every layer.
@@ -118,28 +120,28 @@ class SaptModel(nn.Module):
         """
         self._attach()
         pooled = self.pooled(batch)
-        inputs, _ = self._inputs(batch, self.pool.select(pooled), pooled)
+        inputs = self._inputs(batch, self.pool.select(pooled), pooled)
         sequences: Tensor = self.backbone.generate(**inputs, **options)  # type: ignore[operator]
         if self.is_encoder_decoder:
             return sequences[:, 1:]
         # Of a decoder-only model's prompt ids come back in front of the new ones, embeddings do not.
         return sequences[:, batch.input_ids.shape[1] :] if "input_ids" in inputs else sequences
 
-    def _inputs(self, batch: Batch, weights: Tensor, pooled: Tensor) -> tuple[dict[str, Tensor], int]:
-        """What the backbone reads, and how many soft tokens (B, l, D) stand in front of it.
+    def _inputs(self, batch: Batch, weights: Tensor, pooled: Tensor) -> dict[str, Tensor]:
+        """What the backbone reads, soft tokens in front.
 
         In front of left padding too: attention skips the padding, and positions are counted without it.
         """
         self._weights, self._used = weights, self.pool.in_use(weights)
         prompts = self.pool.blocks.prompts(weights, pooled)
         if prompts is None:
-            return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}, 0
+            return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         embedded = self._embed(batch.input_ids)
         mask = batch.attention_mask.new_ones(prompts.shape[:2])
         return {
             "inputs_embeds": torch.cat([prompts.to(embedded.dtype), embedded], dim=1),
             "attention_mask": torch.cat([mask, batch.attention_mask], dim=1),
-        }, prompts.shape[1]
+        }
 
     def _embed(self, input_ids: Tensor) -> Tensor:
         embedded: Tensor = self.backbone.get_input_embeddings()(input_ids)

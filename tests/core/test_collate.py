@@ -34,6 +34,14 @@ def test_decoder_only_training_batch_hides_the_answer_from_the_query() -> None:
     assert batch.labels.tolist() == [[X, X, X, 8, 1], [X, 9, 9, 9, 1]]
 
 
+def test_decoder_only_labels_begin_where_the_first_answer_is_predicted() -> None:
+    longer = {"prompt_ids": [5, 6, 7, 4], "answer_ids": [2, 1]}
+    batch = Collator(pad_token_id=0, is_encoder_decoder=False)([ROWS[0], longer])
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 1, 0], [5, 6, 7, 4, 2, 1]]
+    assert batch.labels is not None
+    assert batch.labels.tolist() == [[X, 8, 1, X], [X, X, 2, 1]]
+
+
 def test_padding_that_equals_eos_keeps_the_answers_eos() -> None:
     short = {"prompt_ids": [5], "answer_ids": [1]}
     batch = Collator(pad_token_id=1, is_encoder_decoder=False)([ROWS[0], short])
@@ -65,7 +73,10 @@ def test_decoder_only_masks_part_every_row(rows: list[tuple[list[int], list[int]
         assert batch.input_ids[i][batch.query_mask[i]].tolist() == prompt
         assert batch.labels[i][batch.labels[i] != X].tolist() == [*answer, 1]
     # Each real token is either looked at or learnt, never both.
-    assert torch.equal(batch.query_mask ^ (batch.labels != X), batch.attention_mask.bool())
+    first = min(len(prompt) for prompt, _ in rows) - 1
+    learnt = torch.zeros_like(batch.query_mask)
+    learnt[:, first:] = batch.labels != X
+    assert torch.equal(batch.query_mask ^ learnt, batch.attention_mask.bool())
 
 
 def test_a_batch_moves_whole() -> None:

@@ -21,7 +21,16 @@ from sapt_core.settings import EvaluationConfig, PromptConfig
 from sapt_core.snapshot import export_block, load_pool
 from tests.core.lessons import learn, sequence
 from tests.core.test_model import naive_weights, tokens
-from tests.core.tiny import BACKBONES, PAD, DictStore, random_rows, sapt_model, tiny_backbone, tiny_tokenizer
+from tests.core.tiny import (
+    BACKBONES,
+    PAD,
+    DictStore,
+    labels_of_every_position,
+    random_rows,
+    sapt_model,
+    tiny_backbone,
+    tiny_tokenizer,
+)
 
 LENGTH = 3
 PROMPT = PromptConfig(length=LENGTH)
@@ -74,6 +83,7 @@ def test_the_mixture_and_its_gradients_are_those_of_the_sum(blocks: int) -> None
 def test_logits_of_a_batch_equal_bare_models_row_by_row(model: SaptModel) -> None:
     rows = random_rows(4)
     logits = model(collator(model)(rows))
+    first = min(len(row["prompt_ids"]) for row in rows) - 1
     bare = model.detach()
     for index, row in enumerate(rows):
         embedded = naive_input(model, row["prompt_ids"])
@@ -82,7 +92,7 @@ def test_logits_of_a_batch_equal_bare_models_row_by_row(model: SaptModel) -> Non
             wanted = bare(inputs_embeds=embedded, labels=answer_ids).logits[0]
         else:
             answered = bare.get_input_embeddings()(answer_ids)
-            wanted = bare(inputs_embeds=torch.cat([embedded, answered], dim=1)).logits[0, LENGTH:]
+            wanted = bare(inputs_embeds=torch.cat([embedded, answered], dim=1)).logits[0, LENGTH + first :]
         torch.testing.assert_close(logits[index, : len(wanted)], wanted, rtol=1e-4, atol=1e-5)
     batch = collator(model)(rows)
     assert logits.shape[1] == batch.labels.shape[1]
@@ -195,5 +205,6 @@ def test_an_exported_prompt_gives_peft_the_same_logits(name: str, tmp_path: Path
     batch = collator(model)(random_rows(3))
     with torch.no_grad():
         wanted = model(batch)
-        given = peft(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).logits
+        labels = labels_of_every_position(batch, model)
+        given = peft(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels).logits
     torch.testing.assert_close(given[:, -wanted.shape[1] :], wanted, rtol=1e-4, atol=1e-5)

@@ -112,9 +112,8 @@ def naive_training(
             logits = model(row)[0]
             gates.append(float(model.weights[0, -1].detach()))
             answer = ROWS[i]["answer_ids"]
-            start = 0 if model.is_encoder_decoder else len(ROWS[i]["prompt_ids"]) - 1
             for offset, token in enumerate(answer):
-                cross_entropy = cross_entropy - torch.log_softmax(logits[start + offset], dim=-1)[token] / tokens
+                cross_entropy = cross_entropy - torch.log_softmax(logits[offset], dim=-1)[token] / tokens
         divergence = torch.zeros(())
         for term in objective.terms:
             draw = torch.Generator().manual_seed(step_seed(3, "reflection", number))

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save as save_tensors
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -25,6 +26,7 @@ from transformers import (
 from sapt_core.backbone import BackboneRef
 from sapt_core.benchmarks.prepare import PreparedTask, prepare_task
 from sapt_core.benchmarks.task import Example, Task
+from sapt_core.collate import IGNORED_LABEL, Batch
 from sapt_core.errors import StoreError
 from sapt_core.model import SaptModel
 from sapt_core.pool import PETPool, new_pool
@@ -177,6 +179,13 @@ def random_rows(count: int, *, seed: int = 0) -> list[dict[str, list[int]]]:
         return [int(i) for i in torch.randint(len(SPECIAL), VOCABULARY, (length,), generator=generator)]
 
     return [{"prompt_ids": ids(2, 9), "answer_ids": [*ids(1, 5), EOS]} for _ in range(count)]
+
+
+def labels_of_every_position(batch: Batch, model: SaptModel) -> Tensor:
+    """A batch's labels as the model classes want them: of a decoder-only model one a position."""
+    assert batch.labels is not None
+    ahead = 0 if model.is_encoder_decoder else batch.input_ids.shape[1] - batch.labels.shape[1]
+    return F.pad(batch.labels, (ahead, 0), value=IGNORED_LABEL)
 
 
 def trainable(model: SaptModel) -> dict[str, Tensor]:
