@@ -84,8 +84,7 @@ class SaptModel(nn.Module):
         else:
             options["logits_to_keep"] = batch.labels.shape[1]
         outputs = self.backbone(**inputs, use_cache=False, **options)
-        logits: Tensor = outputs.logits
-        return logits, outputs
+        return outputs.logits, outputs
 
     def attend(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
         """Logits as of ``forward``, and the attention maps (B, H, Q, K) of every layer.
