@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
@@ -24,6 +23,7 @@ from cluster.store import open_store
 from pipelines import cli
 from pipelines.bodies import kept_inputs, pooling_model, prepared_task
 from pipelines.experiment import load_experiment
+from pipelines.reporter import wide_console
 from sapt_core.attention import SharedAttention
 from sapt_core.backbone import load_backbone
 from sapt_core.benchmarks.prepare import PromptEncoder
@@ -59,9 +59,14 @@ def main() -> None:
         )
 
     @torch.no_grad()
-    def own(pooled: Tensor, index: int) -> dict[str, int]:
-        nearest = attention(pooled, keys).argmax(dim=1)
-        return {"inputs": len(pooled), "told_apart": int((nearest == index).sum())}
+    def own(pooled: Tensor, index: int) -> dict[str, float]:
+        logits = attention(pooled, keys)
+        weight = logits.softmax(dim=1)[:, index].sum()
+        return {
+            "inputs": len(pooled),
+            "told_apart": int((logits.argmax(dim=1) == index).sum()),
+            "own_weight": round(float(weight), 4),
+        }
 
     encoder = PromptEncoder(
         tokenizer,
@@ -80,18 +85,23 @@ def main() -> None:
         found.append({"task": experiment.tasks[index].name, "dev": own(dev, index), "kept": own(pooled, index)})
 
     total: dict[str, Any] = {
-        part: {name: sum(each[part][name] for each in found) for name in ("inputs", "told_apart")}
+        part: {name: round(sum(each[part][name] for each in found), 4) for name in found[0][part]}
         for part in ("dev", "kept")
     }
-    table = Table("task", "dev rows", "told apart", f"of {config.reflection.source}", "told apart")
+    shares = ("told apart", "own weight")
+    table = Table("task", "dev rows", *shares, f"of {config.reflection.source}", *shares)
     for each in (*found, {"task": "all", **total}):
         cells = []
         for part in (each["dev"], each["kept"]):
-            share = f"{part['told_apart'] / part['inputs']:.2f}" if part["inputs"] else "–"
-            cells += [str(part["inputs"]), share]
+            cells.append(str(part["inputs"]))
+            for name in ("told_apart", "own_weight"):
+                cells.append(f"{part[name] / part['inputs']:.2f}" if part["inputs"] else "–")
         table.add_row(each["task"], *cells)
-    Console().print(table)
+    wide_console().print(table)
     result = {
+        "backbone": Path(config.backbone.path).name,
+        "centre": config.attention.centre,
+        "temperature": config.attention.temperature,
         "source": config.reflection.source,
         "query": config.attention.query,
         "seed": config.seed,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -71,11 +73,16 @@ def test_inputs_nearest_to_their_own_task(copied: Finished, call: Call, tmp_path
     statistics = GaussianQueries.of(torch.stack(pooled(list(tasks[0].train))), experiment.config.reflection.rank)
     drawn = statistics.draw(query_overlap.DRAWS, torch.Generator().manual_seed(experiment.config.seed))
     for part, inputs in {"dev": pooled(list(tasks[0].dev)), "kept": list(drawn)}.items():
-        told_apart = 0
+        told_apart, own_weight = 0, 0.0
         for query in queries(inputs):
             own, other = (torch.dot(query, key) / key.norm() for key in keys)
             told_apart += int(own > other)
-        assert animal[part] == {"inputs": len(inputs), "told_apart": told_apart}
+            own_weight += 1 / (1 + math.exp(float(other - own) / experiment.config.attention.temperature))
+        assert animal[part] == {
+            "inputs": len(inputs),
+            "told_apart": told_apart,
+            "own_weight": pytest.approx(own_weight, abs=1e-2),
+        }
     assert 0 < animal["kept"]["told_apart"] < query_overlap.DRAWS
 
 
