@@ -15,6 +15,11 @@ import boto3
 import pytest
 
 
+def pytest_configure() -> None:
+    """A job in a shell's background has Ctrl-C ignored and passes that on; here it interrupts wherever tests run."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def free_port() -> int:
     """A port on loopback that nothing listens on now."""
     with socket.socket() as probe:
