@@ -223,6 +223,7 @@ class _Learner:
         return Stage(
             name=name,
             kind="train",
+            version=method.version,
             body=partial(bodies.train, checkpoint_every_steps=config.train.checkpoint_every_steps),
             reads={
                 "method": method.model_dump(mode="json"),

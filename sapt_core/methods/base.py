@@ -119,6 +119,7 @@ class Method(Section):
 
     Attributes:
         name: in configs and snapshots; a subclass gives it as a Literal with itself as the default.
+        version: raised when the method learns otherwise than before, so that what is stored is learnt anew.
         summary: one line for those who choose, with the paper it comes from.
         pool: a block for every task beside the finished ones, one block that goes on training from task to
             task, or one that every task starts afresh.
@@ -130,6 +131,7 @@ class Method(Section):
 
     name: str
 
+    version: ClassVar[int] = 1
     summary: ClassVar[str] = ""
     pool: ClassVar[Literal["block per task", "one block", "fresh block"]] = "one block"
     shared_attention: ClassVar[bool] = False

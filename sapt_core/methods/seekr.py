@@ -35,11 +35,13 @@ EAGER = "eager"  # the only kind of attention that keeps its maps
 class Seekr(Method):
     """``L = L_task + λ₁ L_replay + (1 − λ₁) L_logits + λ₂ L_attention`` (equation 13), one block or a whole model.
 
-    Rows of memory are drawn in proportion to their number, as if they were mixed into the task's rows.
+    Rows of memory are drawn in proportion to their number, and their answers weighed by tokens, as if they were
+    mixed into the task's rows.
     """
 
     name: Literal["seekr"] = "seekr"
 
+    version: ClassVar[int] = 2
     summary: ClassVar[str] = "replay that distils logits and selected attention heads (SEEKR, arXiv 2411.06171)"
     pet_types: ClassVar[tuple[str, ...]] = ("lora", "full")
 
@@ -83,6 +85,7 @@ class Seekr(Method):
             lesson.model.collator(lesson.tokenizer.pad_token_id),
             rows=lesson.train.batch_size * len(taught) / len(lesson.rows),
             batch_size=lesson.train.batch_size,
+            length=sum(len(row["answer_ids"]) for row in lesson.rows) / len(lesson.rows),
             replay=self.replay,
             attention=self.attention,
         )
@@ -259,7 +262,8 @@ class Distillation:
         taught: all rows of memory.
         collator: of the model.
         rows: drawn in a step on average, so that an epoch draws each row once.
-        batch_size: of the task, which the drawn rows are weighed against.
+        batch_size: rows in a step of the task, which the drawn rows' attention is weighed against.
+        length: tokens in an answer of the task on average, which with the batch size the drawn rows' answers are.
         replay, attention: λ₁ and λ₂.
     """
 
@@ -267,6 +271,7 @@ class Distillation:
     collator: Collator
     rows: float
     batch_size: int
+    length: float
     replay: float
     attention: float
     weight: float = 1.0
@@ -287,8 +292,11 @@ class Distillation:
         batch = self.collator([each.row for each in rows]).to(device)
         logits, maps = model.attend(batch)
         parts = self.parts(model, batch, logits, maps, rows)
-        combined = self.replay * parts["replay"] + (1 - self.replay) * parts["logits"]
-        return (combined + self.attention * parts["attention"]) * len(rows) / self.batch_size
+        answers = self.replay * parts["replay"] + (1 - self.replay) * parts["logits"]
+        # By tokens, as in the trainer's batches: by rows, long answers count for too little beside a task of labels.
+        tokens = sum(len(each.logits) for each in rows)
+        weighed = answers * tokens / self.length + self.attention * parts["attention"] * len(rows)
+        return weighed / self.batch_size
 
     def parts(
         self, model: SaptModel, batch: Batch, logits: Tensor, maps: Sequence[Tensor], rows: Sequence[_Taught]

@@ -111,7 +111,7 @@ def test_a_steps_terms_are_those_of_its_rows_one_by_one(name: str) -> None:
     layers = {0: [1], 1: [0, 1]} if name == "llama" else {1: [0], 3: [0, 1], 5: [1]}
     taught = [taught_row(model, row, layers, seed) for seed, row in enumerate(rows)]
     collator = Collator(PAD, model.is_encoder_decoder)
-    term = Distillation(tuple(taught), collator, rows=1.5, batch_size=6, replay=0.3, attention=7.0)
+    term = Distillation(tuple(taught), collator, rows=1.5, batch_size=6, length=2.5, replay=0.3, attention=7.0)
     found = term.value(model, [2, 0]).item()
     tokens = cross = soft = held = 0.0
     for each in (taught[2], taught[0]):
@@ -135,8 +135,21 @@ def test_a_steps_terms_are_those_of_its_rows_one_by_one(name: str) -> None:
                     ]
                     of_layer.append(float(sum(terms)))
             held += sum(of_layer) / len(of_layer) / len(layers) / 2
-    expected = (0.3 * cross / tokens + 0.7 * soft / tokens + 7.0 * held) * 2 / 6
+    expected = (0.3 * cross + 0.7 * soft) / (6 * 2.5) + 7.0 * held * 2 / 6
     assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_kept_answers_weigh_by_their_tokens_what_they_would_in_a_batch() -> None:
+    store = DictStore()
+    first, _ = learn(store, 0, None, method=SEEKR)
+    second = lesson(first, 1, store)
+    plan = Seekr.model_validate(SEEKR).begin(second)
+    (term,) = plan.objective.terms
+    assert isinstance(term, Distillation)
+    tokens = [len(row["answer_ids"]) for row in second.rows]
+    assert term.length == pytest.approx(sum(tokens) / len(tokens))
+    longer = [len(row["answer_ids"]) for row in plan.rows]
+    assert longer == tokens  # memory is no part of the epoch
 
 
 def test_rows_are_drawn_in_proportion() -> None:
@@ -144,12 +157,13 @@ def test_rows_are_drawn_in_proportion() -> None:
     backbone.set_attn_implementation("eager")
     model = SaptModel(backbone, fill(new_pool(backbone, lora("t5"), None), 1)).eval()
     taught = [taught_row(model, row, {0: [0]}, 0) for row in random_rows(4)]
-    term = Distillation(tuple(taught), Collator(PAD, True), rows=1.25, batch_size=8, replay=0.5, attention=1.0)
+    settings: dict[str, Any] = {"batch_size": 8, "length": 3, "replay": 0.5, "attention": 1.0}
+    term = Distillation(tuple(taught), Collator(PAD, True), rows=1.25, **settings)
     draws = [term.draw(torch.Generator().manual_seed(seed)) for seed in range(400)]
     assert {len(drawn) for drawn in draws} == {1, 2}
     assert sum(map(len, draws)) / 400 == pytest.approx(1.25, abs=0.1)
     assert all(len(set(drawn)) == len(drawn) for drawn in draws)
-    few = Distillation(tuple(taught), Collator(PAD, True), rows=0.1, batch_size=8, replay=0.5, attention=1.0)
+    few = Distillation(tuple(taught), Collator(PAD, True), rows=0.1, **settings)
     nothing = next(seed for seed in range(99) if not few.draw(torch.Generator().manual_seed(seed)))
     assert few.value(model, few.draw(torch.Generator().manual_seed(nothing))).item() == 0
 

@@ -13,6 +13,7 @@ from cluster.stages import Stage
 from pipelines.experiment import Experiment, load_experiment
 from pipelines.graph import SequenceGraph
 from sapt_core.hashing import canonical_hash
+from sapt_core.methods.base import find_method
 from tests.pipelines.commands import QUICKSTART, TINY
 
 THREE = "benchmark.tasks=animal,basket,ticket"
@@ -135,6 +136,13 @@ def test_what_the_query_sees_is_no_matter_of_the_generator(base: dict[str, list[
 
 def test_sapt_and_the_paper_share_all_but_training(base: dict[str, list[str]]) -> None:
     assert changed(base, "method.name=sapt_paper") == expected(train=[True] * 3, evaluate=[True] * 6)
+
+
+def test_a_method_that_learns_otherwise_than_before_is_learnt_anew(
+    base: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(find_method("sapt"), "version", 2)
+    assert changed(base) == expected(train=[True] * 3, evaluate=[True] * 6)
 
 
 def test_where_the_target_comes_from_counts_from_the_first_task_on(base: dict[str, list[str]]) -> None:
