@@ -79,6 +79,7 @@ class PromptEncoder:
         start = next(i for i in range(len(whole) + 1) if whole[i : i + len(bare)] == bare)
         self._prefix = whole[:start]
         self._suffix = whole[start + len(bare) :] if is_encoder_decoder else []
+        self._loses_end = False
 
     def prompts(self, template: str, definition: str, inputs: Sequence[str]) -> list[EncodedPrompt]:
         """Encode the prompts of ``inputs``.
@@ -113,12 +114,12 @@ class PromptEncoder:
         return [*self._prefix, *self._ids([text])[0], *self._suffix]
 
     def targets(self, rows: Sequence[PromptPieces], max_tokens: int) -> list[list[int]]:
-        """Texts to write: they end with EOS, and over-long ones are cut as prompts are.
+        """Texts to write: they end with EOS; over-long ones are cut as prompts are, and then at their end.
 
-        Raises:
-            DataError: what stands before and after the input alone leaves no room in ``max_tokens``.
+        What stands after the input is an answer, which a model may have written itself at any length.
         """
         writer = copy(self)
+        writer._loses_end = True
         writer.max_source_tokens = max_tokens
         writer._prefix = self._prefix if self.is_encoder_decoder else []
         writer._suffix = [self.eos_token_id]
@@ -149,16 +150,17 @@ class PromptEncoder:
         """Add the special tokens and, where needed, take out the middle of ``ids[input_start:input_end]``.
 
         An input is cut down to a quarter of the room at most; what is then still too much comes out of the
-        middle of the definition, ``ids[:query_start]``.
+        middle of the definition, ``ids[:query_start]``, and of a text to write at last from its end.
         """
         excess = len(self._prefix) + len(ids) + len(self._suffix) - self.max_source_tokens
         if excess > 0:
             spare = max(0, input_end - input_start - self.max_source_tokens // 4)
             from_input = min(excess, spare)
-            from_definition = excess - from_input
-            if from_definition > query_start:
-                needed = self.max_source_tokens + from_definition - query_start
-                raise DataError(NO_ROOM, [_no_room(needed, self.max_source_tokens)])
+            from_definition = min(excess - from_input, query_start)
+            from_end = excess - from_input - from_definition
+            if from_end and not self._loses_end:
+                raise DataError(NO_ROOM, [_no_room(self.max_source_tokens + from_end, self.max_source_tokens)])
+            ids = ids[: len(ids) - from_end]
             ids = _without_middle(ids, input_start, input_end, from_input)
             ids = _without_middle(ids, 0, query_start, from_definition)
             query_start -= from_definition

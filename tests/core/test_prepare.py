@@ -247,6 +247,24 @@ def test_what_a_generator_writes_keeps_its_marker_however_long_the_definition(is
     assert written.endswith("beta gamma__inp__kappa")
 
 
+@pytest.mark.parametrize("is_encoder_decoder", [True, False])
+@pytest.mark.parametrize(("before", "answer"), [(0, 4), (0, 400), (20, 400)])
+def test_an_answer_to_write_that_fits_beside_no_input_loses_its_end(
+    before: int, answer: int, is_encoder_decoder: bool
+) -> None:
+    tokenizer = byte_bpe()
+    encoder = PromptEncoder(tokenizer, max_source_tokens=10, is_encoder_decoder=is_encoder_decoder)
+    pieces = PromptPieces("alpha " * before, "__inp__", "kappa", "__ans__" + "b" * answer)
+    (ids,) = encoder.targets([pieces], 60)
+    whole = len(encoder.targets([pieces], 1000)[0])
+    assert len(ids) == min(60, whole)
+    assert ids[-1] == tokenizer.eos_token_id
+    text, _, written = tokenizer.decode(ids, skip_special_tokens=True).partition("__ans__")
+    assert text.endswith("__inp__kappa")
+    assert written
+    assert set(written) == {"b"}
+
+
 def test_templates_that_leave_no_room_are_refused_together(t5: PreTrainedTokenizerFast) -> None:
     tasks = [task("one"), task("two")]
     with pytest.raises(DataError) as caught:
