@@ -114,3 +114,16 @@ def test_lfpt5_replays_what_its_block_writes(monkeypatch: pytest.MonkeyPatch) ->
                 )
                 tokens += 1
     assert consistency.value(taught.model, [0, 1]).item() == pytest.approx(expected / tokens, rel=1e-3)
+
+
+def test_lfpt5_goes_on_after_a_sample_of_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lfpt5, "sample", lambda *given, **rest: ({"w1": "w3 " * 200}, {}))
+    store = DictStore()
+    first, _ = learn(store, 0, None, method="lfpt5")
+    taught = lesson(first, 1, store)
+    plan = find_method("lfpt5").model_validate({"max_tokens": 24}).begin(taught)
+    assert len(plan.rows[-1]["answer_ids"]) == taught.learnt.max_target_tokens
+    (writing,) = (term for term in plan.objective.terms if isinstance(term, lfpt5.WritingTerm))
+    written = writing.rows[-1]["answer_ids"]
+    assert len(written) == 24
+    assert written[-1] == taught.tokenizer.eos_token_id
