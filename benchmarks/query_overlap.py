@@ -20,17 +20,17 @@ from torch import Tensor
 
 from cluster.stages import done
 from cluster.store import open_store
-from pipelines import cli
-from pipelines.bodies import kept_inputs, pooling_model, prepared_task
-from pipelines.experiment import load_experiment
-from pipelines.reporter import wide_console
-from sapt_core.attention import SharedAttention
-from sapt_core.backbone import load_backbone
-from sapt_core.benchmarks.prepare import PromptEncoder
-from sapt_core.blocks.base import embedding_matrix
+from pipelines.console import cli
+from pipelines.console.tables import wide_console
+from pipelines.sequence.bodies import kept_inputs, pooling_model, prepared_task
+from pipelines.sequence.experiment import load_experiment
+from sapt_core.backbones.loading import load_backbone
+from sapt_core.data.prepare import PromptEncoder
 from sapt_core.errors import SaptError
-from sapt_core.evaluation import pooled_embeddings
-from sapt_core.reflection import GaussianQueries
+from sapt_core.judging.decoding import pooled_embeddings
+from sapt_core.pool.attention import SharedAttention
+from sapt_core.pool.blocks.base import embedding_matrix
+from sapt_core.training.reflection import GaussianQueries
 
 DRAWS = 200  # of a task's statistics
 

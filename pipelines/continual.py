@@ -8,20 +8,15 @@ Submitted again after any interruption, the same command goes on where it stoppe
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from cluster.stages import Executor, InlineExecutor, plan, run_graph
-from cluster.store import ArtifactStore, open_store
-from pipelines import cli, report
-from pipelines.experiment import Experiment, load_experiment
-from pipelines.reporter import Reporter
-from sapt_core.config import ExperimentConfig
-from sapt_core.errors import ServiceError, TrackingError
-
-if TYPE_CHECKING:
-    from pipelines.publishing import MLflowPublisher
+from cluster.stages import plan
+from cluster.store import open_store
+from pipelines.console import cli
+from pipelines.running.monitor import Monitor
+from pipelines.running.sequence import publish_sequence, run
+from pipelines.sequence.experiment import load_experiment
 
 
 def main() -> None:
@@ -39,70 +34,19 @@ def main() -> None:
     if not arguments.dry_run:
         store.check()
     states = plan(experiment.graph.stages, store)
-    Reporter(experiment, store, None).show_plan(states)
+    Monitor(experiment, store, None).show_plan(states)
     if arguments.dry_run:
         return
     if arguments.inline:
-        reporter = Reporter(experiment, store, None)
+        monitor = Monitor(experiment, store, None)
         with ExitStack() as stack:
             executor = cli.inline_executor(arguments, experiment.config.store, store, stack)
-            _run(experiment, store, executor, reporter)
+            run(experiment, store, executor, monitor)
     else:
-        reporter = publish_sequence(experiment, store, all_done=set(states.values()) == {"done"})
-    reporter.show_end()
+        monitor = publish_sequence(experiment, store, all_done=set(states.values()) == {"done"})
+    monitor.show_end()
     if arguments.summary is not None:
-        cli.write_output(arguments.summary, json.dumps(reporter.summary(), indent=1))
-
-
-def publish_sequence(experiment: Experiment, store: ArtifactStore, *, all_done: bool) -> Reporter:
-    """Run on Ray, unless nothing is left to run, and publish to MLflow."""
-    from cluster import tracking  # noqa: PLC0415  not with --inline
-    from pipelines.publishing import MLflowPublisher  # noqa: PLC0415
-
-    checked = tracking.check(experiment.config.tracking)
-    with ExitStack() as stack:
-        executor = InlineExecutor(store) if all_done else ray_executor(experiment.config, stack)
-        publisher = MLflowPublisher(experiment, checked)  # MLflow sees the run once nothing forbids it
-        reporter = Reporter(experiment, store, publisher)
-        try:
-            _run(experiment, store, executor, reporter)
-            _report(reporter, publisher)
-        except BaseException as error:
-            with suppress(TrackingError):  # the first error is the one to tell
-                publisher.abandon(killed=not isinstance(error, Exception))
-            raise
-    return reporter
-
-
-def _report(reporter: Reporter, publisher: MLflowPublisher) -> None:
-    """Close the run in MLflow with its report, which is kept in the working directory too."""
-    folder = report.default_folder(reporter.experiment)
-    where = str(folder / report.PAGE)
-    files = report.standing(folder, reporter.findings)
-    if files is None:
-        files = report.build(reporter.findings)
-        try:
-            report.write(folder, files)
-        except ServiceError as error:
-            where = f"in MLflow alone, for {error}"
-    publisher.finish(reporter.summary(), files)
-    reporter.console.print(f"report: {where}", markup=False)
-
-
-def ray_executor(config: ExperimentConfig, stack: ExitStack) -> Executor[Any]:
-    """Connect to Ray until ``stack`` is closed, and see that it has what the config asks for."""
-    from cluster.session import check_resources, connect  # noqa: PLC0415  not with --inline
-
-    stack.enter_context(connect(config.cluster))
-    check_resources(config.cluster)
-    from cluster.ray_executor import RayExecutor  # noqa: PLC0415
-
-    return RayExecutor(config.store, config.cluster)
-
-
-def _run(experiment: Experiment, store: ArtifactStore, executor: Executor[Any], reporter: Reporter) -> None:
-    experiment.upload(store)
-    run_graph(experiment.graph.stages, store, executor, reporter.on_event)
+        cli.write_output(arguments.summary, json.dumps(monitor.summary(), indent=1))
 
 
 if __name__ == "__main__":

@@ -12,16 +12,16 @@ from typing import Any
 
 from rich.table import Table
 
-from pipelines import cli, versions
-from pipelines.bodies import score_version
-from pipelines.experiment import load_experiment
-from pipelines.reporter import wide_console
-from sapt_core.backbone import load_backbone
-from sapt_core.benchmarks.prepare import prepare_task
-from sapt_core.benchmarks.task import Task
+from pipelines.console import cli, versions
+from pipelines.console.tables import wide_console
+from pipelines.sequence.bodies import score_version
+from pipelines.sequence.experiment import load_experiment
+from sapt_core.backbones.loading import load_backbone
 from sapt_core.blobs import BlobStore
 from sapt_core.config import ExperimentConfig
-from sapt_core.snapshot import Manifest, require_backbone
+from sapt_core.data.prepare import prepare_task
+from sapt_core.data.task import Task
+from sapt_core.versions.manifest import Manifest, require_backbone
 
 BLOCKS_SHOWN = 3
 

@@ -14,11 +14,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipelines import cli, versions
+from pipelines.console import cli, versions
 from sapt_core.config import load_config, load_places
+from sapt_core.data.task import LearntTask
 from sapt_core.errors import DataError, SaptError
-from sapt_core.predictor import Prediction, Predictor, find_task
-from sapt_core.snapshot import LearntTask, Manifest
+from sapt_core.versions.manifest import Manifest
+from sapt_core.versions.predictor import Prediction, Predictor, find_task
 
 SMALLEST_SHOWN = 0.01
 

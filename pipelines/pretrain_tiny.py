@@ -22,9 +22,9 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
-from sapt_core.benchmarks.lexicon import open_class_words
-from sapt_core.benchmarks.synthetic import TASKS, is_test_input
-from sapt_core.benchmarks.templates import TEMPLATES
+from sapt_core.data.lexicon import open_class_words
+from sapt_core.data.synthetic import TASKS, is_test_input
+from sapt_core.data.templates import TEMPLATES
 
 PUNCTUATION = tuple(".,:;?!-'()/")
 PAD, EOS, UNK = "<pad>", "</s>", "<unk>"

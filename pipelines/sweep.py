@@ -1,6 +1,6 @@
 """Try many settings of the same sequence and show what they are worth: AP and F.Ra on dev rows, on Ray Tune.
 
-    python pipelines/sweep.py --config pipelines/configs/sweep_quickstart.yaml [key=value ...]
+    python pipelines/sweep.py --config pipelines/configs/sweeps/quickstart.yaml [key=value ...]
 
 What several trials have in common is computed once, before the first of them. Each trial leaves a JSON record in the
 results folder; submitted again after any interruption, the same command goes on where it stopped, and with more trials
@@ -10,37 +10,16 @@ in the file it adds them.
 from __future__ import annotations
 
 import argparse
-import hashlib
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
 
-import optuna
-from rich.console import Console
-
-from cluster.stages import Executor, InlineExecutor, StageEvent, plan, run_graph
-from cluster.store import ArtifactStore, open_store, resolved
-from pipelines import cli, trials
-from pipelines.continual import publish_sequence, ray_executor
-from pipelines.experiment import Experiment, assemble
-from pipelines.records import machine_of
-from pipelines.reporter import wide_console
-from pipelines.space import Scalar, Sweep, describe, load_sweep
-from pipelines.tables import check_markers, text_table, write_between_markers
-from pipelines.trials import Setup, TrialRecord
-from sapt_core.errors import SaptError, TrackingError
-from sapt_core.hashing import canonical_hash
-
-if TYPE_CHECKING:
-    from cluster.tracking import Tracker
-
-CHAMPION = "champion"
-FEWEST_DRAWN = 3
+from cluster.store import open_store
+from pipelines.console import cli
+from pipelines.console.tables import check_markers, wide_console, write_between_markers
+from pipelines.sequence.experiment import assemble
+from pipelines.sweeps import trials
+from pipelines.sweeps.run import SweepRun
+from pipelines.sweeps.space import load_sweep
+from sapt_core.errors import SaptError
 
 
 def main() -> None:
@@ -55,7 +34,7 @@ def main() -> None:
     store = open_store(experiment.config.store)
     if not arguments.dry_run:
         store.check()
-    run = Running(sweep, experiment, store, wide_console())
+    run = SweepRun(sweep, experiment, store, wide_console())
     run.show_plan()
     if arguments.dry_run:
         return
@@ -70,290 +49,8 @@ def main() -> None:
         raise SaptError(f"No trial of {arguments.config} learnt all tasks: the table says what became of each.")
 
 
-@dataclass
-class Points:
-    """Proposes the points that have no record yet; a ``cluster.tuning.Search``.
-
-    Attributes:
-        sweep: the space.
-        left: points that are known beforehand, in their order; None where Optuna proposes.
-        study: what Optuna knows.
-        tasks: of a whole trial.
-        asked: its trials that run, by the trial's name.
-    """
-
-    sweep: Sweep
-    left: list[dict[str, Scalar]] | None
-    study: optuna.Study
-    tasks: int
-    asked: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def after(cls, sweep: Sweep, ended: Sequence[TrialRecord], tasks: int) -> Points:
-        """What is left to try."""
-        planned = sweep.planned()
-        known = [each.point for each in ended]
-        study = trials.study_of(sweep, ended, sweep.config.objectives)
-        return cls(sweep, None if planned is None else [point for point in planned if point not in known], study, tasks)
-
-    def count(self, ended: Sequence[TrialRecord]) -> int:
-        """How many points are left."""
-        return max(0, (self.sweep.config.trials or 0) - len(ended)) if self.left is None else len(self.left)
-
-    def ask(self, trial: str) -> Mapping[str, Scalar] | None:
-        if self.left is not None:
-            return self.left.pop(0) if self.left else None
-        # A seed for each point, so that a sweep that was broken off goes on with the points it would have tried.
-        self.study.sampler = optuna.samplers.TPESampler(seed=self.sweep.config.seed + len(self.study.trials))
-        proposed = self.study.ask(self.sweep.distributions)
-        self.asked[trial] = proposed
-        point: dict[str, Scalar] = proposed.params
-        return point
-
-    def tell(self, trial: str, result: Mapping[str, Any] | None) -> None:
-        proposed = self.asked.pop(trial, None)
-        if proposed is None:
-            return
-        if result is None or "ap" not in result:
-            self.study.tell(proposed, state=optuna.trial.TrialState.FAIL)
-        elif result["tasks"] < self.tasks:  # AP over fewer tasks is no AP of the sequence
-            self.study.tell(proposed, state=optuna.trial.TrialState.PRUNED)
-        else:
-            self.study.tell(proposed, [result[name] for name in self.sweep.config.objectives])
-
-
-class Running:
-    """A sweep's trials that are still to be run.
-
-    Args:
-        sweep: what is tried.
-        experiment: a trial's, for what all have in common.
-        store: holds what the stages give.
-        console: for news.
-    """
-
-    def __init__(self, sweep: Sweep, experiment: Experiment, store: ArtifactStore, console: Console) -> None:
-        self.sweep = sweep
-        self.store = store
-        self._console = console
-        self._experiment = experiment
-        samples = {name: hashlib.sha256(data).hexdigest() for name, data in experiment.samples.items()}
-        self.setup = Setup(sweep, experiment.tasks, experiment.backbone, samples, resolved(experiment.config.store))
-        self.folder = sweep.config.results
-        self.key = trials.sweep_key(sweep, experiment)
-        # One that failed is tried again.
-        self.before = [each for each in trials.read_trials(self.sweep, self.key) if each.state != "failed"]
-        self.points = Points.after(sweep, self.before, len(experiment.tasks))
-        # All that are planned, also those with a record: their stages are done.
-        self.shared = self.setup.shared(sweep.planned() or sweep.lattice())
-        self.shared_seconds = 0.0
-        self._tracker: Tracker | None = None
-        self._parent = ""
-        self._open: dict[str, str] = {}
-
-    def show_plan(self) -> None:
-        """Print what a run would do."""
-        left = self.points.count(self.before)
-        states = Counter(plan(self.shared, self.store).values())
-        whole = len(self.setup.graph({}).by_version)
-        self._console.print(
-            f"Sweep {self.sweep.name}: {left} trials to run, {len(self.before)} have their record; each has {whole} "
-            f"stages of training and scoring. {len(self.shared)} stages, of which several trials have need, run first: "
-            f"{states['done']} are done.",
-            markup=False,
-        )
-
-    def inline(self) -> None:
-        """Run in this process, trial by trial, without Ray and MLflow.
-
-        Raises:
-            SaptError: the sweep stops trials early, which needs others beside them.
-        """
-        if self.sweep.config.stop != "none":
-            raise SaptError("--inline runs trials one after another: set stop: none, or run on Ray")
-        self._experiment.upload(self.store)
-        self._run_shared(InlineExecutor(self.store))
-        for number in range(self.points.count(self.before)):
-            point = self.points.ask(str(number))
-            assert point is not None  # noqa: S101 - so many are left
-            results: list[dict[str, Any]] = []
-            error = None
-            try:
-                trials.try_point(self.setup, point, results.append, InlineExecutor)
-            except SaptError as failed:
-                error = str(failed)
-            self.ended(str(number), point, results, error)
-            self.points.tell(str(number), results[-1] if results and error is None else None)
-
-    def published(self) -> None:
-        """Run on Ray Tune; the sweep is a parent run in MLflow, each trial a child."""
-        from cluster import tracking  # noqa: PLC0415  not with --inline
-
-        config = self.sweep.config
-        checked = tracking.check(self._experiment.config.tracking)
-        self._tracker = tracking.Tracker(checked)
-        left = self.points.count(self.before)
-        tags = {"sweep": self.sweep.name, "git_commit": self._experiment.commit}
-        with ExitStack() as stack:
-            executor = ray_executor(self._experiment.config, stack)
-            from cluster.tuning import check_room, run_trials  # noqa: PLC0415  Tune, once Ray is there
-
-            check_room(self._experiment.config.cluster, config.concurrent)
-            self._parent = self._tracker.start_sequence(f"sweep {self.sweep.name}", key=self.key, params={}, tags=tags)
-            try:
-                self._experiment.upload(self.store)
-                self._run_shared(executor)
-                if left:
-                    run_trials(
-                        _Body(self.setup),
-                        self.points,
-                        self,
-                        trials=left,
-                        concurrent=config.concurrent,
-                        stop=config.stop,
-                        grace=config.grace,
-                        tasks=len(self._experiment.tasks),
-                        retries=self._experiment.config.cluster.max_failures,
-                    )
-                self._tracker.log_artifacts(self._parent, {f"{self.sweep.name}.md": self.markdown(), **self.plots})
-                chosen = trials.best(self.after)
-                if config.champion and chosen is not None:
-                    self._crown(chosen, checked)
-            except BaseException as error:
-                state: Literal["FAILED", "KILLED"] = "FAILED" if isinstance(error, Exception) else "KILLED"
-                with suppress(TrackingError):  # the first error is the one to tell
-                    for opened in (*self._open.values(), self._parent):
-                        self._tracker.finish(opened, state)
-                raise
-            self._tracker.finish(self._parent, "FINISHED")
-
-    def _run_shared(self, executor: Executor[Any]) -> None:
-        """Run what trials share, so that no two of them begin the same work."""
-
-        def tell(event: StageEvent) -> None:
-            if event.record is None:
-                return
-            self.shared_seconds += event.record.seconds
-            if event.kind == "finished":
-                said = f"shared by trials: {event.stage.name} in {event.record.seconds:.0f} s"
-                self._console.print(said, markup=False)
-
-        run_graph(self.shared, self.store, executor, tell)
-
-    def _crown(self, chosen: TrialRecord, checked: Any) -> None:
-        """Register the best trial's versions, scored on test rows as always, and give the last one the alias."""
-        from cluster.registry import PoolRegistry  # noqa: PLC0415  MLflow
-
-        config = self.sweep.experiment(chosen.point)
-        scored = config.model_copy(
-            update={"evaluation": config.evaluation.model_copy(update={"split": "test"}), "tracking": checked}
-        )
-        experiment = replace(assemble(scored, "The best trial"), commit=self._experiment.commit)
-        reporter = publish_sequence(experiment, self.store, all_done=False)
-        version = reporter.versions[-1]
-        assert version is not None  # noqa: S101 - it was published
-        PoolRegistry(checked).set_alias(CHAMPION, version)
-        self._console.print(f"{CHAMPION}: {checked.model} version {version}", markup=False)
-
-    # cluster.tuning.News
-
-    def result(self, trial: str, point: Mapping[str, Any], result: Mapping[str, Any]) -> None:
-        """A trial has learnt another task."""
-        self._console.print(
-            f"{describe(point)}: after task {result['tasks']} AP {result['ap']:.2f}, F.Ra {result['f_ra']:.2f}",
-            markup=False,
-        )
-        if self._tracker is not None:
-            run = self._run_of(point)
-            self._tracker.log_scores(run, result["tasks"], {name: result[name] for name in ("ap", "f_ra")})
-
-    def ended(
-        self, trial: str, point: Mapping[str, Any], results: Sequence[Mapping[str, Any]], error: str | None
-    ) -> None:
-        """A trial has ended: keep its record."""
-        whole = len(results) == len(self._experiment.tasks)
-        last: Mapping[str, Any] = results[-1] if results else {}
-        state = "failed" if error is not None else "finished" if whole else "stopped"
-        record = TrialRecord(
-            sweep=self.key,
-            point=dict(point),
-            state=state,
-            ap=tuple(round(each["ap"], 4) for each in results),
-            f_ra=tuple(round(each["f_ra"], 4) for each in results),
-            run_seconds=round(last.get("run_seconds", 0.0), 1),
-            run_stages=last.get("run_stages", 0),
-            shared_seconds=round(last.get("shared_seconds", 0.0), 1),
-            shared_stages=last.get("shared_stages", 0),
-            error=error,
-            commit=self._experiment.commit,
-            written_at=datetime.now(UTC),
-            machine=machine_of(self._experiment.config.train),
-        )
-        trials.write_trial(record, self.folder)
-        said = f"{describe(point)}: {state}" + (f", {error}" if error else "")
-        self._console.print(said, markup=False)
-        if self._tracker is not None:
-            self._tracker.finish(self._run_of(point), "FAILED" if error is not None else "FINISHED")
-            del self._open[describe(point)]
-
-    def _run_of(self, point: Mapping[str, Any]) -> str:
-        assert self._tracker is not None  # noqa: S101 - asked of a published sweep alone
-        name = describe(point)
-        if name not in self._open:
-            self._open[name] = self._tracker.start_sequence(
-                name,
-                key=canonical_hash([self.key, dict(point)]),
-                params=dict(point),
-                tags={"sweep": self.sweep.name},
-                parent=self._parent,
-            )
-        return self._open[name]
-
-    @cached_property
-    def after(self) -> list[TrialRecord]:
-        """Records of all trials; to be asked for once they have ended, as what is made of them."""
-        return trials.read_trials(self.sweep, self.key)
-
-    @cached_property
-    def plots(self) -> dict[str, bytes]:
-        """PNGs by name; none of fewer than three trials that learnt all tasks."""
-        if sum(each.state == "finished" for each in self.after) < FEWEST_DRAWN:
-            return {}
-        from pipelines.surfaces import draw  # noqa: PLC0415  matplotlib, only where something is drawn
-
-        return draw(self.sweep, self.after)
-
-    def markdown(self) -> str:
-        """The table for a file."""
-        return trials.markdown(self.sweep, self.after, self.shared_seconds)
-
-    def show_end(self) -> None:
-        """Print the table, and put the plots beside the records."""
-        self._console.print(text_table(f"Sweep {self.sweep.name}", *trials.table(self.sweep, self.after)))
-        for remark in trials.remarks(self.after, self.shared_seconds):
-            self._console.print(remark, markup=False)
-        if len(self.sweep.config.objectives) > 1:
-            points = "; ".join(map(describe, trials.front(self.sweep, self.after)))
-            self._console.print(f"Pareto front: {points}", markup=False)
-        for name, png in self.plots.items():
-            cli.write_output(self.folder / name, png)
-
-
-@dataclass(frozen=True)
-class _Body:
-    """What runs in a trial's process."""
-
-    setup: Setup
-
-    def __call__(self, point: Mapping[str, Any], report: Any) -> None:
-        from cluster.ray_executor import RayExecutor  # noqa: PLC0415  on Ray alone
-
-        cluster = self.setup.sweep.experiment(point).cluster
-        trials.try_point(self.setup, point, report, lambda _: RayExecutor(self.setup.store, cluster))
-
-
 def _arguments() -> argparse.Namespace:
-    parser = cli.parser(__doc__ or "", "python pipelines/sweep.py --config pipelines/configs/sweep_superni_mini.yaml")
+    parser = cli.parser(__doc__ or "", "python pipelines/sweep.py --config pipelines/configs/sweeps/superni_mini.yaml")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
     parser.add_argument("--inline", action="store_true", help="one process, trial by trial: no Ray, no MLflow")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="put the table between its markers in FILE")

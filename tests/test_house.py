@@ -98,7 +98,7 @@ def test_a_job_takes_the_packages_along_and_little_else(tmp_path: Path) -> None:
     create_package(str(ROOT), archive, include_gitignore=True, excludes=excludes, logger=logging.getLogger("job"))
     travels = set(zipfile.ZipFile(archive).namelist())
     code = {str(path.relative_to(ROOT)) for path in tracked_files() if path.relative_to(ROOT).parts[0] in PACKAGES}
-    assert "sapt_core/benchmarks/__init__.py" in code
+    assert "sapt_core/data/__init__.py" in code
     assert not code - travels
     assert not [
         name for name in travels if name.startswith(("tests/", "docs/", "benchmarks/", ".git/", ".venv/", "runs/"))

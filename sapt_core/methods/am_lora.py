@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from sapt_core.blocks.lora import LoRABlocks, LoRASite
 from sapt_core.methods.base import Lesson, Method, Plan
-from sapt_core.model import SaptModel
+from sapt_core.pool.blocks.lora import LoRABlocks, LoRASite
+from sapt_core.pool.model import SaptModel
 from sapt_core.settings import LoRAConfig, PETConfig
-from sapt_core.trainer import Objective
+from sapt_core.training.trainer import Objective
 
 
 class AMLoRA(Method):
@@ -156,7 +156,7 @@ class GatedBlocks(LoRABlocks):
 
 @dataclass(frozen=True)
 class Sparsity:
-    """``mean ‖g‖₁`` over positions and sites, without the zero LoRA's gate; a ``sapt_core.trainer.Penalty``."""
+    """``mean ‖g‖₁`` over positions and sites, without the zero LoRA's; a ``sapt_core.training.trainer.Penalty``."""
 
     weight: float
     name = "sparsity"

@@ -7,33 +7,31 @@ its class variables say what it needs, and its hooks run when a task begins and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache, cached_property
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 import torch
 from pydantic import BeforeValidator, SerializeAsAny
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from sapt_core.backbones.device import autocast
 from sapt_core.blobs import BlobStore
-from sapt_core.blocks.base import PETBlocks
-from sapt_core.collate import Batch
-from sapt_core.device import autocast
-from sapt_core.evaluation import pooled_embeddings
-from sapt_core.model import SaptModel
-from sapt_core.pool import new_blocks
-from sapt_core.reflection import GaussianQueries
+from sapt_core.data.collate import Batch
+from sapt_core.data.prepare import PreparedTask
+from sapt_core.data.task import LearntTask
+from sapt_core.judging.decoding import pooled_embeddings
+from sapt_core.pool.blocks.base import PETBlocks
+from sapt_core.pool.model import SaptModel
+from sapt_core.pool.pool import new_blocks
 from sapt_core.settings import AttentionConfig, PETConfig, ReflectionConfig, Section, TrainConfig
-from sapt_core.trainer import Objective, Row
-
-if TYPE_CHECKING:
-    from sapt_core.benchmarks.prepare import PreparedTask
-    from sapt_core.snapshot import LearntTask, Manifest
+from sapt_core.training.reflection import GaussianQueries, RecordedAttention
+from sapt_core.training.trainer import Objective, Row
 
 Kept: TypeAlias = Sequence[str] | GaussianQueries
 """What reflection has of an earlier task: inputs as text, or the statistics of their pooled embeddings."""
@@ -49,7 +47,10 @@ class Lesson:
         tokenizer: of the backbone.
         task: tokenised rows.
         learnt: what the next version keeps of the task.
-        parent: the version before; None for the first task.
+        earlier: tasks that the version before has learnt, oldest first; empty for the first task.
+        targets: mean weights of the blocks there were, on each of them after it was learnt.
+        saved: sha256 of what the method saved at the end of earlier tasks, by name.
+        routers: reads the shared attention as it was right after each earlier task, oldest first.
         kept: what there is to reflect on of every earlier task, oldest first; empty without reflection.
         attention: settings of shared attention; None for a method without it.
         reflection, train: settings.
@@ -62,7 +63,10 @@ class Lesson:
     tokenizer: PreTrainedTokenizerBase
     task: PreparedTask
     learnt: LearntTask
-    parent: Manifest | None
+    earlier: Sequence[LearntTask]
+    targets: Sequence[Sequence[float]]
+    saved: Mapping[str, str]
+    routers: Callable[[], Sequence[RecordedAttention]]
     kept: Sequence[Kept]
     attention: AttentionConfig | None
     reflection: ReflectionConfig
@@ -74,7 +78,7 @@ class Lesson:
     @property
     def index(self) -> int:
         """The task's place in the sequence, from 0."""
-        return 0 if self.parent is None else len(self.parent.tasks)
+        return len(self.earlier)
 
     @cached_property
     def rows(self) -> list[Row]:
@@ -102,7 +106,7 @@ class Lesson:
 
     def state(self, name: str) -> bytes | None:
         """What the method saved under a name at the end of an earlier task; None if it did not."""
-        digest = None if self.parent is None else self.parent.state.get(name)
+        digest = self.saved.get(name)
         return None if digest is None else self.store.get(digest)
 
 

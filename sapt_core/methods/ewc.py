@@ -12,11 +12,11 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from sapt_core.device import autocast
-from sapt_core.memory import choose
+from sapt_core.backbones.device import autocast
 from sapt_core.methods.base import Lesson, Method, Plan
-from sapt_core.model import SaptModel
-from sapt_core.trainer import Objective, step_seed
+from sapt_core.pool.model import SaptModel
+from sapt_core.training.rehearsal import choose
+from sapt_core.training.trainer import Objective, step_seed
 
 STATE = "fisher"
 

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from sapt_core.attention import vocabulary_moments
-from sapt_core.blocks.base import Handle, Mixture, PETBlocks, embedding_matrix
 from sapt_core.methods.base import Lesson, Method, Plan
-from sapt_core.model import SaptModel
+from sapt_core.pool.attention import vocabulary_moments
+from sapt_core.pool.blocks.base import Handle, Mixture, PETBlocks, embedding_matrix
+from sapt_core.pool.model import SaptModel
 from sapt_core.settings import PETConfig, PromptConfig
-from sapt_core.trainer import Objective
+from sapt_core.training.trainer import Objective
 
 
 class L2P(Method):
@@ -125,7 +125,7 @@ class KeyedPrompts(PETBlocks):
 
 @dataclass(frozen=True)
 class Pull:
-    """``mean_{picked} (1 − cos(q, k))``; a ``sapt_core.trainer.Penalty``."""
+    """``mean_{picked} (1 − cos(q, k))``; a ``sapt_core.training.trainer.Penalty``."""
 
     weight: float
     name = "pull"

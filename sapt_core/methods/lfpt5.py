@@ -11,16 +11,16 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from sapt_core.benchmarks.prepare import PromptEncoder
-from sapt_core.benchmarks.templates import ANSWER_MARKER, INPUT_MARKER, PromptPieces
-from sapt_core.collate import Collator
-from sapt_core.device import default_device
-from sapt_core.generator import SOURCE, sample
+from sapt_core.backbones.device import default_device
+from sapt_core.data.collate import Collator
+from sapt_core.data.prepare import PromptEncoder
+from sapt_core.data.task import LearntTask
+from sapt_core.data.templates import ANSWER_MARKER, INPUT_MARKER, PromptPieces
 from sapt_core.methods.base import Lesson, Method, Plan
-from sapt_core.model import SaptModel
+from sapt_core.pool.model import SaptModel
 from sapt_core.settings import GeneratorConfig
-from sapt_core.snapshot import LearntTask
-from sapt_core.trainer import Objective, Row, step_seed
+from sapt_core.training.generator import SOURCE, sample
+from sapt_core.training.trainer import Objective, Row, step_seed
 
 
 class LFPT5(Method):
@@ -48,7 +48,7 @@ class LFPT5(Method):
         """Write samples of the earlier tasks, and train on them beside the task's rows."""
         lesson.model.to(default_device()).eval()
         writer = _Writer(lesson, self)
-        earlier = lesson.parent.tasks if lesson.parent is not None else ()
+        earlier = lesson.earlier
         pseudo = [each for index, task in enumerate(earlier) for each in writer.samples(task, index)]
         terms: list[WritingTerm | ConsistencyTerm] = []
         collator = lesson.model.collator(lesson.tokenizer.pad_token_id)
@@ -136,7 +136,7 @@ class _Writer:
 
 @dataclass(frozen=True)
 class _OfRows:
-    """A ``sapt_core.trainer.Term`` on at most ``batch_size`` random rows a step."""
+    """A ``sapt_core.training.trainer.Term`` on at most ``batch_size`` random rows a step."""
 
     weight: float
     rows: tuple[Row, ...]

@@ -9,10 +9,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sapt_core.blocks.lora import LoRABlocks
 from sapt_core.methods.base import Lesson, Method, Plan
-from sapt_core.model import SaptModel
-from sapt_core.trainer import Objective
+from sapt_core.pool.blocks.lora import LoRABlocks
+from sapt_core.pool.model import SaptModel
+from sapt_core.training.trainer import Objective
 
 
 class OLoRA(Method):
@@ -28,7 +28,7 @@ class OLoRA(Method):
 
     def begin(self, lesson: Lesson) -> Plan:
         """Train the new block under the orthogonality term."""
-        if lesson.parent is None or not self.orthogonality:
+        if not lesson.earlier or not self.orthogonality:
             return Plan(lesson.rows)
         return Plan(lesson.rows, Objective((Orthogonality(self.orthogonality),)))
 

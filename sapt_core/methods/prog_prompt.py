@@ -8,9 +8,9 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sapt_core.blocks.base import embedding_matrix
-from sapt_core.blocks.prompt import PromptBlocks
 from sapt_core.methods.base import Method
+from sapt_core.pool.blocks.base import embedding_matrix
+from sapt_core.pool.blocks.prompt import PromptBlocks
 from sapt_core.settings import PETConfig, PromptConfig
 
 

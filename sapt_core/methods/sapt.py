@@ -8,15 +8,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from sapt_core.benchmarks.prepare import PromptEncoder
-from sapt_core.blobs import BlobStore
-from sapt_core.blocks.base import embedding_matrix
-from sapt_core.evaluation import pooled_embeddings
+from sapt_core.data.prepare import PromptEncoder
+from sapt_core.judging.decoding import pooled_embeddings
 from sapt_core.methods.base import Lesson, Method, Plan
-from sapt_core.reflection import GaussianQueries, Memory, RecordedAttention, Reflection, StoredQueries
-from sapt_core.settings import ReflectionConfig
-from sapt_core.snapshot import Manifest, load_router
-from sapt_core.trainer import Objective
+from sapt_core.pool.blocks.base import embedding_matrix
+from sapt_core.training.reflection import GaussianQueries, Memory, RecordedAttention, Reflection, StoredQueries
+from sapt_core.training.trainer import Objective
 
 
 class SharedAttentiveLearning(Method):
@@ -29,9 +26,9 @@ class SharedAttentiveLearning(Method):
         """Start centre and key; train block, key and query projection, reflecting on earlier tasks."""
         assert lesson.attention is not None  # noqa: S101 - a method with shared attention is given its settings
         _start_routing(lesson)
-        if lesson.parent is None:  # one block has the whole weight, whatever the router does
+        if not lesson.earlier:  # one block has the whole weight, whatever the router does
             return Plan(lesson.rows)
-        memories, settings = _memories(lesson, lesson.parent), lesson.reflection
+        memories, settings = _memories(lesson), lesson.reflection
         terms = (
             (Reflection(memories, settings.batch_size, settings.weight, per_micro_batch=settings.per_micro_batch),)
             if memories
@@ -79,20 +76,22 @@ def _start_routing(lesson: Lesson) -> None:
     if pool.attention is None or pool.key is None:
         return
     with torch.no_grad():
-        if lesson.parent is None:
+        if not lesson.earlier:
             pool.attention.start(embedding_matrix(lesson.model.backbone))
         if pool.attention.config.key_init == "task_mean":
             pool.key.copy_(pool.attention.task_key(lesson.pooled))
 
 
-def _memories(lesson: Lesson, parent: Manifest) -> list[Memory]:
+def _memories(lesson: Lesson) -> list[Memory]:
     """What there is to reflect on: a memory of every earlier task of which inputs or statistics were kept."""
     reflection, model = lesson.reflection, lesson.model
     if not lesson.kept or not reflection.weight:
         return []
     memories = []
-    targets = _targets(parent, reflection, lesson.store)
-    for task, of_task, target in zip(parent.tasks, lesson.kept, targets, strict=True):
+    targets: Sequence[Tensor | RecordedAttention] = (
+        [torch.tensor(target) for target in lesson.targets] if reflection.target == "task_mean" else lesson.routers()
+    )
+    for task, of_task, target in zip(lesson.earlier, lesson.kept, targets, strict=True):
         if isinstance(of_task, GaussianQueries):
             memories.append(Memory(of_task, target))
         elif of_task:
@@ -102,15 +101,3 @@ def _memories(lesson: Lesson, parent: Manifest) -> list[Memory]:
             rows = [prompt.row for prompt in encoder.prompts(task.template, task.definition, of_task)]
             memories.append(Memory(StoredQueries(pooled_embeddings(model, lesson.tokenizer, rows)), target))
     return memories
-
-
-def _targets(parent: Manifest, reflection: ReflectionConfig, store: BlobStore) -> Sequence[Tensor | RecordedAttention]:
-    """The attention to hold of every task of ``parent``, oldest first."""
-    if reflection.target == "task_mean":
-        return [torch.tensor(target) for target in parent.targets]
-    recorded = []
-    version: Manifest | None = parent
-    while version is not None:
-        recorded.append(RecordedAttention(*load_router(version, store)))
-        version = None if version.parent is None else Manifest.from_bytes(store.get(version.parent))
-    return recorded[::-1]

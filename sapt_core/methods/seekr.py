@@ -19,14 +19,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PretrainedConfig
 
-from sapt_core.collate import Batch, Collator
-from sapt_core.device import autocast, default_device
+from sapt_core.backbones.device import autocast, default_device
+from sapt_core.data.collate import Batch, Collator
 from sapt_core.errors import BackboneError
-from sapt_core.memory import choose, pack
 from sapt_core.methods.base import Lesson, Method, Plan
 from sapt_core.methods.replay import memory_name, remembered
-from sapt_core.model import SaptModel
-from sapt_core.trainer import Objective, Row, step_seed
+from sapt_core.pool.model import SaptModel
+from sapt_core.training.rehearsal import choose, pack
+from sapt_core.training.trainer import Objective, Row, step_seed
 
 IMPORTANCE = "importance"
 EAGER = "eager"  # the only kind of attention that keeps its maps
@@ -256,7 +256,7 @@ class _Taught:
 
 @dataclass(frozen=True)
 class Distillation:
-    """What a step adds for the rows of memory that it draws; a ``sapt_core.trainer.Term``.
+    """What a step adds for the rows of memory that it draws; a ``sapt_core.training.trainer.Term``.
 
     Attributes:
         taught: all rows of memory.

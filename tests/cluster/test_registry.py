@@ -17,9 +17,9 @@ from types import ModuleType
 
 import pytest
 
-from cluster.registry import PoolRegistry, PoolVersion, read_pool
 from cluster.store import open_store
-from cluster.tracking import Tracker, client_of
+from cluster.tracking.registry import PoolRegistry, PoolVersion, read_pool
+from cluster.tracking.runs import Tracker, client_of
 from sapt_core.blobs import BlobStore
 from sapt_core.errors import SnapshotError, TrackingError
 from sapt_core.settings import StoreConfig, TrackingConfig
@@ -330,9 +330,9 @@ def test_pyfunc_builds_the_pool_from_the_store(
     import mlflow.pyfunc
     import pandas as pd
 
-    module = ModuleType("sapt_core.predictor")
+    module = ModuleType("sapt_core.versions.predictor")
     module.Predictor = ReadingPredictor  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "sapt_core.predictor", module)
+    monkeypatch.setitem(sys.modules, "sapt_core.versions.predictor", module)
     content = json.dumps({"tasks": ["a", "b"], "block": open_store(store).put(b"bytes")}).encode()
     registry.publish(content, store, digest="ab", index=2, run_id=run_id, tags=TAGS, metrics={})
     model = mlflow.pyfunc.load_model("models:/sapt@latest")
@@ -346,5 +346,5 @@ def test_pyfunc_builds_the_pool_from_the_store(
 
 
 def test_modules_import_without_mlflow() -> None:
-    code = "import sys, cluster.registry; sys.exit(any(name in sys.modules for name in ('mlflow', 'ray', 'boto3')))"
+    code = "import sys, cluster.tracking.registry; sys.exit(bool({'mlflow', 'ray', 'boto3'} & {*sys.modules}))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
-from cluster import tracking
-from cluster.tracking import Tracker, check, client_of, metric_name, redacted, resolved
+from cluster.tracking import runs as tracking
+from cluster.tracking.runs import Tracker, check, client_of, metric_name, redacted, resolved
 from sapt_core.errors import TrackingError
 from sapt_core.settings import TrackingConfig
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sapt_core.learning import learn_task
 from sapt_core.methods.base import Kept, Lesson, find_method
-from sapt_core.model import SaptModel
-from sapt_core.pool import new_pool
+from sapt_core.pool.model import SaptModel
+from sapt_core.pool.pool import new_pool
 from sapt_core.settings import AttentionConfig, EvaluationConfig, PETConfig, ReflectionConfig, TrainConfig
-from sapt_core.snapshot import Manifest
+from sapt_core.versions.learning import learn_task
+from sapt_core.versions.manifest import Manifest
 from tests.core.tiny import (
     T5_NAMES,
     DictStore,
@@ -83,7 +83,10 @@ def lesson(manifest: Manifest | None, number: int, store: DictStore, *, pet: PET
         tokenizer=tiny_tokenizer(),
         task=task,
         learnt=learnt_task(task),
-        parent=manifest,
+        earlier=manifest.tasks if manifest else (),
+        targets=manifest.targets if manifest else (),
+        saved=manifest.state if manifest else {},
+        routers=tuple,
         kept=(),
         attention=None,
         reflection=ReflectionConfig(),

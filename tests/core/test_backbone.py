@@ -20,19 +20,13 @@ from transformers import (
     T5Config,
 )
 
-from sapt_core import backbone
-from sapt_core.backbone import (
-    BackboneRef,
-    check_backbone,
-    identify,
-    load_backbone,
-    model_class,
-    skeleton,
-    store_backbone,
-)
-from sapt_core.benchmarks.task import Task
+from sapt_core.backbones import loading as backbone
+from sapt_core.backbones.loading import load_backbone, store_backbone
+from sapt_core.backbones.reference import BackboneRef, identify, model_class, skeleton
 from sapt_core.config import ExperimentConfig
+from sapt_core.data.task import Task
 from sapt_core.errors import BackboneError, DataError, StoreError
+from sapt_core.preflight import check_backbone
 from sapt_core.settings import BackboneConfig
 from tests.core.tiny import BACKBONES, DictStore, tiny_backbone, tiny_tokenizer
 

@@ -17,7 +17,7 @@ QUICKSTART = CONFIGS / "quickstart.yaml"
 
 
 # Comparisons and sweeps are files of another kind: test_compare.py and test_sweep.py in tests/pipelines validate them.
-EXPERIMENTS = sorted(path for path in CONFIGS.glob("*.yaml") if not path.stem.startswith(("compare_", "sweep_")))
+EXPERIMENTS = sorted(CONFIGS.glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)

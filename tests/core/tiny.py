@@ -23,15 +23,14 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from sapt_core.backbone import BackboneRef
-from sapt_core.benchmarks.prepare import PreparedTask, prepare_task
-from sapt_core.benchmarks.task import Example, Task
-from sapt_core.collate import IGNORED_LABEL, Batch
+from sapt_core.backbones.reference import BackboneRef
+from sapt_core.data.collate import IGNORED_LABEL, Batch
+from sapt_core.data.prepare import PreparedTask, prepare_task
+from sapt_core.data.task import Example, LearntTask, Task
 from sapt_core.errors import StoreError
-from sapt_core.model import SaptModel
-from sapt_core.pool import PETPool, new_pool
+from sapt_core.pool.model import SaptModel
+from sapt_core.pool.pool import PETPool, new_pool
 from sapt_core.settings import AttentionConfig, LoRAConfig, PETConfig
-from sapt_core.snapshot import LearntTask
 
 PAD, EOS, UNK, BOS = 0, 1, 2, 3
 SPECIAL = ["<pad>", "</s>", "<unk>", "<s>", "__gen__", "__inp__"]

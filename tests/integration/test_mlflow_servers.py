@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.registry import PoolRegistry
-from cluster.tracking import Tracker, check, client_of
+from cluster.tracking.registry import PoolRegistry
+from cluster.tracking.runs import Tracker, check, client_of
 from sapt_core.settings import StoreConfig, TrackingConfig
 
 pytest_plugins = ["tests.mlflow_servers"]

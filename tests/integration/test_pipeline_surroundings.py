@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.tracking import client_of
-from pipelines import cli, continual
+from cluster.tracking.runs import client_of
+from pipelines import continual
+from pipelines.console import cli
 from tests.sequences import ROOT, Cluster, Outcome, command, run
 
 pytest_plugins = ["tests.mlflow_servers", "tests.ray_cluster"]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.session import check_resources, connect
+from cluster.on_ray.session import check_resources, connect
 from cluster.stages import Stage, StageContext, StageEvent, StageRecord, StageResult, plan, run_graph
 from cluster.store import open_store
 from cluster.store.s3 import S3Store
@@ -40,7 +40,7 @@ def config(tmp_path: Path) -> StoreConfig:
 
 
 def run(stages: list[Stage], config: StoreConfig, events: list[StageEvent] | None = None) -> dict[str, StageRecord]:
-    from cluster.ray_executor import RayExecutor
+    from cluster.on_ray.executor import RayExecutor
 
     on_event = events.append if events is not None else (lambda _: None)
     done = run_graph(stages, open_store(config), RayExecutor(config, CLUSTER), on_event)
@@ -176,7 +176,7 @@ def test_more_workers_than_the_cluster_has() -> None:
 
 
 def test_nobody_answers() -> None:
-    from cluster.session import _answer
+    from cluster.on_ray.session import _answer
 
     with pytest.raises(ClusterError, match=r"No Ray cluster answers at 127\.0\.0\.1:1"):
         _answer("127.0.0.1:1")

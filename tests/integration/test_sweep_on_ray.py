@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from cluster.tracking import PARENT, client_of
-from pipelines import trials
-from pipelines.experiment import assemble
-from pipelines.space import load_sweep
+from cluster.tracking.runs import PARENT, client_of
+from pipelines.sequence.experiment import assemble
+from pipelines.sweeps import trials
+from pipelines.sweeps.space import load_sweep
 from tests.sequences import ROOT, SETTINGS, environment, read_until, run, start
 
 pytest_plugins = ["tests.mlflow_servers"]

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import pytest
 
-from cluster.session import connect
+from cluster.on_ray.session import connect
 from sapt_core.settings import ClusterConfig
 
 pytestmark = pytest.mark.integration
@@ -59,7 +59,7 @@ def steady(point: Mapping[str, Any], report: Callable[[Mapping[str, Any]], None]
 
 
 def run(listed: Listed, *, stop: Literal["none", "asha", "median"] = "none", retries: int = 1) -> Listed:
-    from cluster.tuning import run_trials
+    from cluster.on_ray.tuning import run_trials
 
     run_trials(
         steady, listed, listed, trials=len(listed.left), concurrent=1, stop=stop, grace=2, tasks=TASKS, retries=retries

@@ -16,8 +16,8 @@ import mlflow
 import pandas as pd
 import pytest
 
-from cluster.registry import PoolRegistry
-from cluster.tracking import client_of
+from cluster.tracking.registry import PoolRegistry
+from cluster.tracking.runs import client_of
 from sapt_core.settings import TrackingConfig
 from tests.sequences import ROOT, TASKS, Cluster, Outcome, command, environment, read_summary, records, run
 

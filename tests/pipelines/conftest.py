@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines import cli
+from pipelines.console import cli
 from tests.pipelines.commands import ROOT, Finished, Outcome, command
 
 # As if they were not installed: accelerate asks for boto3 and uses it where it is there.

@@ -17,10 +17,12 @@ import yaml
 
 from cluster import stages
 from cluster.stages import InlineExecutor, StageContext, StageResult
-from cluster.tracking import PARENT, client_of
-from pipelines import bodies, cli, compare
-from pipelines.comparison import Comparison, ComparisonConfig, Row, load_comparison
-from pipelines.records import read_records
+from cluster.tracking.runs import PARENT, client_of
+from pipelines import compare
+from pipelines.comparisons.cells import Comparison, ComparisonConfig, Row, load_comparison
+from pipelines.comparisons.records import read_records
+from pipelines.console import cli
+from pipelines.sequence import bodies
 from sapt_core.errors import ConfigError, SaptError
 from sapt_core.methods.base import known_methods
 from sapt_core.settings import TrackingConfig
@@ -29,7 +31,7 @@ from tests.pipelines.commands import QUICKSTART, ROOT, TINY, Outcome, records
 pytest_plugins = ["tests.mlflow_servers"]
 
 Call = Callable[[Callable[[], None], list[str]], Outcome]
-CONFIGS = sorted((ROOT / "pipelines/configs").glob("compare_*.yaml"))
+CONFIGS = sorted((ROOT / "pipelines/configs/comparisons").glob("*.yaml"))
 MARKED = "# Results\n<!-- compare:tiny begin -->\nold\n<!-- compare:tiny end -->\nThe end.\n"
 
 
@@ -94,7 +96,7 @@ def in_process(arguments: list[str]) -> Outcome:
     import contextlib
     import io
 
-    from pipelines import cli
+    from pipelines.console import cli
 
     out, err, code = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -413,7 +415,7 @@ def test_what_ships_validates(shipped: Path) -> None:
     found = load_comparison(shipped)
     assert str(found.config.results) == f"docs/results/{found.name}"
     head = shipped.read_text().splitlines()[1]
-    assert head.startswith(f"# python pipelines/compare.py --config pipelines/configs/{shipped.name}")
+    assert head.startswith(f"# python pipelines/compare.py --config pipelines/configs/comparisons/{shipped.name}")
 
 
 def test_methods_are_listed_a_line_each(call: Call) -> None:

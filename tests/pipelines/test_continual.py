@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from pipelines import continual
-from pipelines.experiment import git_commit
+from pipelines.sequence.experiment import git_commit
 from tests.pipelines.commands import QUICKSTART, TINY, Finished, Outcome, change_metrics, command, level_scores, records
 
 KINDS = {"prepare", "pseudo_samples", "train", "evaluate", "single", "attend", "quality"}

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from cluster.stages import Stage
-from pipelines.experiment import Experiment, load_experiment
-from pipelines.graph import SequenceGraph
+from pipelines.sequence.experiment import Experiment, load_experiment
+from pipelines.sequence.graph import SequenceGraph
 from sapt_core.hashing import canonical_hash
 from sapt_core.methods.base import find_method
 from tests.pipelines.commands import QUICKSTART, TINY

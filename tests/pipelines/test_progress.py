@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pipelines import progress as module
-from pipelines.progress import progress
+from pipelines.sequence import progress as module
+from pipelines.sequence.progress import progress
 
 
 @pytest.fixture

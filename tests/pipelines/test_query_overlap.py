@@ -13,10 +13,10 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from benchmarks import query_overlap
 from pipelines import continual
-from pipelines.experiment import load_experiment
-from sapt_core.attention import vocabulary_moments
-from sapt_core.benchmarks.prepare import prepare_task
-from sapt_core.reflection import GaussianQueries
+from pipelines.sequence.experiment import load_experiment
+from sapt_core.data.prepare import prepare_task
+from sapt_core.pool.attention import vocabulary_moments
+from sapt_core.training.reflection import GaussianQueries
 from tests.pipelines.commands import QUICKSTART, ROOT, TINY, Finished, Outcome
 
 Call = Callable[[Callable[[], None], list[str]], Outcome]

@@ -16,14 +16,14 @@ from pathlib import Path
 import pytest
 import requests
 
-from cluster.registry import PoolRegistry
 from cluster.store import open_store
-from cluster.tracking import Tracker
+from cluster.tracking.registry import PoolRegistry
+from cluster.tracking.runs import Tracker
 from pipelines import compare, continual, evaluate, predict, report, sweep
-from sapt_core.benchmarks.synthetic import synthetic_sequence
 from sapt_core.config import load_config
+from sapt_core.data.synthetic import synthetic_sequence
 from sapt_core.settings import BenchmarkConfig, StoreConfig, TrackingConfig
-from sapt_core.snapshot import Manifest
+from sapt_core.versions.manifest import Manifest
 from tests.pipelines.commands import ROOT, TINY, Finished, Outcome
 
 pytest_plugins = ["tests.mlflow_servers"]

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from pipelines.comparison import Comparison, ComparisonConfig, Row
-from pipelines.records import Figures, Machine, Record, read_records
-from pipelines.results import results
-from pipelines.tables import write_between_markers
+from pipelines.comparisons.cells import Comparison, ComparisonConfig, Row
+from pipelines.comparisons.records import Figures, Record, read_records
+from pipelines.comparisons.table import results
+from pipelines.console.machine import Machine
+from pipelines.console.tables import write_between_markers
 from sapt_core.errors import DataError
 
 

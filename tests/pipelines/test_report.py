@@ -14,10 +14,12 @@ from pathlib import Path
 import pytest
 
 from cluster.store import open_store
-from cluster.tracking import Tracker, client_of
+from cluster.tracking.runs import Tracker, client_of
 from pipelines import continual, report
-from pipelines.experiment import load_experiment
-from sapt_core.analysis import alignment
+from pipelines.reports import findings as told
+from pipelines.reports import page as pages
+from pipelines.sequence.experiment import load_experiment
+from sapt_core.judging.analysis import alignment
 from sapt_core.settings import TrackingConfig
 from tests.pipelines.commands import QUICKSTART, TINY, Finished, Outcome, change_metrics, level_scores
 
@@ -31,9 +33,9 @@ def arguments(store: Path, *more: str) -> list[str]:
     return ["--config", QUICKSTART, *TINY, f"store.uri={store}", *more]
 
 
-def found(store: Path, *overrides: str, version: int | None = None) -> report.Findings:
+def found(store: Path, *overrides: str, version: int | None = None) -> told.Findings:
     experiment = load_experiment(Path(QUICKSTART), [*TINY, f"store.uri={store}", *overrides])
-    return report.find(experiment, open_store(experiment.config.store), version)
+    return pages.find(experiment, open_store(experiment.config.store), version)
 
 
 def forget(store: Path, *names: str) -> None:
@@ -76,7 +78,7 @@ def test_the_report_of_a_finished_run(finished: Finished, call: Call, tmp_path: 
 
 
 def test_the_page_needs_nothing_else(finished: Finished) -> None:
-    text = report.build(found(finished.store))["index.html"].decode()
+    text = pages.build(found(finished.store))["index.html"].decode()
     page = Page(text)
     assert "script" not in page.tags
     assert all(str(image["src"]).startswith("data:image/png;base64,") for image in page.images)
@@ -145,7 +147,7 @@ def test_an_unfinished_run(copied: Finished, call: Call, tmp_path: Path) -> None
 
 def test_what_was_not_measured_is_left_out(copied: Finished) -> None:
     forget(copied.store, "single", "quality", "attend")
-    text = report.build(found(copied.store))["index.html"].decode()
+    text = pages.build(found(copied.store))["index.html"].decode()
     assert "alignment" not in Page(text).sections
     assert "not measured" in text
     assert "<dd>–</dd>" in text  # FWT
@@ -160,43 +162,43 @@ def test_an_out_that_cannot_be_written(finished: Finished, call: Call, tmp_path:
 
 def test_a_report_stands_until_something_else_is_found(copied: Finished, tmp_path: Path) -> None:
     findings = found(copied.store)
-    assert report.standing(tmp_path, findings) is None
-    files = report.build(findings)
-    report.write(tmp_path, files)
-    assert report.standing(tmp_path, found(copied.store)) == files
-    assert report.standing(tmp_path, found(copied.store, "diagnostics.forgetting=1")) is None
-    assert report.standing(tmp_path, found(copied.store, version=1)) is None
+    assert pages.standing(tmp_path, findings) is None
+    files = pages.build(findings)
+    pages.write(tmp_path, files)
+    assert pages.standing(tmp_path, found(copied.store)) == files
+    assert pages.standing(tmp_path, found(copied.store, "diagnostics.forgetting=1")) is None
+    assert pages.standing(tmp_path, found(copied.store, version=1)) is None
     (tmp_path / "scores.png").unlink()
-    assert report.standing(tmp_path, findings) is None
+    assert pages.standing(tmp_path, findings) is None
     (tmp_path / "index.html").write_text("someone else's")
-    assert report.standing(tmp_path, findings) is None
+    assert pages.standing(tmp_path, findings) is None
 
 
 def test_names_of_tasks_are_text_and_no_markup(finished: Finished) -> None:
     findings = found(finished.store)
     object.__setattr__(findings.matrix, "tasks", ("<b>a</b>", "b&c"))
-    text = report.build(findings)["index.html"].decode()
+    text = pages.build(findings)["index.html"].decode()
     assert html.escape("<b>a</b>") in text
     assert "<b>" not in text
 
 
 def test_answers_of_pairs_are_held_against_the_tasks_own(copied: Finished) -> None:
     heading = "answers that a train row has"
-    assert heading not in report.build(found(copied.store))["index.html"].decode()
+    assert heading not in pages.build(found(copied.store))["index.html"].decode()
     change_metrics(copied.store, "pseudo_samples[00 animal]", kept=7, known_answers=5)
-    text = report.build(found(copied.store))["index.html"].decode()
+    text = pages.build(found(copied.store))["index.html"].decode()
     assert heading in text
     assert "5 of 7" in text
 
 
 def test_warnings_are_told_with_their_cures(copied: Finished) -> None:
     level_scores(copied.store)
-    assert "None: no task fell" in report.build(found(copied.store))["index.html"].decode()
+    assert "None: no task fell" in pages.build(found(copied.store))["index.html"].decode()
     # Half of the first task's weight has gone to the second one's block: 1 log(1 / 0.5) nats.
     change_metrics(copied.store, "attend[v01]", weights=[[0.5, 0.5], [0.0, 1.0]])
     (diagnosis,) = found(copied.store).diagnoses
     assert (diagnosis.kind, diagnosis.task, diagnosis.size) == ("misalignment", "animal", "0.69 nats")
-    text = report.build(found(copied.store))["index.html"].decode()
+    text = pages.build(found(copied.store))["index.html"].decode()
     assert "misalignment: animal (0.69 nats)" in text
     assert diagnosis.cure in text
     assert found(copied.store, "diagnostics.misalignment=0.7").diagnoses == ()
@@ -261,7 +263,7 @@ def test_a_published_run_ends_with_its_report(
     change_metrics(copied.store, "attend[v01]", weights=[[0.5, 0.5], [0.0, 1.0]])
     ended = publish()
     assert ended.code == 0, ended.err
-    page = report.FOLDER / copied.summary["key"][:12] / "index.html"
+    page = pages.FOLDER / copied.summary["key"][:12] / "index.html"
     assert f"report: {page}" in ended.out
     client = client_of(sqlite_tracking.uri)
     run = Tracker(sqlite_tracking).find_sequence(copied.summary["key"])
@@ -284,10 +286,10 @@ def test_a_published_run_ends_with_its_report(
     ]
     assert child.data.metrics["real"] == 22
 
-    def fail(_: report.Findings) -> dict[str, bytes]:
+    def fail(_: told.Findings) -> dict[str, bytes]:
         raise AssertionError("drawn again")
 
-    monkeypatch.setattr(report, "build", fail)
+    monkeypatch.setattr(pages, "build", fail)
     again = publish()
     assert again.code == 0, again.err
     assert f"report: {page}" in again.out
@@ -319,7 +321,7 @@ def test_a_browser_shows_it(finished: Finished, tmp_path: Path, width: int, dark
     browser = shutil.which("chromium")
     if browser is None:
         pytest.skip("no chromium on PATH: apt-get install chromium")
-    text = report.build(found(finished.store))["index.html"].decode()
+    text = pages.build(found(finished.store))["index.html"].decode()
     policy = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')
     assert policy.search(text)
     # The page forbids scripts, so the copy that a script looks at does not.

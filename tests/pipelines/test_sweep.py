@@ -12,19 +12,19 @@ import pytest
 
 from cluster.stages import closure
 from pipelines import sweep as command
-from pipelines import trials
-from pipelines.experiment import assemble
-from pipelines.records import Machine
-from pipelines.space import Point, describe, load_sweep
-from pipelines.surfaces import draw
-from pipelines.sweep import Points
-from pipelines.trials import Setup, TrialRecord, best, cost, front, sweep_key
+from pipelines.console.machine import Machine
+from pipelines.sequence.experiment import assemble
+from pipelines.sweeps import trials
+from pipelines.sweeps.run import Points
+from pipelines.sweeps.space import Point, describe, load_sweep
+from pipelines.sweeps.surfaces import draw
+from pipelines.sweeps.trials import Setup, TrialRecord, best, cost, front, sweep_key
 from sapt_core.errors import ConfigError, SaptError
 from sapt_core.hashing import canonical_hash
 from tests.pipelines.commands import QUICKSTART, ROOT, TINY, Outcome
 
 Call = Callable[[Callable[[], None], list[str]], Outcome]
-CONFIGS = sorted((ROOT / "pipelines/configs").glob("sweep_*.yaml"))
+CONFIGS = sorted((ROOT / "pipelines/configs/sweeps").glob("*.yaml"))
 
 SPACE = """
   reflection.weight: {values: [0.1, 2.0]}

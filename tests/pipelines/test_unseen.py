@@ -11,11 +11,11 @@ import pytest
 
 from cluster.stages import StageEvent, StageRecord
 from cluster.store import open_store
-from cluster.tracking import client_of
+from cluster.tracking.runs import client_of
 from pipelines import continual
-from pipelines.experiment import Experiment, load_experiment
-from pipelines.publishing import MLflowPublisher
-from pipelines.reporter import Reporter
+from pipelines.running.monitor import Monitor
+from pipelines.running.publishing import MLflowPublisher
+from pipelines.sequence.experiment import Experiment, load_experiment
 from sapt_core.settings import StoreConfig, TrackingConfig
 from tests.pipelines.commands import QUICKSTART, TINY, Finished, Outcome, command, records
 from tests.pipelines.test_graph import identities, identity
@@ -100,16 +100,16 @@ SCORES = {
 }
 
 
-def finish(reporter: Reporter, finished: Finished) -> None:
-    """Tell the reporter of every stage, with the scores above and manifests of the finished sequence."""
+def finish(monitor: Monitor, finished: Finished) -> None:
+    """Tell the monitor of every stage, with the scores above and manifests of the finished sequence."""
     store = open_store(StoreConfig(uri=str(finished.store)))
     done = {record["name"]: record for record in map(store.read_record, map(record_key, records(finished.store)))}
     example: dict[str, Any] = next(iter(done.values()))
-    for stage in reporter.experiment.graph.stages:
+    for stage in monitor.experiment.graph.stages:
         stored = done.get(stage.name, {**example, "outputs": {}, "metrics": {}, "kind": stage.kind})
         scored = {"score": SCORES.get(stage.name, 0.0)} if stage.kind in {"evaluate", "zero_shot"} else {}
         record = StageRecord.model_validate({**stored, "name": stage.name, "metrics": {**stored["metrics"], **scored}})
-        reporter.on_event(StageEvent("cached", stage, record.key, record))
+        monitor.on_event(StageEvent("cached", stage, record.key, record))
 
 
 def record_key(file: str) -> str:
@@ -117,9 +117,9 @@ def record_key(file: str) -> str:
 
 
 def test_summary_by_hand(finished: Finished) -> None:
-    reporter = Reporter(experiment(UNSEEN), open_store(StoreConfig(uri=str(finished.store))), None)
-    finish(reporter, finished)
-    summary = reporter.summary()
+    monitor = Monitor(experiment(UNSEEN), open_store(StoreConfig(uri=str(finished.store))), None)
+    finish(monitor, finished)
+    summary = monitor.summary()
     assert summary["unseen"] == {"stock": [11.0, 21.0], "loan": [12.0, 22.0]}
     assert summary["zero_shot"] == {"stock": 1.0, "loan": 2.0}
     assert (summary["ap"], summary["f_ra"]) == (50.0, 10.0)
@@ -128,9 +128,9 @@ def test_summary_by_hand(finished: Finished) -> None:
 def test_scores_are_metrics_of_every_version(finished: Finished, sqlite_tracking: TrackingConfig) -> None:
     given = experiment(UNSEEN, f"store.uri={finished.store}")
     publisher = MLflowPublisher(given, sqlite_tracking)
-    reporter = Reporter(given, open_store(given.config.store), publisher)
-    finish(reporter, finished)
-    publisher.finish(reporter.summary(), {})
+    monitor = Monitor(given, open_store(given.config.store), publisher)
+    finish(monitor, finished)
+    publisher.finish(monitor.summary(), {})
     client = client_of(sqlite_tracking.uri)
     points = client.get_metric_history(publisher.run_id, "unseen/stock")
     assert [(point.step, point.value) for point in sorted(points, key=lambda point: point.step)] == [

@@ -11,9 +11,10 @@ import pytest
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from pipelines import continual, evaluate, predict, report
-from sapt_core import backbone, generator
+from sapt_core import preflight
 from sapt_core.methods.base import known_methods
-from sapt_core.snapshot import Manifest
+from sapt_core.training import generator
+from sapt_core.versions.manifest import Manifest
 from tests.pipelines.commands import TINY, Finished, Outcome, command
 
 Call = Callable[[Callable[[], None], list[str]], Outcome]
@@ -64,7 +65,7 @@ def test_pairs_are_kept_beside_the_inputs_that_are_reflected_on(
     pairs = {"a grey fox ran": "fox", "a red hen sat": "sat"}
     counts = {"generated": 4, "malformed": 2, "empty": 0, "duplicate": 0}
     monkeypatch.setattr(generator, "sample", lambda *_, **__: (pairs, counts))
-    monkeypatch.setattr(backbone, "check_writable", lambda *_: None)
+    monkeypatch.setattr(preflight, "check_writable", lambda *_: None)
     _, added = run(call, copied.store, "attention.temperature=5", "generator.content=pairs")
     record = added["pseudo_samples[00 animal]"]
     texts, answers = (
@@ -81,7 +82,7 @@ def test_a_task_without_any_pair_is_counted_and_not_reflected_on(
 ) -> None:
     counts = {"generated": 4, "malformed": 4, "empty": 0, "duplicate": 0}
     monkeypatch.setattr(generator, "sample", lambda *_, **__: ({}, counts))
-    monkeypatch.setattr(backbone, "check_writable", lambda *_: None)
+    monkeypatch.setattr(preflight, "check_writable", lambda *_: None)
     _, added = run(call, copied.store, "generator.content=pairs")
     metrics = added["pseudo_samples[00 animal]"]["metrics"]
     assert (metrics["known_answers"], metrics["kept"], metrics["bytes"]) == (0, 0, 0)

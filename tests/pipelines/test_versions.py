@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from cluster.registry import PoolRegistry
 from cluster.store import open_store
-from cluster.tracking import Tracker
+from cluster.tracking.registry import PoolRegistry
+from cluster.tracking.runs import Tracker
 from pipelines import evaluate, predict
 from sapt_core.settings import StoreConfig, TrackingConfig
-from sapt_core.snapshot import Manifest
+from sapt_core.versions.manifest import Manifest
 from tests.pipelines.commands import QUICKSTART, TINY, Finished, Outcome
 
 pytest_plugins = ["tests.mlflow_servers"]

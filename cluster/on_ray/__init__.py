@@ -1,0 +1,1 @@
+"""All that imports Ray: its session, and stages as tasks, on Ray Train workers and under Ray Tune."""

@@ -1,0 +1,1 @@
+"""All that talks to MLflow: runs, registered versions, and the model that it serves."""

@@ -1,0 +1,372 @@
+"""Versions of the PET pool in MLflow's registry.
+
+The bytes of a pool stay in the content-addressed store. A model version holds two small JSON files: the
+snapshot's ``manifest.json`` and a ``pool.json`` that says which store has its blobs. So version t+1 copies
+nothing of version t, and reading a version runs no code that lies in the registry.
+
+MLflow itself resolves the alias ``latest`` to the newest version and refuses to have it set, so nothing
+is done for it here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tempfile
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit, urlunsplit
+
+from pydantic import ValidationError
+
+from cluster.tracking.runs import MODEL, client_of, experiment_of, metric_name, reported, score_time
+from sapt_core.errors import SnapshotError, TrackingError
+from sapt_core.settings import StoreConfig, TrackingConfig
+
+if TYPE_CHECKING:
+    from mlflow.entities import LoggedModel
+    from mlflow.entities.model_registry import ModelVersion
+
+SNAPSHOT = "sapt.snapshot"
+MANIFEST_FILE = "manifest.json"
+POOL_FILE = "pool.json"
+POOL_SCHEMA = 1
+_AMBIENT = threading.Lock()
+
+# What a serving environment needs, at the versions the pool was made with.
+_PACKAGES = ("sapt-on-ray", "mlflow", "torch", "transformers", "safetensors")
+_REFERENCE = re.compile(r"""(?:models:/(?P<model>[^/@'"]+)[/@])?(?P<selector>[^/@:]+)""")
+
+
+@dataclass(frozen=True)
+class PoolVersion:
+    """One version of the registered model.
+
+    Attributes:
+        model: name of the registered model.
+        version: its number, from 1.
+        aliases: without ``latest``, which MLflow derives.
+        tags: task, index, method and so on, as published.
+        run_id: the sequence's run.
+    """
+
+    model: str
+    version: int
+    aliases: tuple[str, ...]
+    tags: Mapping[str, str]
+    run_id: str | None
+
+    @property
+    def uri(self) -> str:
+        """What ``mlflow.pyfunc.load_model`` takes."""
+        return f"models:/{self.model}/{self.version}"
+
+
+@dataclass(frozen=True)
+class PoolRegistry:
+    """Publishes and finds pools. Every method raises ``TrackingError`` when MLflow cannot be used.
+
+    Attributes:
+        config: as ``cluster.tracking.runs.check`` or ``resolved`` returned it.
+    """
+
+    config: TrackingConfig
+
+    def publish(
+        self,
+        manifest: bytes,
+        store: StoreConfig,
+        *,
+        digest: str,
+        index: int,
+        run_id: str,
+        tags: Mapping[str, str],
+        metrics: Mapping[str, float],
+    ) -> int:
+        """Make the snapshot the next version, or find the version that it already is.
+
+        The version appears at once and complete: MLflow's logged model and its files come first. MLflow has no
+        create-if-absent, so of two processes that publish the same snapshot at the same time both may make a
+        version; each then looks again, and whoever has not the lowest number takes its own back. Another
+        client can see the second one for that moment.
+
+        Args:
+            manifest: ``manifest.json`` of the snapshot, UTF-8 JSON.
+            store: where its blobs are; a folder must be absolute.
+            digest: identity of the snapshot's content (hex).
+            index: tasks learnt, from 1; the metrics' step and the tag ``index``.
+            run_id: the sequence's run, which gets the metrics too.
+            tags: task, method, backbone, config hash, data digest, git commit …
+            metrics: scores so far by name, shown beside the version in the UI.
+
+        Returns:
+            The version's number.
+        """
+        with reported(self.config.uri):
+            if (there := self._with_digest(digest)) is not None:
+                return int(there.version)
+            client = client_of(self.config.uri)
+            self._make_registered_model()
+            model = self._logged_model(manifest, store, digest=digest, index=index, run_id=run_id, metrics=metrics)
+            with _ambient(self.config.uri):
+                made = client.create_model_version(
+                    self.config.model,
+                    source=model.model_uri,
+                    run_id=run_id,
+                    model_id=model.model_id,
+                    tags={**tags, "index": str(index), SNAPSHOT: digest},
+                )
+            first = self._with_digest(digest) or made
+            if first.version != made.version:
+                client.delete_model_version(self.config.model, made.version)
+            if first.source != made.source:
+                client.delete_logged_model(model.model_id)
+            else:
+                # What MLflow's own log_model sets: the logged model's page links to the version.
+                names = json.dumps([{"name": self.config.model, "version": str(first.version)}])
+                client.set_logged_model_tags(model.model_id, {"mlflow.modelVersions": names})
+            return int(first.version)
+
+    def resolve(self, reference: str) -> PoolVersion:
+        """Find the version that a user means.
+
+        Args:
+            reference: ``3``, ``latest``, an alias such as ``champion``, or ``models:/NAME/3``,
+                ``models:/NAME@champion``.
+
+        Raises:
+            TrackingError: nothing of that name; the message lists what exists.
+        """
+        match = _REFERENCE.fullmatch(reference.strip())
+        if match is None:
+            raise TrackingError(
+                f"{reference!r} names no model version: give a number, latest or an alias, "
+                f"or in full models:/{self.config.model}/3 or models:/{self.config.model}@champion."
+            )
+        name, selector = match["model"] or self.config.model, match["selector"]
+        with reported(self.config.uri):
+            versions = {int(found.version): found for found in self._versions(name)}
+            aliases = self._aliases(name) if versions else {}
+        number = int(selector) if selector.isascii() and selector.isdigit() else aliases.get(selector)
+        if selector == "latest" and versions:
+            number = max(versions)
+        if number not in versions:
+            raise TrackingError(f"{reference!r} does not exist in MLflow: {_inventory(name, versions, aliases)}")
+        found = versions[number]
+        return PoolVersion(
+            model=name,
+            version=number,
+            aliases=tuple(sorted(alias for alias, target in aliases.items() if target == number)),
+            tags=dict(found.tags),
+            run_id=found.run_id or None,
+        )
+
+    def set_alias(self, alias: str, version: int) -> None:
+        """Give a version an alias, which it takes from the one that had it."""
+        with reported(self.config.uri):
+            client_of(self.config.uri).set_registered_model_alias(self.config.model, alias, str(version))
+
+    def load_manifest(self, reference: str) -> tuple[bytes, StoreConfig, PoolVersion]:
+        """The manifest of a version, verified, and the store that has its blobs.
+
+        Raises:
+            SnapshotError: the version is no pool, is damaged, or was written by a newer release.
+            TrackingError: there is no such version, or its files cannot be fetched.
+        """
+        from mlflow.artifacts import download_artifacts  # noqa: PLC0415
+
+        found = self.resolve(reference)
+        with reported(self.config.uri), tempfile.TemporaryDirectory() as folder:
+            location = client_of(self.config.uri).get_model_version_download_uri(found.model, str(found.version))
+            local = download_artifacts(f"{location}/artifacts", dst_path=folder, tracking_uri=self.config.uri)
+            manifest, store = read_pool(Path(local, MANIFEST_FILE), Path(local, POOL_FILE))
+        return manifest, store, found
+
+    def _versions(self, name: str, tag: str = "") -> Iterator[ModelVersion]:
+        token = None
+        while True:
+            page = client_of(self.config.uri).search_model_versions(f"name = '{name}'{tag}", page_token=token)
+            yield from page
+            token = page.token
+            if not token:
+                return
+
+    def _with_digest(self, digest: str) -> ModelVersion | None:
+        """The oldest version with this content."""
+        found = self._versions(self.config.model, f" and tags.`{SNAPSHOT}` = '{digest}'")
+        return min(found, key=lambda each: int(each.version), default=None)
+
+    def _aliases(self, name: str) -> dict[str, int]:
+        aliases = client_of(self.config.uri).get_registered_model(name).aliases
+        return {alias: int(number) for alias, number in aliases.items()}
+
+    def _make_registered_model(self) -> None:
+        from mlflow.exceptions import MlflowException  # noqa: PLC0415
+
+        try:
+            client_of(self.config.uri).create_registered_model(
+                self.config.model, description="PET pools of SAPT on Ray: one version for every task learnt."
+            )
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+
+    def _logged_model(
+        self,
+        manifest: bytes,
+        store: StoreConfig,
+        *,
+        digest: str,
+        index: int,
+        run_id: str,
+        metrics: Mapping[str, float],
+    ) -> LoggedModel:
+        """The logged model behind a version. One that a killed process left behind is completed."""
+        from mlflow.entities import Metric  # noqa: PLC0415
+
+        client, experiment = client_of(self.config.uri), experiment_of(self.config)
+        tags = {SNAPSHOT: digest, MODEL: self.config.model}
+        condition = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
+        left = client.search_logged_models([experiment], condition, max_results=1)
+        model: LoggedModel = (
+            left[0]
+            if left
+            else client.create_logged_model(
+                experiment, name=f"pool-{index:03d}", source_run_id=run_id, tags=tags, model_type="pool"
+            )
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            saved = Path(folder, "model")
+            _save(saved, manifest, store, model_id=model.model_id, run_id=run_id)
+            try:
+                client.log_model_artifacts(model.model_id, str(saved))
+            except FileExistsError:
+                # MLflow's copy stumbles when who publishes the same at this moment makes a folder a step ahead of it.
+                client.log_model_artifacts(model.model_id, str(saved))
+        if metrics:
+            when = score_time(self.config, run_id, index)
+            points = [Metric(metric_name(n), float(v), when, index, model.model_id) for n, v in metrics.items()]
+            client.log_batch(run_id, metrics=points)
+        client.finalize_logged_model(model.model_id, "READY")
+        return model
+
+
+def read_pool(manifest_path: Path, pool_path: Path) -> tuple[bytes, StoreConfig]:
+    """Manifest and store of a published pool, from the two files of its model version.
+
+    Raises:
+        SnapshotError: a file is missing or damaged, or written by a newer release.
+    """
+    try:
+        manifest = manifest_path.read_bytes()
+        pool = json.loads(pool_path.read_bytes())
+    except FileNotFoundError as error:
+        raise SnapshotError(
+            f"The model version holds no PET pool: {error.filename and Path(error.filename).name} is missing. "
+            "Give a version that pipelines/continual.py published."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise SnapshotError(f"The model version's {POOL_FILE} cannot be read: {error}") from error
+    schema = pool.get("schema_version") if isinstance(pool, dict) else None
+    if schema != POOL_SCHEMA:
+        raise SnapshotError(
+            f"{POOL_FILE} has schema_version {schema!r}, and this release reads {POOL_SCHEMA}: "
+            "update sapt-on-ray, or publish the pool again."
+        )
+    found, stated = hashlib.sha256(manifest).hexdigest(), pool.get("manifest_sha256")
+    if found != stated:
+        raise SnapshotError(
+            f"{MANIFEST_FILE} is damaged: its sha256 is {found}, {POOL_FILE} states {stated}. Publish the pool again."
+        )
+    try:
+        return manifest, StoreConfig.model_validate(pool.get("store"))
+    except ValidationError as error:
+        raise SnapshotError(f"{POOL_FILE} names no usable store: {error.errors()[0]['msg']}") from error
+
+
+@contextmanager
+def _ambient(uri: str) -> Iterator[None]:
+    """Make ``uri`` the process's own for a moment.
+
+    MLflow's database store looks up a ``models:/m-...`` source there instead of in the client that calls it
+    (mlflow/store/model_registry/sqlalchemy_store.py); a server does so on its own side.
+    """
+    import mlflow  # noqa: PLC0415
+
+    with _AMBIENT:
+        is_set = mlflow.is_tracking_uri_set()  # type: ignore[no-untyped-call]
+        before = mlflow.get_tracking_uri() if is_set else None
+        mlflow.set_tracking_uri(uri)
+        try:
+            yield
+        finally:
+            mlflow.set_tracking_uri(before)  # type: ignore[arg-type]  # None unsets it
+
+
+def _save(folder: Path, manifest: bytes, store: StoreConfig, *, model_id: str, run_id: str) -> None:
+    """Write the pyfunc model: the two files, and pool_model.py as code."""
+    import mlflow.pyfunc  # noqa: PLC0415
+    from mlflow.models import Model, ModelSignature  # noqa: PLC0415
+    from mlflow.types import ColSpec, Schema  # noqa: PLC0415
+
+    sources = folder.with_name("sources")
+    sources.mkdir()
+    (sources / MANIFEST_FILE).write_bytes(manifest)
+    pool = {
+        "schema_version": POOL_SCHEMA,
+        "manifest_sha256": hashlib.sha256(manifest).hexdigest(),
+        "store": _public(store),
+    }
+    (sources / POOL_FILE).write_text(json.dumps(pool, indent=1))
+    with warnings.catch_warnings():
+        # An example would make MLflow load and run the model here; the signature is stated instead.
+        warnings.filterwarnings("ignore", message=".*input example was not provided")
+        mlflow.pyfunc.save_model(
+            folder,
+            python_model=str(Path(__file__).with_name("pool_model.py")),
+            artifacts={"manifest": str(sources / MANIFEST_FILE), "pool": str(sources / POOL_FILE)},
+            signature=ModelSignature(
+                inputs=Schema([ColSpec("string", "prompt")]),
+                outputs=Schema([ColSpec("string", "answer"), ColSpec("string", "weights")]),
+            ),
+            # Stated, because MLflow would find them by loading the model in another process.
+            pip_requirements=_requirements(store),
+            mlflow_model=Model(model_id=model_id, run_id=run_id),
+        )
+
+
+def _public(store: StoreConfig) -> dict[str, Any]:
+    """The store's address as anybody may read it: absolute, and without credentials."""
+    if "://" not in store.uri and not Path(store.uri).is_absolute():
+        raise ValueError(f"store.uri {store.uri!r} is relative: readers of the registry have another working directory")
+    endpoint = store.endpoint_url
+    if endpoint is not None:
+        parts = urlsplit(endpoint)
+        endpoint = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    return {"uri": store.uri, "endpoint_url": endpoint}
+
+
+def _requirements(store: StoreConfig) -> list[str]:
+    names = (*_PACKAGES, "boto3") if store.uri.startswith("s3://") else _PACKAGES
+    pinned = []
+    for name in names:
+        try:
+            pinned.append(f"{name}=={version(name)}")
+        except PackageNotFoundError:  # run from a checkout that is on the path but not installed
+            continue
+    return pinned
+
+
+def _inventory(name: str, versions: Mapping[int, Any], aliases: Mapping[str, int]) -> str:
+    if not versions:
+        return f"the registered model {name!r} has no versions yet. Is tracking.model right?"
+    shown = ", ".join(str(number) for number in sorted(versions))
+    named = "".join(f", {alias} -> {number}" for alias, number in sorted(aliases.items()))
+    return f"{name!r} has the versions {shown} and the aliases latest -> {max(versions)}{named}."

@@ -1,0 +1,1 @@
+"""Many sequences side by side: cells, their records and the table."""

@@ -1,0 +1,1 @@
+"""What every command shares: arguments and errors, tables, record files, named versions."""

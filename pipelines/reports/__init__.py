@@ -1,0 +1,1 @@
+"""What the records of a sequence say, and the page made of it. Nothing here runs a stage."""

@@ -1,0 +1,212 @@
+"""What the records of a sequence say, up to one of its versions; nothing is computed on a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import takewhile
+from typing import Any
+
+from cluster.stages import Stage, StageRecord
+from cluster.store import ArtifactStore
+from pipelines.sequence.experiment import Experiment
+from sapt_core.hashing import canonical_hash
+from sapt_core.judging.analysis import Circumstances, Diagnosis, SampleQuality, alignment, diagnose, gate_ends, spearman
+from sapt_core.judging.metrics import ScoreMatrix
+from sapt_core.versions.manifest import Manifest
+
+Rows = tuple[tuple[float, ...], ...]
+Curve = list[dict[str, float]]
+
+
+@dataclass(frozen=True)
+class AttentionFindings:
+    """Mean weights of blocks, oldest first, of a method with shared attention.
+
+    Attributes:
+        learnt: row j is task j's attention when it was learnt, over the j+1 blocks there were.
+        test: entry i is version i: row j the weights that task j's scored rows were answered with.
+        dev: the same on dev rows; None for a version where it was not measured.
+        kl: entry i is version i: KL of each task's attention when learnt from that on its dev rows now.
+    """
+
+    learnt: Rows
+    test: tuple[Rows, ...]
+    dev: tuple[Rows | None, ...]
+    kl: tuple[tuple[float, ...] | None, ...]
+
+
+@dataclass(frozen=True)
+class SampleFindings:
+    """A task's pseudo-samples.
+
+    Attributes:
+        counts: of the generator: wanted, generated, malformed, empty, duplicate, kept; of one that writes
+            answers too: known_answers, those that a train row has.
+        quality: against the real rows; None where it was not measured.
+    """
+
+    counts: dict[str, int]
+    quality: SampleQuality | None
+
+
+@dataclass(frozen=True)
+class Findings:
+    """A sequence after its first T tasks.
+
+    Attributes:
+        experiment: the sequence.
+        manifest: version T.
+        matrix: scores of these T tasks; single-task scores if all T are there.
+        curves: training curve of every task.
+        attention: None for a method without shared attention.
+        reflected: for each task whether later ones reflect on anything of it.
+        samples: of each task but the last; None where a task has none; empty where no text is made.
+        records: keys of the records that all this was read from.
+    """
+
+    experiment: Experiment
+    manifest: Manifest
+    matrix: ScoreMatrix
+    curves: tuple[Curve, ...]
+    attention: AttentionFindings | None
+    reflected: tuple[bool, ...]
+    samples: tuple[SampleFindings | None, ...]
+    records: tuple[str, ...]
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the T tasks."""
+        return self.matrix.tasks
+
+    @property
+    def gates(self) -> tuple[tuple[float, float] | None, ...]:
+        """The new block's weight over the first and last steps of every task; None without attention."""
+        return tuple(None if self.attention is None else gate_ends(curve) for curve in self.curves)
+
+    @property
+    def digest(self) -> str:
+        """sha256 of all that is found: the records and the limits they are held against."""
+        limits = self.experiment.config.diagnostics.model_dump(mode="json")
+        return canonical_hash([self.experiment.key, list(self.records), limits])
+
+    @cached_property
+    def diagnoses(self) -> tuple[Diagnosis, ...]:
+        """Figures beyond the limits of the config's ``diagnostics``, with their cures."""
+        config, tasks = self.experiment.config, len(self.tasks)
+        kl = None if self.attention is None else self.attention.kl[-1]
+        return diagnose(
+            self.matrix,
+            config.diagnostics,
+            Circumstances(
+                shared=self.attention is not None,
+                reflected=self.reflected,
+                alignment=[None] * tasks if kl is None else kl,
+                gates=[None if ends is None else ends[1] for ends in self.gates],
+            ),
+        )
+
+    def quality_against_forgetting(self) -> dict[str, float | None]:
+        """Spearman correlation over tasks of how well pseudo-samples are told with how much was forgotten."""
+        qualities = [each.quality if each else None for each in self.samples]
+        forgotten = self.matrix.forgotten()
+        return {
+            name: spearman([None if each is None else getattr(each, name) for each in qualities], forgotten)
+            for name in ("embedding_accuracy", "word_accuracy")
+        }
+
+
+def scored_versions(experiment: Experiment, records: Mapping[Stage, StageRecord]) -> int:
+    """How many versions, from the first on without a gap, are learnt and scored on all their tasks."""
+    graph = experiment.graph
+    rows = zip(graph.train, graph.evaluate, strict=True)
+    return sum(1 for _ in takewhile(lambda row: all(stage in records for stage in (row[0], *row[1])), rows))
+
+
+def collect(
+    experiment: Experiment, records: Mapping[Stage, StageRecord], store: ArtifactStore, version: int
+) -> Findings:
+    """Read what there is of a version.
+
+    Args:
+        experiment: the sequence.
+        records: of its finished stages, at least those that ``scored_versions`` counts for ``version``.
+        store: holds their blobs.
+        version: T, tasks learnt, from 1.
+    """
+    graph = experiment.graph
+    used: dict[Stage, StageRecord] = {}
+
+    def take(stages: tuple[Stage, ...]) -> list[StageRecord | None]:
+        used.update({stage: records[stage] for stage in stages if stage in records})
+        return [records.get(stage) for stage in stages]
+
+    learnt = [records[stage] for stage in graph.train[:version]]
+    scored = [[records[stage] for stage in row] for row in graph.evaluate[:version]]
+    for stages in (graph.train[:version], *graph.evaluate[:version]):
+        take(stages)
+    manifest = read_manifest(learnt[-1], store)
+    single = [record.metrics["score"] for record in take(graph.single[:version]) if record is not None]
+    attention = None
+    if manifest.attention is not None:
+        dev = [_rows(record) for record in take(graph.attend[:version])] or [None] * version
+        attention = AttentionFindings(
+            learnt=manifest.targets,
+            test=tuple(tuple(tuple(record.metrics["weights"]) for record in row) for row in scored),
+            dev=tuple(dev),
+            kl=tuple(None if rows is None else moved(manifest, rows) for rows in dev),
+        )
+    kept = take(graph.kept[: version - 1])
+    compared = take(graph.quality[: version - 1])
+    return Findings(
+        experiment=experiment,
+        manifest=manifest,
+        matrix=ScoreMatrix(
+            graph.tasks[:version],
+            tuple(tuple(record.metrics["score"] for record in row) for row in scored),
+            tuple(single) if len(single) == version else None,
+        ),
+        curves=tuple(read_curve(record, store) for record in learnt),
+        attention=attention,
+        reflected=tuple(bool(record and record.metrics["bytes"]) for record in kept) + (False,) * (version - len(kept)),
+        samples=tuple(_samples(*pair) for pair in zip(kept, compared, strict=True)) if compared else (),
+        records=tuple(record.key for record in used.values()),
+    )
+
+
+def moved(manifest: Manifest, dev: Rows) -> tuple[float, ...]:
+    """KL of each task's attention when it was learnt from its mean weights ``dev`` at some version."""
+    return tuple(alignment(target, row) for target, row in zip(manifest.targets, dev, strict=False))
+
+
+def read_manifest(record: StageRecord, store: ArtifactStore) -> Manifest:
+    """The version that a training stage gave."""
+    return Manifest.from_bytes(store.get(record.outputs["manifest"]))
+
+
+def read_curve(record: StageRecord, store: ArtifactStore) -> Curve:
+    """The training curve of a stage that has one."""
+    curve: Curve = json.loads(store.get(record.metrics["curve"]))
+    return curve
+
+
+def _rows(record: StageRecord | None) -> Rows | None:
+    return None if record is None else tuple(tuple(row) for row in record.metrics["weights"])
+
+
+def _samples(counted: StageRecord | None, compared: StageRecord | None) -> SampleFindings | None:
+    if counted is None:
+        return None
+    metrics: dict[str, Any] = counted.metrics
+    kept = metrics["kept"]
+    # Samples that were given are all that was wanted.
+    counts = {"wanted": kept, "generated": kept, "malformed": 0, "empty": 0, "duplicate": 0, "kept": kept}
+    counts = {name: metrics.get(name, value) for name, value in counts.items()}
+    if "known_answers" in metrics:
+        counts["known_answers"] = metrics["known_answers"]
+    return SampleFindings(
+        counts,
+        None if compared is None else SampleQuality(**compared.metrics),
+    )

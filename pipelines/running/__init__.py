@@ -1,0 +1,1 @@
+"""Running a sequence: where, watched on the console and published to MLflow."""

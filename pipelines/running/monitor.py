@@ -1,0 +1,247 @@
+"""News of a running sequence: to the console, to MLflow, and each finished version to the registry."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from statistics import fmean
+from typing import Any, Protocol
+
+from rich.table import Table
+
+from cluster.stages import Stage, StageEvent, StageRecord
+from cluster.store import ArtifactStore
+from pipelines.console.tables import wide_console
+from pipelines.reports.findings import Findings, collect, moved, read_curve, read_manifest, scored_versions
+from pipelines.sequence.experiment import Experiment
+from sapt_core.judging.analysis import gate_ends
+from sapt_core.judging.metrics import ScoreMatrix
+from sapt_core.versions.manifest import Manifest
+
+UNTOLD = {"evaluate", "zero_shot", "attend", "quality"}  # many and short: the rows of scores tell that they are done
+
+
+class Publisher(Protocol):
+    """Where stages, scores and versions are published; ``pipelines.running.publishing`` does it in MLflow."""
+
+    def stage(self, record: StageRecord, curve: list[dict[str, float]] | None) -> None:
+        """A finished stage with its training curve."""
+        ...
+
+    def version(self, manifest: Manifest, index: int, metrics: Mapping[str, float]) -> int | None:
+        """A version with its scores; returns its number, if it gets one. Publishing it again gives the same."""
+        ...
+
+
+class Monitor:
+    """Follows the stages of one sequence.
+
+    Args:
+        experiment: the sequence.
+        store: holds what the stages gave.
+        publisher: MLflow, or None without it.
+        label: put before every line, where several sequences run at once.
+    """
+
+    def __init__(
+        self, experiment: Experiment, store: ArtifactStore, publisher: Publisher | None, label: str = ""
+    ) -> None:
+        self.experiment = experiment
+        self.console = wide_console()
+        self.records: dict[Stage, StageRecord] = {}
+        self.versions: list[int | None] = []
+        self.store = store
+        self._publisher = publisher
+        self._label = label
+
+    def on_event(self, event: StageEvent) -> None:
+        """Take news of one stage."""
+        stage = event.stage
+        if event.kind == "started" and stage.kind not in UNTOLD:
+            self._say(f"{stage.name} started")
+        elif event.kind == "failed":
+            self._say(f"{stage.name} failed")
+        if event.record is None:
+            return
+        self.records[stage] = event.record
+        if event.kind == "finished" and stage.kind not in UNTOLD:
+            self._say(f"{stage.name} finished in {event.record.seconds:.0f} s")
+        if self._publisher is not None and "curve" in event.record.metrics:
+            self._publisher.stage(event.record, read_curve(event.record, self.store))
+        elif self._publisher is not None and stage.kind == "quality":
+            self._publisher.stage(event.record, None)
+        self._publish_rows()
+
+    def matrix(self) -> ScoreMatrix:
+        """Scores so far: the rows that are complete, without gaps."""
+        graph = self.experiment.graph
+        complete_rows = graph.evaluate[: scored_versions(self.experiment, self.records)]
+        rows = tuple(self._scores(row) for row in complete_rows)
+        single = tuple(self.records[stage].metrics["score"] for stage in graph.single if stage in self.records)
+        return ScoreMatrix(graph.tasks, rows, single if len(single) == len(graph.tasks) else None)
+
+    def manifest(self, index: int) -> Manifest:
+        """Version ``index`` (from 0) of the pool."""
+        return read_manifest(self.records[self.experiment.graph.train[index]], self.store)
+
+    @cached_property
+    def findings(self) -> Findings:
+        """All there is to say of the sequence; to be asked for once it has ended."""
+        return collect(self.experiment, self.records, self.store, len(self.experiment.tasks))
+
+    def summary(self) -> dict[str, Any]:
+        """The figures of the end, for scripts."""
+        matrix = self.matrix()
+        config = self.experiment.config
+        return {
+            "tasks": list(matrix.tasks),
+            "scores": [list(row) for row in matrix.rows],
+            "single": None if matrix.single is None else list(matrix.single),
+            "ap": matrix.ap(),
+            "f_ra": matrix.f_ra(),
+            "fwt": matrix.fwt(),
+            "bwt": matrix.bwt(),
+            "bwt_over_t": matrix.bwt_over_t(),
+            "model": config.tracking.model if self._publisher is not None else None,
+            "version": self.versions[-1] if self.versions else None,
+            "snapshot": self.manifest(len(matrix.tasks) - 1).digest,
+            "method": config.method.name,
+            "seed": config.seed,
+            "key": self.experiment.key,
+            "warnings": [{**asdict(each), "text": str(each)} for each in self.findings.diagnoses],
+            "seconds": self.stage_seconds(),
+            **self._transfer(),
+        }
+
+    def _transfer(self) -> dict[str, Any]:
+        """Scores on the unseen tasks, if there are any: after every version, and of the bare backbone."""
+        graph = self.experiment.graph
+        if not graph.unseen:
+            return {}
+        after = zip(*(self._scores(row) for row in graph.transfer), strict=True)
+        return {
+            "unseen": {name: list(scores) for name, scores in zip(graph.unseen, after, strict=True)},
+            "zero_shot": dict(zip(graph.unseen, self._scores(graph.zero_shot), strict=True)),
+        }
+
+    def _scores(self, stages: Sequence[Stage]) -> tuple[float, ...]:
+        return tuple(self.records[stage].metrics["score"] for stage in stages)
+
+    def stage_seconds(self) -> dict[str, float]:
+        """Seconds of every kind of stage, as their records state them, whichever run did the work."""
+        total: defaultdict[str, float] = defaultdict(float)
+        for stage, record in self.records.items():
+            total[_group(stage)] += record.seconds
+        return {group: round(seconds, 1) for group, seconds in sorted(total.items())}
+
+    def show_plan(self, states: Mapping[Stage, str]) -> None:
+        """Print what a run would do, a line a kind of stage."""
+        table = Table(title=f"Plan: {len(states)} stages, experiment {self.experiment.key[:12]}", title_justify="left")
+        for column in ("stage", "done", "to run", "depends on others"):
+            table.add_column(column, justify="left" if column == "stage" else "right")
+        counts = Counter((_group(stage), state) for stage, state in states.items())
+        for group in dict.fromkeys(_group(stage) for stage in states):
+            table.add_row(group, *(str(counts[group, state]) for state in ("done", "to run", "unknown")))
+        self.console.print(table)
+
+    def show_end(self) -> None:
+        """Print the score matrix, its summaries and what to type next."""
+        matrix, config = self.matrix(), self.experiment.config
+        rows = "" if config.evaluation.split == "test" else f", {config.evaluation.split} rows"
+        table = Table(title=f"Scores of {config.method.name}, row i after task i{rows}", title_justify="left")
+        table.add_column("after")
+        for index, name in enumerate(matrix.tasks):
+            table.add_column(f"{index} {short_name(name)}", justify="right")
+        for index, row in enumerate(matrix.rows):
+            table.add_row(f"{index} {short_name(matrix.tasks[index])}", *(f"{score:.1f}" for score in row))
+        if matrix.single is not None:
+            table.add_row("alone", *(f"{score:.1f}" for score in matrix.single))
+        self.console.print(table)
+        fwt = matrix.fwt()
+        self.console.print(
+            f"AP {matrix.ap():.2f}  F.Ra {matrix.f_ra():.2f}  "
+            f"FWT {'not measured' if fwt is None else f'{fwt:.2f}'}  "
+            f"BWT {matrix.bwt():.2f} (over T: {matrix.bwt_over_t():.2f})"
+        )
+        if self.experiment.unseen:
+            self._show_transfer()
+        for diagnosis in self.findings.diagnoses:
+            self.console.print(f"warning: {diagnosis}", style="yellow", markup=False)
+        if self._publisher is not None:
+            version = self.versions[-1]
+            self.console.print(f"registered: {config.tracking.model} version {version}")
+            uri = "" if "@" in config.tracking.uri else f" tracking.uri={config.tracking.uri}"
+            self.console.print(
+                f"next: python pipelines/predict.py --version {version} --task {matrix.tasks[0]} "
+                f"--input 'your text'{uri} tracking.model={config.tracking.model}"
+            )
+        else:
+            endpoint = f" store.endpoint_url={config.store.endpoint_url}" if config.store.endpoint_url else ""
+            self.console.print(
+                f"next: python pipelines/predict.py --snapshot {self.manifest(len(matrix.tasks) - 1).digest} "
+                f"--task {matrix.tasks[0]} --input 'your text' store.uri={config.store.uri}{endpoint}"
+            )
+
+    def _show_transfer(self) -> None:
+        graph = self.experiment.graph
+        table = Table(title="Scores on tasks that are never learnt", title_justify="left")
+        table.add_column("after")
+        for name in (*map(short_name, graph.unseen), "mean"):
+            table.add_column(name, justify="right")
+        labels = [f"{index} {short_name(name)}" for index, name in enumerate(graph.tasks)]
+        for label, row in zip(["backbone", *labels], [graph.zero_shot, *graph.transfer], strict=True):
+            scores = self._scores(row)
+            table.add_row(label, *(f"{score:.1f}" for score in (*scores, fmean(scores))))
+        self.console.print(table)
+
+    def _publish_rows(self) -> None:
+        """Publish every version whose scores are complete, in the order of the tasks."""
+        graph = self.experiment.graph
+        while len(self.versions) < len(graph.tasks):
+            index = len(self.versions)
+            attend = graph.attend[index : index + 1]
+            needed = (graph.train[index], *graph.evaluate[index], *graph.transfer[index], *attend)
+            if not all(stage in self.records for stage in needed):
+                return
+            matrix = self.matrix()
+            row = matrix.rows[index]
+            version = None
+            if self._publisher is not None:
+                scores = {f"score/{name}": score for name, score in zip(graph.tasks, row, strict=False)}
+                figures = {"ap": matrix.ap(index), "f_ra": matrix.f_ra(index), "bwt": matrix.bwt(index)}
+                manifest = self.manifest(index)
+                routing = self._routing(index, manifest) if attend else {}
+                transfer = dict(zip(graph.unseen, self._scores(graph.transfer[index]), strict=True))
+                unseen = {f"unseen/{name}": score for name, score in transfer.items()}
+                version = self._publisher.version(manifest, index, {**scores, **unseen, **figures, **routing})
+            self.versions.append(version)
+            name = "" if version is None else f"version {version}: "
+            self._say(
+                f"after {graph.tasks[index]}: {name}AP {matrix.ap(index):.1f}, F.Ra {matrix.f_ra(index):.1f} | "
+                + " ".join(f"{score:.1f}" for score in row)
+            )
+
+    def _routing(self, index: int, manifest: Manifest) -> dict[str, float]:
+        """How version ``index`` attends: each task's weight of its own block and its KL, and the new block's start."""
+        graph = self.experiment.graph
+        weights = self.records[graph.attend[index]].metrics["weights"]
+        start, end = gate_ends(read_curve(self.records[graph.train[index]], self.store))
+        figures = {"gate/first_steps": start, "gate/end": end}
+        for name, row, kl, own in zip(graph.tasks, weights, moved(manifest, weights), range(index + 1), strict=False):
+            figures |= {f"own_weight/{name}": row[own], f"attention_kl/{name}": kl}
+        return figures
+
+    def _say(self, text: str) -> None:
+        self.console.print(f"{time.strftime('%H:%M:%S')} {self._label}{text}", markup=False)
+
+
+def _group(stage: Stage) -> str:
+    return stage.name.partition("[")[0]
+
+
+def short_name(name: str) -> str:
+    """A task's name for a narrow column: of a numbered one its number."""
+    return name.partition("_")[0] if name.startswith("task") else name

@@ -1,0 +1,148 @@
+"""A sequence in MLflow: parent run, a child a training stage, and a model version a task."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.stages import StageRecord
+from cluster.store import resolved
+from cluster.tracking.registry import PoolRegistry
+from cluster.tracking.runs import Tracker, check_readable, redacted
+from pipelines.sequence.experiment import Experiment
+from sapt_core.errors import TrackingError
+from sapt_core.settings import TrackingConfig
+from sapt_core.versions.manifest import Manifest
+
+
+@dataclass(frozen=True)
+class SequenceRun:
+    """The parent run of a sequence that was published."""
+
+    tracker: Tracker
+    run_id: str
+
+    @classmethod
+    def find(cls, experiment: Experiment) -> SequenceRun:
+        """The run of an experiment, left as it is.
+
+        Raises:
+            TrackingError: MLflow cannot be reached or has no run of it.
+        """
+        config = experiment.config.tracking
+        tracker = Tracker(check_readable(config))
+        run_id = tracker.find_sequence(experiment.key)
+        if run_id is None:
+            raise TrackingError(
+                f"MLflow at {redacted(config.uri)} has no run of experiment {experiment.key[:12]} in "
+                f"{config.experiment!r}: give the tracking.uri and tracking.experiment that pipelines/continual.py ran "
+                "with, or --inline to write the folder alone."
+            )
+        return cls(tracker, run_id)
+
+    def log_report(self, files: Mapping[str, bytes], version: int | None = None) -> str:
+        """Put a report's files into the run; returns the artifact folder."""
+        folder = "report" if version is None else f"report/version-{version}"
+        self.tracker.log_artifacts(self.run_id, {f"{folder}/{name}": data for name, data in files.items()})
+        return folder
+
+
+class MLflowPublisher:
+    """Publishes one experiment; see ``pipelines.running.monitor.Publisher``.
+
+    Args:
+        experiment: the sequence.
+        tracking: as ``cluster.tracking.runs.check`` returned it.
+        parent: run of the comparison that the sequence is part of. Its versions are scored and not registered:
+            the registry is for what somebody may serve, and ``pipelines/continual.py`` puts it there.
+        name: of the run; default: method, suite, tasks and seed.
+    """
+
+    def __init__(
+        self, experiment: Experiment, tracking: TrackingConfig, *, parent: str | None = None, name: str | None = None
+    ) -> None:
+        config = experiment.config
+        self._experiment = experiment
+        self._tracker = Tracker(tracking)
+        self._registry = PoolRegistry(tracking) if parent is None else None
+        self._store = resolved(config.store)
+        self._tags = {
+            "method": config.method.name,
+            "backbone": experiment.backbone.path,
+            "config_hash": config.digest(),
+            "data_digest": experiment.data_digest,
+            "git_commit": experiment.commit,
+        }
+        suite = f"{config.benchmark.suite} {len(experiment.tasks)} tasks"
+        name = name or f"{config.method.name} {suite} seed {config.seed}"
+        params = _flat(config.model_dump(mode="json", exclude={"store", "tracking", "cluster", "diagnostics"}))
+        self.run_id = self._tracker.start_sequence(
+            name, key=experiment.key, params=params, tags=self._tags, parent=parent
+        )
+
+    def stage(self, record: StageRecord, curve: list[dict[str, float]] | None) -> None:
+        """Log a stage as a child run, once."""
+        curves: dict[str, list[tuple[int, float]]] = {}
+        for entry in curve or []:
+            for name, value in entry.items():
+                if name != "step":
+                    curves.setdefault(name, []).append((int(entry["step"]), value))
+        figures = {
+            name: float(value)
+            for name, value in record.metrics.items()
+            if isinstance(value, int | float) and name not in curves
+        }
+        self._tracker.log_stage(
+            self.run_id,
+            record.name,
+            key=record.key,
+            metrics=figures,
+            curves=curves,
+            seconds=record.seconds,
+            tags={"kind": record.kind, "world_size": str(record.world_size)},
+        )
+
+    def version(self, manifest: Manifest, index: int, metrics: Mapping[str, float]) -> int | None:
+        """Log the scores and publish the version, once."""
+        self._tracker.log_scores(self.run_id, index + 1, metrics)
+        if self._registry is None:
+            return None
+        return self._registry.publish(
+            manifest.to_bytes(),
+            self._store,
+            digest=manifest.digest,
+            index=index + 1,
+            run_id=self.run_id,
+            tags={"task": manifest.tasks[-1].name, **self._tags},
+            metrics=metrics,
+        )
+
+    def finish(self, summary: Mapping[str, Any], report: Mapping[str, bytes]) -> None:
+        """Close the parent run with the figures of the end, its warnings and its report."""
+        figures = {name: summary[name] for name in ("ap", "f_ra", "fwt", "bwt") if summary[name] is not None}
+        figures["warnings"] = len(summary["warnings"])
+        # Step 0, where nothing is learnt, is the bare backbone's.
+        zero_shot = {f"unseen/{name}": score for name, score in summary.get("zero_shot", {}).items()}
+        self._tracker.log_scores(self.run_id, 0, zero_shot)
+        self._tracker.log_scores(self.run_id, len(summary["tasks"]), figures)
+        said = "\n".join(warning["text"] for warning in summary["warnings"])
+        self._tracker.log_tags(self.run_id, {"warnings": said or "none"})
+        self._tracker.log_artifacts(self.run_id, {"summary.json": json.dumps(summary, indent=1)})
+        SequenceRun(self._tracker, self.run_id).log_report(report)
+        self._tracker.finish(self.run_id, "FINISHED")
+
+    def abandon(self, *, killed: bool) -> None:
+        """Close the parent run of a sequence that failed or, ``killed``, that somebody stopped."""
+        self._tracker.finish(self.run_id, "KILLED" if killed else "FAILED")
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat

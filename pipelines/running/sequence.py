@@ -1,0 +1,68 @@
+"""Running a sequence: here or on Ray, published to MLflow with its report."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, suppress
+from typing import TYPE_CHECKING, Any
+
+from cluster.stages import Executor, InlineExecutor, run_graph
+from cluster.store import ArtifactStore
+from pipelines.reports import page
+from pipelines.running.monitor import Monitor
+from pipelines.sequence.experiment import Experiment
+from sapt_core.config import ExperimentConfig
+from sapt_core.errors import ServiceError, TrackingError
+
+if TYPE_CHECKING:
+    from pipelines.running.publishing import MLflowPublisher
+
+
+def publish_sequence(experiment: Experiment, store: ArtifactStore, *, all_done: bool) -> Monitor:
+    """Run on Ray, unless nothing is left to run, and publish to MLflow."""
+    from cluster.tracking import runs  # noqa: PLC0415  not with --inline
+    from pipelines.running.publishing import MLflowPublisher  # noqa: PLC0415
+
+    checked = runs.check(experiment.config.tracking)
+    with ExitStack() as stack:
+        executor = InlineExecutor(store) if all_done else ray_executor(experiment.config, stack)
+        publisher = MLflowPublisher(experiment, checked)  # MLflow sees the run once nothing forbids it
+        monitor = Monitor(experiment, store, publisher)
+        try:
+            run(experiment, store, executor, monitor)
+            _report(monitor, publisher)
+        except BaseException as error:
+            with suppress(TrackingError):  # the first error is the one to tell
+                publisher.abandon(killed=not isinstance(error, Exception))
+            raise
+    return monitor
+
+
+def _report(monitor: Monitor, publisher: MLflowPublisher) -> None:
+    """Close the run in MLflow with its report, which is kept in the working directory too."""
+    folder = page.default_folder(monitor.experiment)
+    where = str(folder / page.PAGE)
+    files = page.standing(folder, monitor.findings)
+    if files is None:
+        files = page.build(monitor.findings)
+        try:
+            page.write(folder, files)
+        except ServiceError as error:
+            where = f"in MLflow alone, for {error}"
+    publisher.finish(monitor.summary(), files)
+    monitor.console.print(f"report: {where}", markup=False)
+
+
+def ray_executor(config: ExperimentConfig, stack: ExitStack) -> Executor[Any]:
+    """Connect to Ray until ``stack`` is closed, and see that it has what the config asks for."""
+    from cluster.on_ray.session import check_resources, connect  # noqa: PLC0415  not with --inline
+
+    stack.enter_context(connect(config.cluster))
+    check_resources(config.cluster)
+    from cluster.on_ray.executor import RayExecutor  # noqa: PLC0415
+
+    return RayExecutor(config.store, config.cluster)
+
+
+def run(experiment: Experiment, store: ArtifactStore, executor: Executor[Any], monitor: Monitor) -> None:
+    experiment.upload(store)
+    run_graph(experiment.graph.stages, store, executor, monitor.on_event)

@@ -1,0 +1,1 @@
+"""One sequence of tasks: its checked experiment, its graph of stages, what each stage computes."""

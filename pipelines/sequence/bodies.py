@@ -1,0 +1,349 @@
+"""Stage bodies: what each stage of a sequence computes, from records and blobs to records and blobs.
+
+Plain functions of ``sapt_core``; they run the same inline, as a Ray task and on Ray Train workers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+
+from cluster.stages import StageContext, StageRecord, StageResult
+from pipelines.sequence.progress import progress
+from sapt_core.backbones.device import default_device
+from sapt_core.backbones.loading import load_backbone
+from sapt_core.backbones.reference import BackboneRef
+from sapt_core.blobs import BlobStore
+from sapt_core.data.prepare import PreparedTask, PromptEncoder, prepare_task, read_split
+from sapt_core.data.task import LearntTask, Task
+from sapt_core.judging import metrics
+from sapt_core.judging.analysis import MIN_ROWS, draw, sample_quality
+from sapt_core.judging.decoding import answer, pooled_embeddings
+from sapt_core.methods.base import find_method
+from sapt_core.pool.cost import bare_model, forward_cost
+from sapt_core.pool.model import SaptModel
+from sapt_core.pool.pool import new_pool
+from sapt_core.settings import (
+    PET_TYPES,
+    AttentionConfig,
+    EvaluationConfig,
+    GeneratorConfig,
+    PromptConfig,
+    ReflectionConfig,
+    TrainConfig,
+)
+from sapt_core.training.generator import generate_pseudo_samples
+from sapt_core.training.reflection import GaussianQueries
+from sapt_core.versions.learning import learn_task
+from sapt_core.versions.loading import load_pool
+from sapt_core.versions.manifest import Manifest
+from sapt_core.versions.size import trained_parameters
+
+COST_ROWS = 16  # a batch that the cost of a forward is counted on
+
+disable_progress_bar()  # type: ignore[no-untyped-call]  # of loading weights: a stage has its own
+
+
+def prepare(context: StageContext) -> StageResult:
+    """Tokenise a task.
+
+    Reads ``task`` (blob of its text), ``backbone``, ``max_source_tokens``, ``max_target_tokens``.
+    """
+    reads = context.reads
+    task = Task.from_json(context.store.get(reads["task"]))
+    model, tokenizer = load_backbone(BackboneRef(**reads["backbone"]), context.store)
+    prepared = prepare_task(
+        task,
+        tokenizer,
+        max_source_tokens=reads["max_source_tokens"],
+        max_target_tokens=reads["max_target_tokens"],
+        is_encoder_decoder=bool(model.config.is_encoder_decoder),
+    )
+    outputs = {name: context.store.put(data) for name, data in prepared.to_blobs().items()}
+    rows = {split: len(getattr(prepared, split)) for split in ("train", "dev", "test")}
+    return StageResult(outputs=outputs, metrics={"rows": rows, "truncated": prepared.truncated})
+
+
+def pseudo_samples(context: StageContext) -> StageResult:
+    """Generate a task's pseudo-samples: what reflection source ``generated`` keeps of it.
+
+    Reads ``generator``, ``precision``, ``seed``, ``backbone``; input ``task``.
+    """
+    reads = context.reads
+    task = prepared_task(context.store, context.inputs["task"])
+    model, tokenizer = load_backbone(BackboneRef(**reads["backbone"]), context.store)
+    with progress(context.name, context.is_main) as on_step:
+        samples, curve = generate_pseudo_samples(
+            model,
+            tokenizer,
+            task,
+            GeneratorConfig(**reads["generator"]),
+            precision=reads["precision"],
+            seed=reads["seed"],
+            checkpoints=context.checkpoints,
+            on_step=on_step,
+        )
+    if context.is_main and len(samples.inputs) < samples.wanted:
+        print(
+            f"{context.name}: {len(samples.inputs)} of {samples.wanted} pseudo-samples, from {samples.generated} "
+            f"generated texts ({samples.malformed} malformed, {samples.empty} empty, {samples.duplicate} duplicates)"
+            + ("" if samples.inputs else ": the task is NOT reflected on; raise generator.epochs or generator.steps"),
+            flush=True,
+        )
+    counts = {
+        name: getattr(samples, name) for name in ("wanted", "generated", "malformed", "empty", "duplicate", "copied")
+    }
+    kept = _keep_texts(context, samples.inputs)
+    metrics = {**kept.metrics, **counts, "curve": _store_curve(context, curve)}
+    if reads["generator"]["content"] == "pairs":
+        metrics["known_answers"] = samples.known_answers  # also of none: the report shows all tasks alike
+    if not samples.answers:
+        return replace(kept, metrics=metrics)
+    answers = json.dumps(samples.answers).encode()
+    return StageResult(
+        outputs={**kept.outputs, "answers": context.store.put(answers)},
+        metrics={**metrics, "bytes": metrics["bytes"] + len(answers)},
+    )
+
+
+def given_samples(context: StageContext) -> StageResult:
+    """Take a task's samples as they were given. Reads ``inputs``, a blob of texts."""
+    return _keep_texts(context, json.loads(context.store.get(context.reads["inputs"])))
+
+
+def memory(context: StageContext) -> StageResult:
+    """Keep a random share of a task's real train inputs. Reads ``share``, ``seed``; input ``task``."""
+    texts = [str(text) for text in prepared_task(context.store, context.inputs["task"]).train["input"]]
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(context.reads["seed"])).tolist()
+    wanted = max(1, round(context.reads["share"] * len(texts)))
+    return _keep_texts(context, [texts[index] for index in sorted(order[:wanted])])
+
+
+def statistics(context: StageContext) -> StageResult:
+    """Keep mean and covariance of the pooled embeddings of a task's train rows, and no text.
+
+    Reads ``rank``, ``attention`` (what a query is made of), ``backbone``; input ``task``.
+    """
+    reads = context.reads
+    task = prepared_task(context.store, context.inputs["task"])
+    model, tokenizer = load_backbone(BackboneRef(**reads["backbone"]), context.store)
+    pooled = pooled_embeddings(pooling_model(model, AttentionConfig(**reads["attention"])), tokenizer, list(task.train))
+    kept = GaussianQueries.of(pooled, reads["rank"])
+    data = save_tensors({name: value.contiguous() for name, value in vars(kept).items()})
+    return StageResult(outputs={"statistics": context.store.put(data)}, metrics={"bytes": len(data)})
+
+
+def _keep_texts(context: StageContext, texts: Sequence[str]) -> StageResult:
+    data = json.dumps(texts).encode()
+    return StageResult(
+        outputs={"samples": context.store.put(data)}, metrics={"kept": len(texts), "bytes": len(data) if texts else 0}
+    )
+
+
+def train(context: StageContext, *, checkpoint_every_steps: int) -> StageResult:
+    """Learn one task: the next version of the pool.
+
+    Reads ``method``, ``pet``, ``attention``, ``reflection``, ``train``, ``evaluation``, ``seed``,
+    ``backbone``, ``learnt``. Inputs: ``task``; ``parent``, the train stage before; ``kept 00`` and
+    on, what there is to reflect on of the earlier tasks.
+    """
+    reads, inputs = context.reads, context.inputs
+    model, tokenizer = load_backbone(BackboneRef(**reads["backbone"]), context.store)
+    parent = inputs.get("parent")
+    kept = [kept_inputs(context.store, record) for name, record in sorted(inputs.items()) if name.startswith("kept")]
+    with progress(context.name, context.is_main) as on_step:
+        manifest, curve = learn_task(
+            model,
+            tokenizer,
+            prepared_task(context.store, inputs["task"]),
+            LearntTask(**reads["learnt"]),
+            None if parent is None else Manifest.from_bytes(context.store.get(parent.outputs["manifest"])),
+            kept,
+            ref=BackboneRef(**reads["backbone"]),
+            method=find_method(reads["method"]["name"])(**reads["method"]),
+            pet=PET_TYPES[reads["pet"]["type"]](**reads["pet"]),
+            attention=AttentionConfig(**reads["attention"]),
+            reflection=ReflectionConfig(**reads["reflection"]),
+            config=TrainConfig(**reads["train"], checkpoint_every_steps=checkpoint_every_steps),
+            evaluation=EvaluationConfig(**reads["evaluation"]),
+            seed=reads["seed"],
+            store=context.store,
+            checkpoints=context.checkpoints,
+            on_step=on_step,
+        )
+    pool = load_pool(manifest, context.store, model, manifest.tasks[-1].name)
+    prepared = prepared_task(context.store, inputs["task"])
+    versioned = SaptModel(model, pool).to(default_device())
+    rows = list(prepared.train)[:COST_ROWS]
+    batch = versioned.collator(tokenizer.pad_token_id)(rows).to(default_device())
+    outputs = {"manifest": manifest.digest, "block": manifest.blocks[-1]}
+    if manifest.router is not None:
+        outputs["router"] = manifest.router
+    outputs |= {f"state {name}": digest for name, digest in manifest.state.items()}
+    return StageResult(
+        outputs=outputs,
+        metrics={
+            "curve": _store_curve(context, curve),
+            "last": curve[-1],
+            "trained_parameters": trained_parameters(manifest, context.store),
+            "forward_cost": forward_cost(versioned, batch),
+        },
+    )
+
+
+def evaluate(context: StageContext) -> StageResult:
+    """Score one version on one task's test rows.
+
+    Reads ``evaluation``, ``precision``, ``max_target_tokens``; inputs ``version``, ``task``.
+    Metrics: ``score`` (0 to 100) and ``weights``, the mean mixture over the version's blocks (T).
+    """
+    reads = context.reads
+    task = prepared_task(context.store, context.inputs["task"])
+    manifest = Manifest.from_bytes(context.store.get(context.inputs["version"].outputs["manifest"]))
+    score, weights, predictions = score_version(
+        manifest,
+        task,
+        context.store,
+        EvaluationConfig(**reads["evaluation"]),
+        precision=reads["precision"],
+        max_target_tokens=reads["max_target_tokens"],
+    )
+    return StageResult(
+        outputs={"predictions": _store_predictions(context, predictions)},
+        metrics={"score": score, "weights": weights.mean(dim=0).tolist(), "rows": len(predictions)},
+    )
+
+
+def attend(context: StageContext) -> StageResult:
+    """Mean attention of one version on the dev rows of every task it has learnt; no pass of the backbone.
+
+    Inputs: ``version``, the train stage; ``task 00`` and on. Test rows are not looked at, so that what
+    is set because of these figures was not chosen by what scores are measured on.
+    Metrics: ``weights``, a list a task of the mean weight of every block, oldest first.
+    """
+    manifest = Manifest.from_bytes(context.store.get(context.inputs["version"].outputs["manifest"]))
+    model, tokenizer = load_backbone(manifest.backbone, context.store)
+    pool = load_pool(manifest, context.store, model)
+    bare = SaptModel(model, pool)
+    weights = []
+    for _, record in sorted((name, record) for name, record in context.inputs.items() if name.startswith("task")):
+        rows = list(read_split(context.store.get(record.outputs["dev.arrow"])))
+        with torch.no_grad():
+            weights.append(pool.attend(pooled_embeddings(bare, tokenizer, rows)).mean(dim=0).tolist())
+    return StageResult(metrics={"weights": weights})
+
+
+def quality(context: StageContext) -> StageResult:
+    """Compare a task's pseudo-samples with its train rows.
+
+    Reads ``backbone``, ``max_source_tokens``, ``template``, ``definition``; inputs ``task``, ``kept``. Metrics: the
+    fields of ``SampleQuality``.
+    """
+    reads = context.reads
+    generated: list[str] = json.loads(context.store.get(context.inputs["kept"].outputs["samples"]))
+    train = read_split(context.store.get(context.inputs["task"].outputs["train.arrow"]))
+    model, tokenizer = load_backbone(BackboneRef(**reads["backbone"]), context.store)
+    bare = pooling_model(model, AttentionConfig())
+    encoder = PromptEncoder(
+        tokenizer,
+        max_source_tokens=reads["max_source_tokens"],
+        is_encoder_decoder=bool(model.config.is_encoder_decoder),
+    )
+    drawn = [train[index] for index in draw(len(train), max(MIN_ROWS, len(generated)))]
+    made = [prompt.row for prompt in encoder.prompts(reads["template"], reads["definition"], generated)]
+    real, fake = (pooled_embeddings(bare, tokenizer, rows).numpy() for rows in (drawn, made))
+    found = sample_quality([str(text) for text in train["input"]], generated, real, fake)
+    return StageResult(metrics=asdict(found))
+
+
+def zero_shot(context: StageContext) -> StageResult:
+    """Score the bare backbone on one task's test rows.
+
+    Reads ``backbone``, ``evaluation``, ``precision``, ``max_target_tokens``; input ``task``.
+    """
+    reads = context.reads
+    model, tokenizer = load_backbone(BackboneRef(**reads["backbone"]), context.store)
+    score, _, predictions = _score(
+        bare_model(model).to(default_device()),
+        tokenizer,
+        prepared_task(context.store, context.inputs["task"]),
+        EvaluationConfig(**reads["evaluation"]),
+        precision=reads["precision"],
+        max_target_tokens=reads["max_target_tokens"],
+    )
+    return StageResult(
+        outputs={"predictions": _store_predictions(context, predictions)},
+        metrics={"score": score, "rows": len(predictions)},
+    )
+
+
+def score_version(
+    manifest: Manifest,
+    task: PreparedTask,
+    store: BlobStore,
+    config: EvaluationConfig,
+    *,
+    precision: Any,
+    max_target_tokens: int,
+) -> tuple[float, Tensor, list[dict[str, Any]]]:
+    """Score, mixture weights (N, T) and predictions of a version on a task's test rows."""
+    model, tokenizer = load_backbone(manifest.backbone, store)
+    attached = SaptModel(model, load_pool(manifest, store, model, task.name)).to(default_device())
+    return _score(attached, tokenizer, task, config, precision=precision, max_target_tokens=max_target_tokens)
+
+
+def _score(
+    model: SaptModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: PreparedTask,
+    config: EvaluationConfig,
+    *,
+    precision: Any,
+    max_target_tokens: int,
+) -> tuple[float, Tensor, list[dict[str, Any]]]:
+    rows: list[dict[str, Any]] = list(getattr(task, config.split))
+    try:
+        texts, weights = answer(model, tokenizer, rows, config, max_new_tokens=max_target_tokens, precision=precision)
+    finally:
+        model.detach()
+    references = [list(row["references"]) for row in rows]
+    predictions = [
+        {"input": row["input"], "prediction": text, "references": accepted}
+        for row, text, accepted in zip(rows, texts, references, strict=True)
+    ]
+    return metrics.score(task.metric, texts, references), weights, predictions
+
+
+def pooling_model(model: PreTrainedModel, attention: AttentionConfig) -> SaptModel:
+    """A model to pool with: only the embeddings are asked, and what ``attention`` lets a query see."""
+    return SaptModel(model, new_pool(model, PromptConfig(length=1), attention))
+
+
+def kept_inputs(store: BlobStore, record: StageRecord) -> Sequence[str] | GaussianQueries:
+    """What reflection has of a task, from the record of the stage that kept it."""
+    if "statistics" in record.outputs:
+        return GaussianQueries(**load_tensors(store.get(record.outputs["statistics"])))
+    texts: list[str] = json.loads(store.get(record.outputs["samples"]))
+    return texts
+
+
+def prepared_task(store: BlobStore, record: StageRecord) -> PreparedTask:
+    """A task's tokenised rows, from the record of its ``prepare``."""
+    return PreparedTask.from_blobs({name: store.get(digest) for name, digest in record.outputs.items()})
+
+
+def _store_predictions(context: StageContext, predictions: list[dict[str, Any]]) -> str:
+    return context.store.put("\n".join(json.dumps(prediction) for prediction in predictions).encode())
+
+
+def _store_curve(context: StageContext, curve: list[dict[str, float]]) -> str:
+    return context.store.put(json.dumps(curve).encode())

@@ -1,0 +1,145 @@
+"""An experiment that is known to be runnable: config, tasks and backbone, checked before anything starts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.store import ArtifactStore
+from pipelines.sequence.graph import SequenceGraph, build_graph
+from sapt_core.backbones.loading import store_backbone
+from sapt_core.backbones.reference import BackboneRef, identify
+from sapt_core.config import ExperimentConfig, load_config
+from sapt_core.data import load_inputs, load_sequence
+from sapt_core.data.task import Task
+from sapt_core.errors import FaultsError, SaptError
+from sapt_core.hashing import canonical_hash
+from sapt_core.preflight import check_backbone
+from sapt_core.settings import BackboneConfig, BenchmarkConfig
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What a run needs to know. ``key`` names it: the same science has the same key anywhere.
+
+    Attributes:
+        config: as validated.
+        tasks: those of the sequence, oldest first.
+        unseen: those that are scored and never learnt.
+        backbone: by content.
+        graph: the stages.
+        samples: inputs that reflection is given, by task.
+        commit: of the code, as the experiment was put together; the checkout may move on while it runs.
+    """
+
+    config: ExperimentConfig
+    tasks: tuple[Task, ...]
+    unseen: tuple[Task, ...]
+    backbone: BackboneRef
+    graph: SequenceGraph
+    samples: Mapping[str, bytes]
+    commit: str
+
+    @property
+    def key(self) -> str:
+        """sha256 over config, data and backbone."""
+        given = [hashlib.sha256(data).hexdigest() for data in self.samples.values()]
+        unseen = [[task.digest for task in self.unseen]] if self.unseen else []
+        return canonical_hash([self.config.digest(), self.data_digest, self.backbone.digest, *given, *unseen])
+
+    @property
+    def data_digest(self) -> str:
+        """sha256 over the text of all tasks of the sequence."""
+        return canonical_hash([task.digest for task in self.tasks])
+
+    def upload(self, store: ArtifactStore) -> None:
+        """Put what the stages start from into the store: the tasks' text, given samples and the backbone's files."""
+        for data in (*(task.to_json() for task in (*self.tasks, *self.unseen)), *self.samples.values()):
+            store.put(data)
+        store_backbone(self.config.backbone, self.backbone, store)
+
+
+def load_experiment(path: Path, overrides: Sequence[str]) -> Experiment:
+    """Read and check an experiment without starting or writing anything.
+
+    Raises:
+        ConfigError: with all faults of the config.
+        SaptError: with all faults of the task files and of the backbone.
+    """
+    return assemble(load_config(path, overrides), str(path))
+
+
+def assemble(
+    config: ExperimentConfig,
+    name: str,
+    *,
+    load: Callable[[BenchmarkConfig], tuple[Task, ...]] = load_sequence,
+    identified: Callable[[BackboneConfig], BackboneRef] = identify,
+) -> Experiment:
+    """Check a configured experiment without starting or writing anything.
+
+    Args:
+        config: the experiment.
+        name: what messages call it.
+        load, identified: for those who assemble many experiments on the same data and backbone.
+
+    Raises:
+        SaptError: with all faults of the task files and of the backbone.
+    """
+    faults: list[SaptError] = []
+
+    def attempt(check: Callable[[], Any]) -> Any:
+        try:
+            return check()
+        except SaptError as error:
+            faults.append(error)
+            return None
+
+    tasks = attempt(lambda: load(config.benchmark))
+    learnt = len(tasks or ()) - len(config.benchmark.unseen)
+    samples = attempt(lambda: _given_samples(config, (tasks or ())[:learnt]))
+    ref = attempt(lambda: identified(config.backbone))
+    if ref is not None:
+        attempt(lambda: check_backbone(config, tasks or ()))
+    if len(faults) > 1:
+        raise FaultsError(f"{name} cannot be run:", [str(fault).replace("\n", "\n  ") for fault in faults])
+    if faults:
+        raise faults[0]
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in samples.items()}
+    tasks, unseen = tasks[:learnt], tasks[learnt:]
+    graph = build_graph(config, tasks, unseen, ref, digests)
+    return Experiment(config, tasks, unseen, ref, graph, samples, git_commit())
+
+
+def git_commit() -> str:
+    """The commit of the code that runs: GIT_COMMIT, else the checkout's, else ``unknown``.
+
+    A submitted job runs in a copy without its history, so its runtime environment has to say.
+    """
+    if stated := os.environ.get("GIT_COMMIT"):
+        return stated
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"],  # noqa: S607
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return found.stdout.strip()
+
+
+def _given_samples(config: ExperimentConfig, tasks: Sequence[Task]) -> dict[str, bytes]:
+    """The inputs that reflection source ``given`` has for every task but the last, as the store keeps them."""
+    if config.reflection.data_dir is None or not config.method.shared_attention:
+        return {}
+    inputs = load_inputs(config.reflection.data_dir, [task.name for task in tasks[:-1]])
+    return {name: json.dumps(texts).encode() for name, texts in inputs.items()}

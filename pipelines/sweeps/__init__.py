@@ -1,0 +1,1 @@
+"""Many settings of one sequence: the space, its trials and their plots."""

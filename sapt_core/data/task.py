@@ -1,0 +1,82 @@
+"""A task as text, before any tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from dataclasses import asdict, dataclass
+
+from pydantic import BaseModel, ConfigDict
+
+# Why a task cannot be named in ``benchmark.unseen``, in every suite.
+SEEN = "which is learnt in the sequence or named in unseen already; give tasks that are never learnt, each once"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row: an input and every answer that counts as right."""
+
+    input: str
+    references: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A named task: its instruction and its rows.
+
+    Attributes:
+        name: folder name, unique in a sequence.
+        definition: the instruction put before every input; may be empty.
+        train, dev, test: rows; dev is split off train, never read from the folder's dev.json,
+            which in the published data repeats the test rows.
+        template: prompt template name, see ``sapt_core.data.templates``.
+        metric: ``rouge_l`` or ``exact_match``.
+    """
+
+    name: str
+    definition: str
+    train: tuple[Example, ...]
+    dev: tuple[Example, ...]
+    test: tuple[Example, ...]
+    template: str
+    metric: str
+
+    def to_json(self) -> bytes:
+        """The whole task, canonically: equal tasks give equal bytes."""
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":")).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Task:
+        """Read what ``to_json`` wrote."""
+        values = json.loads(data)
+        for split in ("train", "dev", "test"):
+            values[split] = tuple(Example(row["input"], tuple(row["references"])) for row in values[split])
+        return cls(**values)
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the whole task."""
+        return hashlib.sha256(self.to_json()).hexdigest()
+
+
+def dev_rows(rows: int, fraction: float, seed: int) -> set[int]:
+    """Which train rows become dev: at least one, and at least one stays."""
+    draw = random.Random(seed)
+    # Sorting random() keys, not shuffle(): only random() is promised to repeat over Python versions.
+    keys = [draw.random() for _ in range(rows)]
+    count = min(max(1, round(rows * fraction)), rows - 1)
+    return set(sorted(range(rows), key=keys.__getitem__)[:count])
+
+
+class LearntTask(BaseModel):
+    """What inference and later reports need to know of a task."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    definition: str
+    template: str
+    metric: str
+    max_source_tokens: int
+    max_target_tokens: int

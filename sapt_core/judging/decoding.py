@@ -1,0 +1,76 @@
+"""Batched decoding of prompts, with the attention weights that each answer was made with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from sapt_core.backbones.device import Precision, autocast
+from sapt_core.pool.blocks.base import embedding_matrix
+from sapt_core.pool.model import SaptModel
+from sapt_core.settings import EvaluationConfig
+
+
+def answer(
+    model: SaptModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Mapping[str, Any]],
+    config: EvaluationConfig,
+    *,
+    max_new_tokens: int,
+    precision: Precision,
+) -> tuple[list[str], Tensor]:
+    """Decode an answer for every prompt, without sampling.
+
+    Args:
+        model: backbone with its pool; no block needs to be frozen.
+        tokenizer: of the backbone.
+        rows: with ``prompt_ids`` and, where the query leaves the definition out, ``query_start``.
+        config: batch size and beams.
+        max_new_tokens: longest answer.
+        precision: of the matmuls.
+
+    Returns:
+        Answers in the order of ``rows`` and the mixture weights (N, T) they were made with.
+    """
+    collator = model.collator(tokenizer.pad_token_id)
+    device = next(model.backbone.parameters()).device
+    # Prompts of like length share a batch.
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]["prompt_ids"]))
+    texts = [""] * len(rows)
+    weights: list[Tensor] = [torch.empty(0)] * len(rows)
+    model.eval()
+    for start in range(0, len(order), config.batch_size):
+        indices = order[start : start + config.batch_size]
+        batch = collator.prompts([rows[index] for index in indices]).to(device)
+        with autocast(device, precision):
+            generated = model.generate(
+                batch,
+                max_new_tokens=max_new_tokens,
+                num_beams=config.num_beams,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        mixture = model.weights
+        assert mixture is not None  # noqa: S101 - set by generate
+        for index, text, row in zip(
+            indices, tokenizer.batch_decode(generated, skip_special_tokens=True), mixture.cpu(), strict=True
+        ):
+            texts[index] = text.strip()
+            weights[index] = row
+    return texts, torch.stack(weights)
+
+
+def pooled_embeddings(
+    model: SaptModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]], batch_size: int = 64
+) -> Tensor:
+    """Pooled embeddings (N, D) of the prompts of ``rows``: all that the attention ever sees of them."""
+    collator = model.collator(tokenizer.pad_token_id)
+    device = next(model.backbone.parameters()).device
+    batches = [collator.prompts(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
+    nothing = torch.empty(0, embedding_matrix(model.backbone).shape[1])
+    return torch.cat([nothing, *(model.pooled(batch.to(device)).cpu() for batch in batches)])

@@ -1,0 +1,222 @@
+# ruff: noqa: N803, N815 - A and B are the matrices of the LoRA paper and of PEFT's names
+"""A pool of LoRA blocks, stacked: however many blocks there are, a linear costs two more matmuls.
+
+``y = W x + Σ_i a_i · s · B_i A_i x`` (SAPT section 3.2, s = lora_alpha / r) is computed as
+``h = A x`` with all A stacked to (T·R, in), ``h ·= s · a`` and ``y += B h`` with B (out, T·R).
+Blocks that no input of the batch uses are left out of the stack.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from sapt_core.errors import BackboneError
+from sapt_core.pool.blocks.base import Handle, Mixture, PETBlocks
+from sapt_core.settings import LoRAConfig
+
+PEFT_PREFIX = "base_model.model."
+
+
+def find_sites(backbone: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Linear]:
+    """The linears of ``backbone`` that ``targets`` name, in module order.
+
+    A target matches as in PEFT: the last part of a module's name or a dotted suffix of it.
+
+    Raises:
+        BackboneError: a target matches no linear.
+    """
+    linears = {name: module for name, module in backbone.named_modules() if isinstance(module, nn.Linear)}
+    matches = {
+        target: [name for name in linears if name == target or name.endswith(f".{target}")] for target in targets
+    }
+    missing = [target for target, names in matches.items() if not names]
+    if missing:
+        known = sorted({name.rpartition(".")[2] for name in linears})
+        raise BackboneError(
+            f"pet.target_modules: {', '.join(missing)} match no linear of {type(backbone).__name__}; "
+            f"its linears are named: {', '.join(known) or 'none'}"
+        )
+    chosen = {name for names in matches.values() for name in names}
+    return {name: module for name, module in linears.items() if name in chosen}
+
+
+class LoRASite(nn.Module):
+    """All blocks' low-rank updates of one linear: frozen ones stacked in buffers, the current one a parameter."""
+
+    frozen_A: Tensor
+    frozen_B: Tensor
+    lora_A: nn.Parameter | None
+    lora_B: nn.Parameter | None
+
+    def __init__(self, in_features: int, out_features: int, config: LoRAConfig) -> None:
+        super().__init__()
+        self.r = config.r
+        self.scaling = config.lora_alpha / config.r
+        self.dropout = nn.Dropout(config.lora_dropout)
+        self.detach_frozen = config.detach_frozen
+        self.register_buffer("frozen_A", torch.empty(0, in_features))
+        self.register_buffer("frozen_B", torch.empty(out_features, 0))
+        self.register_parameter("lora_A", None)
+        self.register_parameter("lora_B", None)
+
+    def add(self) -> None:
+        """Start a new current block: A Kaiming-uniform(√5), B zero, so that it changes nothing yet."""
+        lora_A = torch.empty(self.r, self.frozen_A.shape[1], device=self.frozen_A.device)
+        nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
+        self.lora_A = nn.Parameter(lora_A)
+        self.lora_B = nn.Parameter(torch.zeros(self.frozen_B.shape[0], self.r, device=self.frozen_B.device))
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of one block's tensors, by their names in PEFT."""
+        return {
+            "lora_A.weight": (self.r, self.frozen_A.shape[1]),
+            "lora_B.weight": (self.frozen_B.shape[0], self.r),
+        }
+
+    @property
+    def current(self) -> dict[str, nn.Parameter]:
+        """The tensors of the block being learnt; none if there is no such block."""
+        if self.lora_A is None or self.lora_B is None:
+            return {}
+        return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
+
+    def append_frozen(self, block: Mapping[str, Tensor]) -> None:
+        """Put a finished block behind the frozen ones."""
+        self.frozen_A = torch.cat([self.frozen_A, block["lora_A.weight"].to(self.frozen_A)])
+        self.frozen_B = torch.cat([self.frozen_B, block["lora_B.weight"].to(self.frozen_B)], dim=1)
+
+    def drop(self) -> None:
+        """Have no block that is being learnt."""
+        self.lora_A = self.lora_B = None
+
+    def forward(self, x: Tensor, weights: Tensor, used: Tensor) -> Tensor:
+        """The pool's update for ``x``.
+
+        Args:
+            x: input of the linear (B·k, S, in); k is the number of beams or returned sequences.
+            weights: attention weights (B, T).
+            used: ascending indices (U,) of the blocks that take part; the one being learnt is among them.
+
+        Returns:
+            Update (B·k, S, out).
+        """
+        frozen_A, frozen_B = self.frozen_A, self.frozen_B
+        if len(used) < weights.shape[1]:
+            weights = weights[:, used]
+            frozen = used if self.lora_A is None else used[:-1]
+            rows = (frozen.unsqueeze(1) * self.r + torch.arange(self.r, device=used.device)).flatten()
+            frozen_A, frozen_B = frozen_A[rows], frozen_B[:, rows]
+        stacked_B = frozen_B if self.lora_B is None else torch.cat([frozen_B, self.lora_B], dim=1)
+        hidden = self._hidden(self.dropout(x), frozen_A)
+        gates = (weights * self.scaling).repeat_interleave(self.r, dim=1)
+        gates = gates.repeat_interleave(x.shape[0] // weights.shape[0], dim=0)
+        return F.linear(hidden * gates.unsqueeze(1).to(hidden.dtype), stacked_B.to(x.dtype))
+
+    def _hidden(self, x: Tensor, frozen_A: Tensor) -> Tensor:
+        """``A x`` of the blocks in ``frozen_A`` (F·R, in) and of the one being learnt (B·k, S, U·R)."""
+        if self.lora_A is None:
+            return F.linear(x, frozen_A.to(x.dtype))
+        if self.detach_frozen:
+            old = F.linear(x.detach(), frozen_A.to(x.dtype))
+            return torch.cat([old, F.linear(x, self.lora_A.to(x.dtype))], dim=-1)
+        return F.linear(x, torch.cat([frozen_A, self.lora_A]).to(x.dtype))
+
+
+class LoRABlocks(PETBlocks):
+    """The blocks of a pool over all sites of a backbone."""
+
+    site: type[LoRASite] = LoRASite
+
+    def __init__(self, shapes: Mapping[str, tuple[int, int]], config: LoRAConfig) -> None:
+        """
+        Args:
+            shapes: (in_features, out_features) of every adapted linear by its module name.
+            config: rank, scaling, dropout.
+        """
+        super().__init__()
+        self.names = tuple(shapes)
+        self.sites = nn.ModuleList(self.site(*shapes[name], config) for name in self.names)
+
+    @classmethod
+    def for_backbone(cls, backbone: nn.Module, config: LoRAConfig) -> Self:
+        """Blocks for every linear that ``config.target_modules`` names."""
+        sites = find_sites(backbone, config.target_modules)
+        return cls({name: (linear.in_features, linear.out_features) for name, linear in sites.items()}, config)
+
+    @property
+    def learning(self) -> bool:
+        return any(site.current for _, site in self.named_sites())
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {
+            f"{PEFT_PREFIX}{name}.{suffix}": shape
+            for name, site in self.named_sites()
+            for suffix, shape in site.shapes.items()
+        }
+
+    def attach(self, backbone: PreTrainedModel, mixture: Mixture) -> Sequence[Handle]:
+        """Add the pool's update to the output of every adapted linear, by forward hooks.
+
+        The backbone's modules, code and state dict stay as they are. ``mixture`` is asked at every
+        call, also when activation checkpointing recomputes a layer during backward.
+        """
+        handles = []
+        for name, site in self.named_sites():
+
+            def add_update(
+                _module: nn.Module, args: tuple[Tensor, ...], output: Tensor, site: LoRASite = site
+            ) -> Tensor:
+                update: Tensor = site(args[0], *mixture())
+                return output + update.to(output.dtype)
+
+            handles.append(backbone.get_submodule(name).register_forward_hook(add_update))
+        return handles
+
+    def prompts(self, weights: Tensor, pooled: Tensor) -> None:
+        return None
+
+    def add(self) -> None:
+        """Start the block of a new task at every site."""
+        for _, site in self.named_sites():
+            site.add()
+
+    def current_state(self) -> dict[str, Tensor]:
+        """The current block's tensors under PEFT's names, A (R, in) and B (out, R) a site."""
+        return {name: value.detach().clone() for name, value in self._current().items()}
+
+    def _load_current(self, state: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, value in self._current().items():
+                value.copy_(state[name])
+
+    def _append_frozen(self, state: Mapping[str, Tensor]) -> None:
+        for name, site in self.named_sites():
+            site.append_frozen({suffix: state[f"{PEFT_PREFIX}{name}.{suffix}"] for suffix in site.shapes})
+
+    def _drop_current(self) -> None:
+        for _, site in self.named_sites():
+            site.drop()
+
+    def _current(self) -> dict[str, nn.Parameter]:
+        if self.names and not self.learning:
+            raise ValueError("no block is being learnt")
+        return {
+            f"{PEFT_PREFIX}{name}.{suffix}": value
+            for name, site in self.named_sites()
+            for suffix, value in site.current.items()
+        }
+
+    def named_sites(self) -> Iterator[tuple[str, LoRASite]]:
+        """Every adapted linear by its module name."""
+        for name, site in zip(self.names, self.sites, strict=True):
+            assert isinstance(site, LoRASite)  # noqa: S101 - narrows ModuleList's element type
+            yield name, site

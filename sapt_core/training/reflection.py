@@ -1,0 +1,183 @@
+"""Attentive reflection (ARM): hold the attention of earlier tasks where it was when they were learnt.
+
+Source: SAPT section 3.3. For every earlier task i, KL(ā_i ‖ a(x̂)) on inputs x̂ of the task, where
+ā_i is the mean attention stored after task i (or x̂'s own attention then), with zeros for the blocks
+that came later. Only pooled embeddings are needed; they never change, so the term costs one pass of
+the query projection a step and never one of the backbone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sapt_core.pool.attention import SharedAttention
+from sapt_core.pool.model import SaptModel
+from sapt_core.pool.pool import PETPool
+
+
+class Queries(Protocol):
+    """Inputs of an earlier task, as far as the attention sees them."""
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """At most ``count`` pooled embeddings (n, D), n at least 1, decided by ``generator`` (CPU) alone."""
+        ...
+
+    def to(self, device: torch.device) -> Queries:
+        """The same inputs on ``device``."""
+        ...
+
+
+@dataclass(frozen=True)
+class StoredQueries:
+    """Pooled embeddings (N, D) of kept inputs, real or generated; N at least 1."""
+
+    pooled: Tensor
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """Rows without repetition."""
+        return self.pooled[torch.randperm(len(self.pooled), generator=generator)[:count]]
+
+    def to(self, device: torch.device) -> StoredQueries:
+        return StoredQueries(self.pooled.to(device))
+
+
+@dataclass(frozen=True)
+class GaussianQueries:
+    """A task's pooled embeddings as mean and low-rank covariance: no text and no row of it is kept.
+
+    Attributes:
+        mean: (D).
+        directions: (K, D), the covariance's leading directions times their standard deviation.
+        rest: (D), standard deviation of each dimension that the directions leave.
+    """
+
+    mean: Tensor
+    directions: Tensor
+    rest: Tensor
+
+    @classmethod
+    def of(cls, pooled: Tensor, rank: int) -> GaussianQueries:
+        """Moments of pooled embeddings (N, D), N at least 1, with at most ``rank`` directions."""
+        mean = pooled.mean(dim=0)
+        centred = pooled - mean
+        freedom = max(1, len(pooled) - 1)
+        # (N, D) = U S Vᵀ: the covariance is V S² Vᵀ / (N - 1).
+        _, singular, rows = torch.linalg.svd(centred, full_matrices=False)
+        kept = min(rank, len(pooled) - 1, pooled.shape[1])
+        directions = singular[:kept, None] * rows[:kept] / freedom**0.5
+        left = centred.square().sum(dim=0) / freedom - directions.square().sum(dim=0)
+        return cls(mean, directions, left.clamp_min(0).sqrt())
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """Draws from the normal distribution of these moments."""
+        along, beside = (
+            torch.randn(count, size, generator=generator).to(self.mean)
+            for size in (len(self.directions), len(self.mean))
+        )
+        return self.mean + along @ self.directions + beside * self.rest
+
+    def to(self, device: torch.device) -> GaussianQueries:
+        return GaussianQueries(self.mean.to(device), self.directions.to(device), self.rest.to(device))
+
+
+@dataclass(frozen=True)
+class RecordedAttention:
+    """The shared attention as it was right after a task: query projection and keys (T_i, D)."""
+
+    attention: SharedAttention
+    keys: Tensor
+
+    @torch.no_grad()
+    def __call__(self, pooled: Tensor) -> Tensor:
+        """Weights (B, T_i) of pooled embeddings (B, D)."""
+        return torch.softmax(self.attention(pooled, self.keys), dim=-1)
+
+    def to(self, device: torch.device) -> RecordedAttention:
+        """The same attention on ``device``."""
+        return RecordedAttention(self.attention.to(device), self.keys.to(device))
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What is known of one earlier task.
+
+    Attributes:
+        queries: inputs of it.
+        target: the attention to hold: its mean (T_i,) over the blocks there were, oldest first, sum 1,
+            or the attention of that time, which gives every input its own.
+    """
+
+    queries: Queries
+    target: Tensor | RecordedAttention
+
+    def to(self, device: torch.device) -> Memory:
+        """The same memory on ``device``."""
+        return Memory(self.queries.to(device), self.target.to(device))
+
+
+class Drawn(NamedTuple):
+    """Inputs of one earlier task: pooled embeddings (n, D) and the attention (n, T_i) to hold."""
+
+    pooled: Tensor
+    target: Tensor
+
+
+class Reflection:
+    """The KL term over all earlier tasks; a ``sapt_core.training.trainer.Term``."""
+
+    name = "kl"
+
+    def __init__(
+        self, memories: Sequence[Memory], batch_size: int, weight: float, *, per_micro_batch: bool = False
+    ) -> None:
+        """
+        Args:
+            memories: one an earlier task; at least one.
+            batch_size: inputs drawn of every task for one evaluation of the term.
+            weight: λ.
+            per_micro_batch: whether the term is added in every micro-batch instead of once a step.
+        """
+        self.memories = tuple(memories)
+        self.batch_size = batch_size
+        self.weight = weight
+        self.per_micro_batch = per_micro_batch
+
+    def draw(self, generator: torch.Generator) -> list[Drawn]:
+        """At most ``batch_size`` inputs of every earlier task."""
+        drawn = []
+        for memory in self.memories:
+            pooled = memory.queries.draw(self.batch_size, generator)
+            target = memory.target
+            drawn.append(
+                Drawn(pooled, target.expand(len(pooled), -1) if isinstance(target, Tensor) else target(pooled))
+            )
+        return drawn
+
+    def value(self, model: SaptModel, drawn: Sequence[Drawn]) -> Tensor:
+        return self.loss(model.pool, drawn)
+
+    def loss(self, pool: PETPool, drawn: Sequence[Drawn]) -> Tensor:
+        """Σ_i mean_b KL(ā_i ‖ a(x̂_b)), a scalar in nats, not yet times λ.
+
+        Args:
+            pool: the pool with T blocks, the newest being learnt.
+            drawn: inputs of every earlier task.
+        """
+        log_weights = torch.log_softmax(pool.logits(torch.cat([task.pooled for task in drawn])), dim=-1)
+        blocks = log_weights.shape[1]
+        targets = torch.cat([F.pad(task.target, (0, blocks - task.target.shape[1])) for task in drawn])
+        # Mean over the rows of a task, sum over tasks.
+        share = torch.cat([torch.full((len(task.pooled),), 1 / len(task.pooled)) for task in drawn]).to(targets)
+        divergence = (torch.xlogy(targets, targets) - targets * log_weights).sum(dim=1)
+        return (share * divergence).sum()
+
+    def to(self, device: torch.device) -> Reflection:
+        """The same term with its tensors on ``device``."""
+        moved = [memory.to(device) for memory in self.memories]
+        return Reflection(moved, self.batch_size, self.weight, per_micro_batch=self.per_micro_batch)

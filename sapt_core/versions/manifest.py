@@ -1,0 +1,170 @@
+"""Versions of a pool on disk: one JSON manifest and safetensors blobs by sha256.
+
+Version t+1 adds one block and one router to what version t has; blocks that are finished are carried
+by digest and never written again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, model_validator
+
+from sapt_core.backbones.reference import BackboneRef
+from sapt_core.data.task import LearntTask
+from sapt_core.errors import SnapshotError
+from sapt_core.methods.base import AnyMethod
+from sapt_core.settings import AttentionConfig, PETConfig
+
+SCHEMA_VERSION = 3
+
+
+class Manifest(BaseModel):
+    """A version of a pool.
+
+    Attributes:
+        schema_version: of this format.
+        method: the method that learnt it, with its options.
+        backbone: the backbone it belongs to.
+        pet: settings of its blocks.
+        attention: settings of its shared attention; None for a method without it.
+        tasks: tasks learnt so far, oldest first.
+        blocks: sha256 of every block, oldest first; each is a PEFT ``adapter_model.safetensors``.
+        router: sha256 of keys (T, D) and query projection; None without attention.
+        targets: mean weights of the blocks there were, on every task after it was learnt.
+        state: sha256 of what the method keeps beside the blocks, by name.
+        parent: sha256 of the manifest of the version before.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: int = SCHEMA_VERSION
+    method: AnyMethod
+    backbone: BackboneRef
+    pet: PETConfig
+    attention: AttentionConfig | None
+    tasks: tuple[LearntTask, ...]
+    blocks: tuple[str, ...]
+    router: str | None
+    targets: tuple[tuple[float, ...], ...]
+    state: dict[str, str] = {}
+    parent: str | None
+
+    # Of an earlier schema, as it was read: what this one adds must not rename what was written then.
+    _written: bytes | None = PrivateAttr(None)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Manifest:
+        grows = self.method.pool == "block per task"
+        blocks = list(range(1, len(self.tasks) + 1)) if grows else [1] * len(self.tasks)
+        if not self.tasks or len(self.blocks) != blocks[-1] or [len(row) for row in self.targets] != blocks:
+            raise ValueError(
+                f"{len(self.tasks)} tasks, {len(self.blocks)} blocks and targets over "
+                f"{[len(row) for row in self.targets]} blocks do not belong together"
+            )
+        if (self.attention is None) != (self.router is None):
+            raise ValueError("attention and router are there together or not at all")
+        if self.method.shared_attention != (self.attention is not None):
+            has = "has no" if self.attention is None else "has an"
+            raise ValueError(f"method {self.method.name} does not go with a version that {has} attention")
+        return self
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Manifest:
+        """A changed copy is another manifest than the one that was read."""
+        copy = super().model_copy(update=update, deep=deep)
+        copy._written = None
+        return copy
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Manifest) and self.to_bytes() == other.to_bytes()
+
+    def __hash__(self) -> int:
+        return hash(self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """Canonical JSON; of a manifest that an earlier release wrote, the very bytes."""
+        return self._written or json.dumps(self.model_dump(mode="json"), sort_keys=True, indent=1).encode()
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the canonical JSON: the name of this version's content."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    @property
+    def block_names(self) -> tuple[str, ...]:
+        """The task that made each block, oldest first; a block that all tasks share is named so."""
+        grows = self.method.pool == "block per task"
+        return tuple(task.name for task in self.tasks) if grows else ("all tasks",)
+
+    def chosen(self, task: str | None) -> Sequence[int]:
+        """Indices of the blocks that answer; a ``task`` is looked at where the method needs one.
+
+        Raises:
+            SnapshotError: the method needs a task that the version has learnt, and this is none.
+        """
+        return self.method.active(self.index_of(task)) if self.method.needs_task else range(len(self.blocks))
+
+    def blocks_for(self, task: str | None) -> tuple[str, ...]:
+        """The names of the blocks that answer, as ``chosen``."""
+        return tuple(self.block_names[index] for index in self.chosen(task))
+
+    def index_of(self, task: str | None) -> int:
+        """The place of a task that the version has learnt.
+
+        Raises:
+            SnapshotError: it has not, or none is named.
+        """
+        names = [learnt.name for learnt in self.tasks]
+        if task in names:
+            return names.index(task)
+        given = "none is named" if task is None else f"it has not learnt {task}"
+        raise SnapshotError(
+            f"Method {self.method.name} answers only where the task is told, and {given}; it knows: {', '.join(names)}"
+        )
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Manifest:
+        """Read a manifest.
+
+        Raises:
+            SnapshotError: not a manifest, or written by a newer release.
+        """
+        try:
+            value: Any = json.loads(data)
+        except ValueError as error:
+            raise SnapshotError(f"The snapshot's manifest is not JSON: {error}") from error
+        version = value.get("schema_version") if isinstance(value, dict) else None
+        if isinstance(version, int) and version > SCHEMA_VERSION:
+            raise SnapshotError(
+                f"The snapshot has schema version {version}; this release reads up to {SCHEMA_VERSION}. "
+                "Update sapt-on-ray to load it"
+            )
+        if isinstance(version, int) and version < 3 and isinstance(value.get("method"), str):
+            value["method"] = {"name": value["method"]}  # methods had no options yet
+        if version == 1 and isinstance(value.get("attention"), dict):
+            # Schema 1 kept the router's rate, a setting of training alone, under another name.
+            value["attention"].pop("learning_rate", None)
+        try:
+            manifest = cls.model_validate(value)
+        except ValidationError as error:
+            where = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            raise SnapshotError(f"The snapshot's manifest is not valid: {where}") from error
+        if version != SCHEMA_VERSION:
+            manifest._written = data
+        return manifest
+
+
+def require_backbone(manifest: Manifest, ref: BackboneRef) -> None:
+    """Refuse a snapshot that belongs to another backbone.
+
+    Raises:
+        SnapshotError: the digests differ.
+    """
+    if manifest.backbone.digest != ref.digest:
+        raise SnapshotError(
+            f"The snapshot was learnt on backbone {manifest.backbone.path} ({manifest.backbone.digest[:12]}), "
+            f"not on {ref.path} ({ref.digest[:12]}); give the backbone it was learnt on"
+        )

@@ -1,0 +1,335 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from sapt_core.data import load_sequence
+from sapt_core.data.prepare import SPLITS, PreparedTask, PromptEncoder, check_fits, prepare_task
+from sapt_core.data.task import Example, Task
+from sapt_core.data.templates import TEMPLATES, PromptPieces
+from sapt_core.errors import BackboneError, DataError
+from sapt_core.settings import BenchmarkConfig
+
+SHARED = Path(__file__).resolve().parents[4] / "shared"
+BOS, EOS, PAD, UNK = "<s>", "</s>", "<pad>", "<unk>"
+TEXTS = [
+    "Definition: Name the colour.\n\nNow complete the following example -\nInput: the sky is blue\nOutput: ",
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa",
+]
+WORDS = TEXTS[1].split()
+
+
+def unigram() -> PreTrainedTokenizerFast:
+    """T5's kind: word starts carry a marker, EOS is appended."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    special = [PAD, EOS, UNK]
+    tokenizer.train_from_iterator(
+        TEXTS, trainers.UnigramTrainer(vocab_size=90, special_tokens=special, unk_token=UNK, show_progress=False)
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, unk_token=UNK, model_max_length=20
+    )
+
+
+def byte_bpe() -> PreTrainedTokenizerFast:
+    """Llama 3's kind: bytes, BOS in front."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=EOS)
+
+
+class LetterTokenizer(PreTrainedTokenizer):
+    """A tokenizer without character offsets: one letter, one token."""
+
+    @property
+    def vocab_size(self) -> int:
+        return 200
+
+    def get_vocab(self) -> dict[str, int]:
+        return {chr(i): i for i in range(200)}
+
+    def _tokenize(self, text: str) -> list[str]:
+        return list(text)
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return 199 if token == EOS else ord(token)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return EOS if index == 199 else chr(index)
+
+
+def task(name: str = "greek", definition: str = "Name the colour.", words: int = 3) -> Task:
+    rows = tuple(Example(" ".join(WORDS[i : i + words]), (WORDS[i], "blue")) for i in range(5))
+    return Task(name, definition, rows[:3], rows[3:4], rows[4:], "superni", "rouge_l")
+
+
+@pytest.fixture(scope="module")
+def t5() -> PreTrainedTokenizerFast:
+    return unigram()
+
+
+@pytest.fixture(scope="module")
+def llama() -> PreTrainedTokenizerFast:
+    return byte_bpe()
+
+
+@pytest.fixture(scope="module")
+def tokenizers(t5: PreTrainedTokenizerFast, llama: PreTrainedTokenizerFast) -> dict[str, PreTrainedTokenizerFast]:
+    return {"unigram": t5, "byte_bpe": llama}
+
+
+def whole_text(of: Task, row: Example) -> str:
+    return "".join(TEMPLATES[of.template].pieces(of.definition, row.input))
+
+
+def test_encoder_decoder_rows_that_fit_are_what_the_tokenizer_gives(t5: PreTrainedTokenizerFast) -> None:
+    one = task()
+    prepared = prepare_task(one, t5, max_source_tokens=400, max_target_tokens=30, is_encoder_decoder=True)
+    for split in SPLITS:
+        for given_row, row in zip(getattr(one, split), getattr(prepared, split), strict=True):
+            assert row["prompt_ids"] == t5(whole_text(one, given_row))["input_ids"]
+            assert row["answer_ids"] == t5(given_row.references[0])["input_ids"]
+            assert row["answer_ids"][-1] == t5.eos_token_id
+            assert (row["input"], row["references"]) == (given_row.input, list(given_row.references))
+    assert prepared.truncated == {split: {"prompts": 0, "answers": 0} for split in SPLITS}
+
+
+def test_decoder_only_prompts_begin_with_bos_and_do_not_end(
+    llama: PreTrainedTokenizerFast, t5: PreTrainedTokenizerFast
+) -> None:
+    one = task()
+    text = whole_text(one, one.train[0])
+    with_bos = prepare_task(one, llama, max_source_tokens=400, max_target_tokens=30, is_encoder_decoder=False).train[0]
+    assert with_bos["prompt_ids"] == llama(text)["input_ids"]
+    assert with_bos["prompt_ids"][0] == llama.bos_token_id
+    assert with_bos["answer_ids"] == [*llama("alpha", add_special_tokens=False)["input_ids"], llama.eos_token_id]
+    without = prepare_task(one, t5, max_source_tokens=400, max_target_tokens=30, is_encoder_decoder=False).train[0]
+    assert without["prompt_ids"] == t5(text)["input_ids"][:-1]
+    assert without["answer_ids"] == t5("alpha")["input_ids"]
+
+
+@pytest.mark.parametrize("kind", ["unigram", "byte_bpe"])
+def test_query_starts_behind_the_definition(tokenizers: dict[str, PreTrainedTokenizerFast], kind: str) -> None:
+    tokenizer = tokenizers[kind]
+    encoder = PromptEncoder(tokenizer, max_source_tokens=400, is_encoder_decoder=False)
+    (prompt,) = encoder.prompts("superni", "Name the colour.", ["alpha"])
+    definition = tokenizer.decode(prompt.prompt_ids[: prompt.query_start], skip_special_tokens=True)
+    rest = tokenizer.decode(prompt.prompt_ids[prompt.query_start :])
+    assert definition.strip() == "Definition: Name the colour."
+    assert rest.strip().startswith("Now complete")
+    (bare,) = encoder.prompts("long_sequence", "", ["alpha"])
+    assert bare.query_start == (1 if kind == "byte_bpe" else 0)
+
+
+@pytest.mark.parametrize("is_encoder_decoder", [True, False])
+@pytest.mark.parametrize("kind", ["unigram", "byte_bpe"])
+def test_long_rows_lose_the_middle_of_their_input(
+    tokenizers: dict[str, PreTrainedTokenizerFast], kind: str, is_encoder_decoder: bool
+) -> None:
+    tokenizer = tokenizers[kind]
+    free = PromptEncoder(tokenizer, max_source_tokens=10_000, is_encoder_decoder=is_encoder_decoder)
+    room = free.template_tokens("superni", "Name the colour.") + 60
+    encoder = PromptEncoder(tokenizer, max_source_tokens=room, is_encoder_decoder=is_encoder_decoder)
+    text = " ".join(["kappa", *["gamma"] * 120, "theta"])
+    (cut,) = encoder.prompts("superni", "Name the colour.", [text])
+    (whole,) = free.prompts("superni", "Name the colour.", [text])
+    assert cut.truncated
+    assert len(cut.prompt_ids) == room < len(whole.prompt_ids)
+    assert cut.query_start == whole.query_start
+    # What is left is a head and a tail of the whole, and both reach into the input.
+    agree = next(i for i, (a, b) in enumerate(zip(cut.prompt_ids, whole.prompt_ids, strict=False)) if a != b)
+    assert cut.prompt_ids[agree:] == whole.prompt_ids[len(whole.prompt_ids) - (room - agree) :]
+    decoded = " ".join(tokenizer.decode(cut.prompt_ids, skip_special_tokens=True).split())
+    assert decoded.startswith("Definition: Name the colour. Now complete the following example - Input: kappa gamma")
+    assert decoded.endswith("gamma theta Output:")
+
+
+@pytest.mark.parametrize("is_encoder_decoder", [True, False])
+@pytest.mark.parametrize("kind", ["unigram", "byte_bpe"])
+@settings(deadline=None, max_examples=30)
+@given(
+    text=st.lists(st.sampled_from([*WORDS, "x", "  ", "\n", "é", "猫", EOS]), min_size=1, max_size=60).map(" ".join),
+    room=st.integers(6, 60),
+)
+def test_prompts_never_exceed_their_length(
+    tokenizers: dict[str, PreTrainedTokenizerFast], kind: str, is_encoder_decoder: bool, text: str, room: int
+) -> None:
+    tokenizer = tokenizers[kind]
+    free = PromptEncoder(tokenizer, max_source_tokens=10_000, is_encoder_decoder=is_encoder_decoder)
+    limit = free.template_tokens("superni", "Name it.") + room
+    (whole,) = free.prompts("superni", "Name it.", [text])
+    (prompt,) = PromptEncoder(tokenizer, max_source_tokens=limit, is_encoder_decoder=is_encoder_decoder).prompts(
+        "superni", "Name it.", [text]
+    )
+    assert len(prompt.prompt_ids) == min(limit, len(whole.prompt_ids))
+    assert prompt.truncated == (len(whole.prompt_ids) > limit)
+    # The template stays: the last tokens before any special one, and everything up to the input.
+    assert prompt.prompt_ids[-3:] == whole.prompt_ids[-3:]
+    if room >= limit // 4:
+        assert prompt.prompt_ids[: prompt.query_start] == whole.prompt_ids[: whole.query_start]
+
+
+def test_a_tokenizer_without_offsets_is_cut_piece_by_piece() -> None:
+    tokenizer = LetterTokenizer(eos_token=EOS, pad_token=EOS)
+    assert not tokenizer.is_fast
+    text = "Definition: Name it.\n\nNow complete the following example -\nInput: "
+    limit = len(text) + 29 + len("\nOutput: ")
+    encoder = PromptEncoder(tokenizer, max_source_tokens=limit, is_encoder_decoder=False)
+    fits, cut = encoder.prompts("superni", "Name it.", ["alpha", "abcdefghijklmnopqrstuvwxyz" * 2])
+    assert "".join(map(chr, fits.prompt_ids)) == f"{text}alpha\nOutput: "
+    assert "".join(map(chr, cut.prompt_ids)) == f"{text}abcdefghijklmnomnopqrstuvwxyz\nOutput: "
+    assert (fits.truncated, cut.truncated) == (False, True)
+    assert fits.query_start == cut.query_start == len("Definition: Name it.")
+
+
+def test_answers_are_cut_but_keep_their_end(t5: PreTrainedTokenizerFast) -> None:
+    encoder = PromptEncoder(t5, max_source_tokens=100, is_encoder_decoder=True)
+    whole = t5("alpha beta gamma")["input_ids"]
+    (ids, cut), (same, uncut) = (
+        encoder.answers(["alpha beta gamma"], size)[0] for size in (len(whole) - 1, len(whole))
+    )
+    assert (ids, cut) == ([*whole[: len(whole) - 2], t5.eos_token_id], True)
+    assert (same, uncut) == (whole, False)
+    prepared = prepare_task(task(), t5, max_source_tokens=400, max_target_tokens=2, is_encoder_decoder=True)
+    assert prepared.truncated["train"]["answers"] == sum(
+        len(t5(row.references[0])["input_ids"]) > 2 for row in task().train
+    )
+
+
+def test_long_definitions_lose_their_middle_when_the_input_is_down_to_a_quarter(
+    t5: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = "Name the " + "blue " * 100 + "colour."
+    limit = 120
+    check_fits([task("fine", "Name it."), task("long", long)], t5, max_source_tokens=limit, is_encoder_decoder=True)
+    assert [record.args[0] for record in caplog.records if record.args] == ["long"]
+    encoder = PromptEncoder(t5, max_source_tokens=limit, is_encoder_decoder=True)
+    short, over = encoder.prompts("superni", long, ["kappa", " ".join(["kappa", *["gamma"] * 100, "theta"])])
+    for prompt, ends in ((short, "Input: kappa Output:"), (over, "theta Output:")):
+        assert len(prompt.prompt_ids) == limit
+        decoded = " ".join(t5.decode(prompt.prompt_ids, skip_special_tokens=True).split())
+        assert decoded.startswith("Definition: Name the blue")
+        assert "colour. Now complete the following example - Input: kappa" in decoded
+        assert decoded.endswith(ends)
+        rest = " ".join(t5.decode(prompt.prompt_ids[prompt.query_start :], skip_special_tokens=True).split())
+        assert rest.startswith("Now complete")
+
+
+@pytest.mark.parametrize("is_encoder_decoder", [True, False])
+def test_what_a_generator_writes_keeps_its_marker_however_long_the_definition(is_encoder_decoder: bool) -> None:
+    tokenizer = byte_bpe()
+    encoder = PromptEncoder(tokenizer, max_source_tokens=10, is_encoder_decoder=is_encoder_decoder)
+    long = "alpha " + "beta " * 200 + "gamma"
+    short, cut = (encoder.targets([PromptPieces(text, "__inp__", "kappa", "")], 60)[0] for text in ("alpha", long))
+    assert len(short) < len(cut) == 60
+    assert short[-1] == cut[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(short, skip_special_tokens=True) == "alpha__inp__kappa"
+    written = tokenizer.decode(cut, skip_special_tokens=True)
+    assert written.startswith("alpha beta")
+    assert written.endswith("beta gamma__inp__kappa")
+
+
+@pytest.mark.parametrize("is_encoder_decoder", [True, False])
+@pytest.mark.parametrize(("before", "answer"), [(0, 4), (0, 400), (20, 400)])
+def test_an_answer_to_write_that_fits_beside_no_input_loses_its_end(
+    before: int, answer: int, is_encoder_decoder: bool
+) -> None:
+    tokenizer = byte_bpe()
+    encoder = PromptEncoder(tokenizer, max_source_tokens=10, is_encoder_decoder=is_encoder_decoder)
+    pieces = PromptPieces("alpha " * before, "__inp__", "kappa", "__ans__" + "b" * answer)
+    (ids,) = encoder.targets([pieces], 60)
+    whole = len(encoder.targets([pieces], 1000)[0])
+    assert len(ids) == min(60, whole)
+    assert ids[-1] == tokenizer.eos_token_id
+    text, _, written = tokenizer.decode(ids, skip_special_tokens=True).partition("__ans__")
+    assert text.endswith("__inp__kappa")
+    assert written
+    assert set(written) == {"b"}
+
+
+def test_templates_that_leave_no_room_are_refused_together(t5: PreTrainedTokenizerFast) -> None:
+    tasks = [task("one"), task("two")]
+    with pytest.raises(DataError) as caught:
+        check_fits(tasks, t5, max_source_tokens=10, is_encoder_decoder=True)
+    assert [fault.split(":")[0] for fault in caught.value.faults] == ["one", "two"]
+    assert "benchmark.max_source_tokens is 10" in caught.value.faults[0]
+    with pytest.raises(DataError, match="one: the template and a quarter"):
+        prepare_task(tasks[0], t5, max_source_tokens=10, max_target_tokens=9, is_encoder_decoder=True)
+
+
+def test_a_tokenizer_without_eos_is_refused() -> None:
+    tokenizer = byte_bpe()
+    tokenizer.eos_token = None
+    with pytest.raises(BackboneError, match="no EOS token"):
+        PromptEncoder(tokenizer, max_source_tokens=100, is_encoder_decoder=False)
+
+
+def test_blobs_round_trip_and_repeat(t5: PreTrainedTokenizerFast) -> None:
+    options = {"max_source_tokens": 80, "max_target_tokens": 5}
+    prepared = prepare_task(task(words=5), t5, **options, is_encoder_decoder=True)
+    blobs = prepared.to_blobs()
+    assert sorted(blobs) == ["dev.arrow", "meta.json", "test.arrow", "train.arrow"]
+    assert prepare_task(task(words=5), t5, **options, is_encoder_decoder=True).to_blobs() == blobs
+    back = PreparedTask.from_blobs(blobs)
+    assert back.to_blobs() == blobs
+    assert (back.name, back.definition, back.template, back.metric) == (
+        "greek", "Name the colour.", "superni", "rouge_l",
+    )  # fmt: skip
+    assert back.truncated == prepared.truncated
+    for split in SPLITS:
+        assert getattr(back, split).to_list() == getattr(prepared, split).to_list()
+    assert json.loads(blobs["meta.json"])["rows"] == {"train": 3, "dev": 1, "test": 1}
+
+
+def test_a_selection_of_rows_is_what_gets_written(t5: PreTrainedTokenizerFast) -> None:
+    prepared = prepare_task(task(), t5, max_source_tokens=80, max_target_tokens=5, is_encoder_decoder=True)
+    fewer = PreparedTask(**{**vars(prepared), "train": prepared.train.select([2, 0]), "dev": prepared.dev.select([])})
+    back = PreparedTask.from_blobs(fewer.to_blobs())
+    assert back.train["input"][:] == [prepared.train[2]["input"], prepared.train[0]["input"]]
+    assert len(back.dev) == 0
+
+
+@pytest.fixture(scope="module")
+def mini() -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(SHARED / "models" / "t5-mini")
+
+
+@pytest.mark.skipif(not (SHARED / "models" / "t5-mini").is_dir(), reason=f"the real data are not at {SHARED}")
+@pytest.mark.parametrize("suite", ["superni", "long_sequence"])
+def test_real_tasks_tokenise(suite: str, mini: PreTrainedTokenizerBase) -> None:
+    data_dir = SHARED / "data" / "CL_Benchmark" / ("SuperNI" if suite == "superni" else "Long_Sequence")
+    names = tuple(sorted(folder.name for folder in data_dir.iterdir() if folder.is_dir()))
+    config = BenchmarkConfig(suite=suite, data_dir=data_dir, tasks=names, train_rows=40, test_rows=15)
+    tasks = load_sequence(config)
+    assert len(tasks) == (15 if suite == "superni" else 10)
+    check_fits(tasks, mini, max_source_tokens=512, is_encoder_decoder=True)
+    for one in tasks:
+        prepared = prepare_task(one, mini, max_source_tokens=512, max_target_tokens=50, is_encoder_decoder=True)
+        assert (len(prepared.train), len(prepared.dev), len(prepared.test)) == (36, 4, 15)
+        for given_row, row in zip(one.train, prepared.train, strict=True):
+            whole = mini(whole_text(one, given_row), verbose=False)["input_ids"]
+            assert len(row["prompt_ids"]) == min(512, len(whole))
+            if len(whole) <= 512:
+                assert row["prompt_ids"] == whole
+            assert mini.decode(row["prompt_ids"], skip_special_tokens=True).rstrip().endswith("Output:")
+            assert 0 < row["query_start"] < len(row["prompt_ids"])
+            assert row["answer_ids"][-1] == mini.eos_token_id
+            assert 2 <= len(row["answer_ids"]) <= 50

@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sapt_core.judging.metrics import ScoreMatrix, exact_match, rouge_l, score
+
+# Worked out by hand below.
+MATRIX = ScoreMatrix(("a", "b", "c"), ((80.0,), (60.0, 50.0), (70.0, 30.0, 90.0)), (75.0, 55.0, 85.0))
+
+
+def test_rouge_l_by_hand() -> None:
+    # Longest common subsequence "the cat mat" (3) of 4 and 6 tokens: P = 3/4, R = 1/2, F = 0.6.
+    assert rouge_l("the cat mat red", ["the cat sat on the mat"]) == pytest.approx(60.0)
+    assert rouge_l("Running!", ["runs"]) == pytest.approx(100.0)
+    assert rouge_l("dog", ["cat"]) == 0.0
+    assert rouge_l("", ["cat"]) == 0.0
+
+
+def test_rouge_l_takes_the_best_reference() -> None:
+    assert rouge_l("a small dog", ["cat", "a small dog", "a"]) == pytest.approx(100.0)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "expected"),
+    [
+        ("World", "world", 100.0),
+        (" Science  or\nTechnology. ", "science or technology", 100.0),
+        ("the world", "world", 0.0),
+        ("worlds", "world", 0.0),
+        ("", "world", 0.0),
+    ],
+)
+def test_exact_match(prediction: str, reference: str, expected: float) -> None:
+    assert exact_match(prediction, [reference]) == expected
+    assert exact_match(prediction, ["else", reference]) == expected
+
+
+def test_score_is_the_mean() -> None:
+    assert score("exact_match", ["a", "b", "c", "d"], [["a"], ["x"], ["y", "c"], ["z"]]) == 50.0
+    assert score("rouge_l", ["the cat mat red", "no"], [["the cat sat on the mat"], ["yes"]]) == pytest.approx(30.0)
+    for predictions, references in (([], []), (["a"], [])):
+        with pytest.raises(ValueError, match="need one each"):
+            score("exact_match", predictions, references)
+
+
+def test_summaries_by_hand() -> None:
+    assert MATRIX.ap() == pytest.approx((70 + 30 + 90) / 3)
+    assert MATRIX.f_ra() == pytest.approx(((80 - 70) + (50 - 30)) / 2)
+    assert MATRIX.fwt() == pytest.approx(((80 - 75) + (50 - 55) + (90 - 85)) / 3)
+    assert MATRIX.bwt() == pytest.approx(((70 - 80) + (30 - 50)) / 2)
+    assert MATRIX.bwt_over_t() == pytest.approx(((70 - 80) + (30 - 50)) / 3)
+
+
+def test_what_the_summaries_are_means_of() -> None:
+    assert MATRIX.forgotten() == (10.0, 20.0)
+    assert MATRIX.forgotten(1) == (20.0,)
+    assert MATRIX.forgotten(0) == ()
+    assert MATRIX.transferred() == (5.0, -5.0, 5.0)
+    assert ScoreMatrix(MATRIX.tasks, MATRIX.rows).transferred() is None
+
+
+def test_summaries_so_far() -> None:
+    assert MATRIX.ap(1) == pytest.approx(55.0)
+    assert MATRIX.f_ra(1) == pytest.approx(20.0)
+    assert MATRIX.fwt(1) == pytest.approx(0.0)
+    assert MATRIX.bwt(1) == pytest.approx(-20.0)
+    assert MATRIX.bwt_over_t(1) == pytest.approx(-10.0)
+    partial = ScoreMatrix(MATRIX.tasks, MATRIX.rows[:2], MATRIX.single)
+    assert (partial.ap(), partial.f_ra(), partial.fwt()) == (MATRIX.ap(1), MATRIX.f_ra(1), MATRIX.fwt(1))
+
+
+def test_forgetting_is_counted_from_the_best_earlier_stage() -> None:
+    # Task a peaks at stage 1, not where it was learnt.
+    peaked = ScoreMatrix(("a", "b", "c"), ((50.0,), (90.0, 10.0), (60.0, 10.0, 10.0)))
+    assert peaked.f_ra() == pytest.approx((30 + 0) / 2)
+    assert peaked.bwt() == pytest.approx((10 + 0) / 2)
+
+
+def test_one_task_forgets_nothing() -> None:
+    first = ScoreMatrix(("a", "b"), ((40.0,),))
+    assert (first.ap(), first.f_ra(), first.bwt(), first.bwt_over_t(), first.fwt()) == (40.0, 0.0, 0.0, 0.0, None)
+
+
+def test_json_round_trip() -> None:
+    assert ScoreMatrix.from_json(json.loads(json.dumps(MATRIX.to_json()))) == MATRIX
+    bare = ScoreMatrix(("a",), ())
+    assert ScoreMatrix.from_json(bare.to_json()) == bare
+
+
+@pytest.mark.parametrize(
+    ("tasks", "rows", "single", "match"),
+    [
+        (("a",), ((1.0,), (1.0, 2.0)), None, "2 rows of scores for 1 tasks"),
+        (("a", "b"), ((1.0, 2.0),), None, "row 0 holds 2 scores"),
+        (("a", "b"), ((1.0,),), (1.0,), "1 single-task scores for 2 tasks"),
+        (("a",), ((float("nan"),),), None, "finite"),
+    ],
+)
+def test_impossible_matrices_are_refused(
+    tasks: tuple[str, ...], rows: tuple[tuple[float, ...], ...], single: tuple[float, ...] | None, match: str
+) -> None:
+    with pytest.raises(ValueError, match=match):
+        ScoreMatrix(tasks, rows, single)
+
+
+@pytest.mark.parametrize("stage", [None, 0, 3, -1])
+def test_a_stage_without_scores_is_refused(stage: int | None) -> None:
+    with pytest.raises(ValueError, match="scores are there for 0 stages"):
+        ScoreMatrix(("a", "b"), ()).ap(stage)
+
+
+def triangle(scores: list[float], size: int) -> ScoreMatrix:
+    bounds = [i * (i + 1) // 2 for i in range(size + 1)]
+    rows = tuple(tuple(scores[start:end]) for start, end in pairwise(bounds))
+    return ScoreMatrix(tuple(f"t{i}" for i in range(size)), rows)
+
+
+@st.composite
+def matrices(draw: st.DrawFn) -> ScoreMatrix:
+    size = draw(st.integers(1, 6))
+    count = size * (size + 1) // 2
+    return triangle(draw(st.lists(st.floats(0, 100), min_size=count, max_size=count)), size)
+
+
+@given(matrices())
+def test_summaries_against_the_plain_formulas(matrix: ScoreMatrix) -> None:
+    a, size = matrix.rows, len(matrix.rows)
+    if size > 1:
+        f_ra = bwt = 0.0
+        for j in range(size - 1):
+            f_ra += max(a[i][j] for i in range(size - 1) if i >= j) - a[-1][j]
+            bwt += a[-1][j] - a[j][j]
+        assert matrix.f_ra() == pytest.approx(f_ra / (size - 1), abs=1e-9)
+        assert matrix.bwt() == pytest.approx(bwt / (size - 1), abs=1e-9)
+        assert matrix.bwt_over_t() == pytest.approx(bwt / size, abs=1e-9)
+    assert matrix.f_ra() >= -matrix.bwt() - 1e-9
+    assert min(a[-1]) - 1e-9 <= matrix.ap() <= max(a[-1]) + 1e-9
+
+
+@given(st.integers(1, 8), st.floats(0, 100))
+def test_a_constant_matrix_forgets_and_transfers_nothing(size: int, value: float) -> None:
+    flat = triangle([value] * (size * (size + 1) // 2), size)
+    matrix = ScoreMatrix(flat.tasks, flat.rows, (value,) * size)
+    assert (matrix.f_ra(), matrix.bwt(), matrix.fwt()) == (0.0, 0.0, 0.0)
+    assert matrix.ap() == pytest.approx(value)

@@ -1,0 +1,124 @@
+"""AM-LoRA: gates and penalty against naive formulas, and what a new LoRA starts as."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import pytest
+import torch
+
+from sapt_core.data.collate import Collator
+from sapt_core.methods.am_lora import GatedBlocks, GatedSite
+from sapt_core.pool.model import SaptModel
+from sapt_core.pool.pool import new_pool
+from sapt_core.settings import LoRAConfig
+from sapt_core.versions.loading import load_pool
+from tests.core.lessons import learn
+from tests.core.tiny import (
+    PAD,
+    DictStore,
+    lora,
+    random_rows,
+    tiny_backbone,
+)
+
+
+@pytest.mark.parametrize("gates", ["softmax", "sigmoid"])
+def test_am_lora_mixes_by_the_features_of_its_loras(gates: Literal["softmax", "sigmoid"]) -> None:
+    """Token by token and block by block, from the formula; the zero LoRA takes its share of the softmax."""
+    torch.manual_seed(3)
+    site = GatedSite(6, 5, LoRAConfig(r=2, lora_alpha=6))
+    site.gates = gates
+    parts = []
+    for _ in range(3):
+        block = {name: torch.randn(shape) for name, shape in site.shapes.items()}
+        parts.append(block)
+        site.append_frozen(block)
+    x = torch.randn(2, 4, 6)
+    expected, opened = torch.zeros(2, 4, 5), torch.zeros(2, 3)
+    for row in range(2):
+        for place in range(4):
+            updates = [3.0 * b["lora_B.weight"] @ b["lora_A.weight"] @ x[row, place] for b in parts]
+            scores = []
+            for block, update in zip(parts, updates, strict=True):
+                score = float(block["selector.weight"] @ update + block["selector.bias"])
+                scores.append(score if score > 0 else 0.2 * score)
+            if gates == "softmax":
+                total = 1 + sum(math.exp(score) for score in scores)
+                shares = [math.exp(score) / total for score in scores]
+            else:
+                shares = [1 / (1 + math.exp(-score)) for score in scores]
+            opened[row] += torch.tensor(shares) / 4
+            for share, update in zip(shares, updates, strict=True):
+                expected[row, place] += share * update
+    found = site(x, torch.ones(2, 3), torch.arange(3))
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert site.opened is not None
+    assert torch.allclose(site.opened, opened, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["t5", "llama"])
+def test_answers_tell_the_gates_they_were_made_with(kind: str) -> None:
+    """The mean over sites of what each saw of the prompt, for each row, however many beams there are."""
+    store = DictStore()
+    version, _ = learn(store, 0, None, name=kind, method="am_lora")
+    version, _ = learn(store, 1, version, name=kind, method="am_lora")
+    backbone = tiny_backbone(kind)
+    model = SaptModel(backbone, load_pool(version, store, backbone)).eval()
+    batch = Collator(PAD, is_encoder_decoder=kind == "t5").prompts(random_rows(3))
+    model.generate(batch, max_new_tokens=4, num_beams=1)
+    one = model.weights
+    model.generate(batch, max_new_tokens=1, num_beams=2)
+    two = model.weights
+    assert one is not None
+    assert two is not None
+    assert one.shape == (3, 2)
+    assert ((one > 0) & (one < 1)).all()
+    assert (one.sum(dim=1) < 1).all()  # the zero LoRA has the rest
+    assert torch.allclose(one, two, atol=1e-5)
+    assert isinstance(model.pool.blocks, GatedBlocks)
+    opened = [site.opened.unflatten(0, (3, -1)).mean(dim=1) for _, site in model.pool.blocks.named_sites()]
+    assert torch.allclose(two, sum(opened) / len(opened))
+
+
+def test_am_loras_penalty_does_not_depend_on_micro_batches() -> None:
+    curves = []
+    for size in (None, 1):
+        store = DictStore()
+        first, _ = learn(store, 0, None, method={"name": "am_lora", "sparsity": 0.5})
+        train = {"micro_batch_size": size}
+        # Nearly: padding, which a batch decides, takes part in the mean over positions.
+        curves.append(learn(store, 1, first, method={"name": "am_lora", "sparsity": 0.5}, train=train)[1])
+    whole, pieces = curves
+    assert all(entry["sparsity"] > 0.3 for entry in whole)
+    assert [entry["sparsity"] for entry in whole] == pytest.approx([entry["sparsity"] for entry in pieces], rel=0.1)
+    assert [entry["loss"] for entry in whole] == pytest.approx([entry["loss"] for entry in pieces], rel=1e-2)
+
+
+def test_sparsity_closes_gates() -> None:
+    def opened(weight: float) -> float:
+        method = {"name": "am_lora", "sparsity": weight}
+        curve = learn(DictStore(), 0, None, method=method, train={"epochs": 8})[1]
+        return curve[-1]["sparsity"]
+
+    assert opened(30.0) < opened(1e-6) - 0.05
+
+
+def test_a_new_lora_starts_without_changing_anything() -> None:
+    store = DictStore()
+    first, _ = learn(store, 0, None, method="am_lora")
+    backbone = tiny_backbone("t5")
+    pool = load_pool(first, store, backbone)
+    pool.add()
+    batch = Collator(PAD, is_encoder_decoder=True)(random_rows(4))
+    assert isinstance(pool.blocks, GatedBlocks)
+    for _, site in pool.blocks.named_sites():
+        site.frozen_B.zero_()
+    with torch.no_grad():
+        model = SaptModel(backbone, pool).eval()
+        found = model(batch)
+        model.detach()
+        bare = SaptModel(backbone, new_pool(backbone, lora("t5"), None)).eval()
+        bare.pool.add()
+        assert torch.allclose(found, bare(batch), atol=1e-6)
