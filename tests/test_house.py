@@ -88,6 +88,40 @@ def test_tracked_text_names_no_machine_and_no_registry() -> None:
     assert not faults
 
 
+def test_links_between_documents_lead_somewhere() -> None:
+    faults = []
+    for page in (path for path in tracked_files() if path.suffix == ".md"):
+        for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+            name, _, anchor = target.partition("#")
+            there = page.parent / name if name else page
+            if "://" not in target and not (there.exists() and (not anchor or anchor in anchors(there))):
+                faults.append(f"{page.relative_to(ROOT)}: {target}")
+    assert not faults
+
+
+def anchors(page: Path) -> set[str]:
+    """The names that a document's headings have in links, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_a_table_stands_once_in_the_page_that_its_command_names() -> None:
+    command = re.compile(r"python pipelines/(compare|sweep)\.py --config ([\w./]+)\.yaml .*--markdown (docs/\S+)")
+    written = [path for path in tracked_files() if path.suffix in {".md", ".yaml"}]
+    texts = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in written}
+    named = {
+        (f"{program}:{Path(config).name.removeprefix(f'{program}_')}", page)
+        for text in texts.values()
+        for program, config, page in command.findall(text)
+    }
+    places = [
+        (table, page)
+        for page, text in texts.items()
+        for table in re.findall(r"^<!-- (\w+:\w+) begin -->$", text, flags=re.MULTILINE)
+    ]
+    assert sorted(named) == sorted(places)
+
+
 def test_no_tracked_file_is_large() -> None:
     assert not [path for path in tracked_files() if path.stat().st_size >= MAX_TRACKED_BYTES]
 
