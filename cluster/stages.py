@@ -15,7 +15,9 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cache
 from graphlib import TopologicalSorter
+from importlib.metadata import version
 from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -28,6 +30,8 @@ from sapt_core.hashing import canonical_hash
 Json: TypeAlias = Any
 
 RECORD_SCHEMA: Literal[1] = 1  # part of every key: records of another schema are never looked up
+
+LIBRARIES = ("torch", "transformers", "tokenizers", "accelerate", "numpy")  # that a stage's figures may depend on
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +50,7 @@ class Stage:
         version: raised when the body changes what it computes.
         workers: 0 is a plain task; 1 or more are that many training workers in one process group.
         cpus, gpus: what a plain task takes, or each worker.
+        told: what the body is told beside what it reads: names and habits that change no result; in no key.
     """
 
     name: str
@@ -58,15 +63,17 @@ class Stage:
     workers: int = 0
     cpus: float = 1
     gpus: float = 0
+    told: Mapping[str, Json] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class StageContext:
-    """What a body gets: its reads and its inputs' records, the store, and its place among the workers."""
+    """What a body gets: what it reads, its inputs' records, the store, and its place among the workers."""
 
     name: str
     key: str
     reads: Mapping[str, Json]
+    told: Mapping[str, Json]
     inputs: Mapping[str, StageRecord]
     store: ArtifactStore
     checkpoints: Checkpoints
@@ -95,7 +102,11 @@ class StageResult:
 
 
 class StageRecord(BaseModel):
-    """A finished stage as the store keeps it. ``inputs`` are the keys of the input stages' records."""
+    """A finished stage as the store keeps it.
+
+    ``inputs`` are the keys of the input stages' records, ``libraries`` the versions that computed it; neither is in a
+    key that later stages have of it.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -110,6 +121,7 @@ class StageRecord(BaseModel):
     seconds: float
     finished_at: datetime
     world_size: int
+    libraries: dict[str, str] = {}
 
     def content(self, used: frozenset[str] | None) -> dict[str, Json]:
         """What a later stage depends on that uses these outputs; None is all of them."""
@@ -194,8 +206,14 @@ def commit(
         seconds=round(seconds, 3),
         finished_at=datetime.now(UTC),
         world_size=world_size,
+        libraries=_libraries(),
     )
     return StageRecord.model_validate(store.commit_record(key, record.model_dump(mode="json")))
+
+
+@cache
+def _libraries() -> dict[str, str]:
+    return {name: version(name) for name in LIBRARIES}
 
 
 def run_alone(stage: Stage, key: str, inputs: Mapping[str, StageRecord], store: ArtifactStore) -> StageRecord:
@@ -205,7 +223,13 @@ def run_alone(stage: Stage, key: str, inputs: Mapping[str, StageRecord], store: 
         return done
     start = time.monotonic()
     context = StageContext(
-        name=stage.name, key=key, reads=stage.reads, inputs=inputs, store=store, checkpoints=store.checkpoints(key)
+        name=stage.name,
+        key=key,
+        reads=stage.reads,
+        told=stage.told,
+        inputs=inputs,
+        store=store,
+        checkpoints=store.checkpoints(key),
     )
     result = stage.body(context)
     record = commit(stage, key, inputs, result, store, seconds=time.monotonic() - start, world_size=1)

@@ -84,6 +84,7 @@ def fit(
                 name=stage.name,
                 key=key,
                 reads=stage.reads,
+                told=stage.told,
                 inputs=inputs,
                 store=open_store(store_config),
                 checkpoints=TrainCheckpoints(is_main=rank == 0),

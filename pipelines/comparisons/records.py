@@ -108,7 +108,7 @@ def record_of(cell: Cell, monitor: Monitor) -> Record:
         for split in ("train", "dev", "test")
     }
     stages = monitor.records.values()
-    last = monitor.records[experiment.graph.train[-1]].metrics
+    cost = monitor.records[experiment.graph.cost].metrics
     kept = [stage.metrics["bytes"] for stage in stages if stage.kind in SOURCE_KINDS and "bytes" in stage.metrics]
     return Record(
         **vars(cell.place),
@@ -132,9 +132,9 @@ def record_of(cell: Cell, monitor: Monitor) -> Record:
         ),
         seconds=summary["seconds"],
         source_bytes=sum(kept) if kept else None,
-        trained_parameters=last.get("trained_parameters"),
+        trained_parameters=cost["trained_parameters"],
         stored_bytes=stored_bytes(monitor.manifest(len(experiment.tasks) - 1), monitor.store),
-        forward_cost=_rounded(last["forward_cost"]) if "forward_cost" in last else None,
+        forward_cost=_rounded(cost["forward_cost"]),
     )
 
 

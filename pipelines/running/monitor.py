@@ -21,7 +21,13 @@ from sapt_core.judging.analysis import gate_ends
 from sapt_core.judging.metrics import ScoreMatrix
 from sapt_core.versions.manifest import Manifest
 
-UNTOLD = {"evaluate", "zero_shot", "attend", "quality"}  # many and short: the rows of scores tell that they are done
+UNTOLD = {
+    "evaluate",
+    "zero_shot",
+    "attend",
+    "quality",
+    "cost",
+}  # many and short: the rows of scores tell that they are done
 
 
 class Publisher(Protocol):

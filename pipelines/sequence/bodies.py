@@ -6,9 +6,9 @@ Plain functions of ``sapt_core``; they run the same inline, as a Ray task and on
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load as load_tensors
@@ -48,6 +48,8 @@ from sapt_core.versions.loading import load_pool
 from sapt_core.versions.manifest import Manifest
 from sapt_core.versions.size import trained_parameters
 
+Input = TypeVar("Input")
+
 COST_ROWS = 16  # a batch that the cost of a forward is counted on
 
 disable_progress_bar()  # type: ignore[no-untyped-call]  # of loading weights: a stage has its own
@@ -60,7 +62,7 @@ def prepare(context: StageContext) -> StageResult:
     """
     reads = context.reads
     task = Task.from_json(context.store.get(reads["task"]))
-    model, tokenizer = load_backbone(BackboneRef(**reads["backbone"]), context.store)
+    model, tokenizer = load_backbone(_backbone(context), context.store)
     prepared = prepare_task(
         task,
         tokenizer,
@@ -80,7 +82,7 @@ def pseudo_samples(context: StageContext) -> StageResult:
     """
     reads = context.reads
     task = prepared_task(context.store, context.inputs["task"])
-    model, tokenizer = load_backbone(BackboneRef(**reads["backbone"]), context.store)
+    model, tokenizer = load_backbone(_backbone(context), context.store)
     with progress(context.name, context.is_main) as on_step:
         samples, curve = generate_pseudo_samples(
             model,
@@ -135,7 +137,7 @@ def statistics(context: StageContext) -> StageResult:
     """
     reads = context.reads
     task = prepared_task(context.store, context.inputs["task"])
-    model, tokenizer = load_backbone(BackboneRef(**reads["backbone"]), context.store)
+    model, tokenizer = load_backbone(_backbone(context), context.store)
     pooled = pooled_embeddings(pooling_model(model, AttentionConfig(**reads["attention"])), tokenizer, list(task.train))
     kept = GaussianQueries.of(pooled, reads["rank"])
     data = save_tensors({name: value.contiguous() for name, value in vars(kept).items()})
@@ -149,7 +151,7 @@ def _keep_texts(context: StageContext, texts: Sequence[str]) -> StageResult:
     )
 
 
-def train(context: StageContext, *, checkpoint_every_steps: int) -> StageResult:
+def train(context: StageContext) -> StageResult:
     """Learn one task: the next version of the pool.
 
     Reads ``method``, ``pet``, ``attention``, ``reflection``, ``train``, ``evaluation``, ``seed``,
@@ -157,9 +159,9 @@ def train(context: StageContext, *, checkpoint_every_steps: int) -> StageResult:
     on, what there is to reflect on of the earlier tasks.
     """
     reads, inputs = context.reads, context.inputs
-    model, tokenizer = load_backbone(BackboneRef(**reads["backbone"]), context.store)
+    model, tokenizer = load_backbone(_backbone(context), context.store)
     parent = inputs.get("parent")
-    kept = [kept_inputs(context.store, record) for name, record in sorted(inputs.items()) if name.startswith("kept")]
+    kept = [kept_inputs(context.store, record) for record in numbered(inputs, "kept")]
     with progress(context.name, context.is_main) as on_step:
         manifest, curve = learn_task(
             model,
@@ -168,35 +170,46 @@ def train(context: StageContext, *, checkpoint_every_steps: int) -> StageResult:
             LearntTask(**reads["learnt"]),
             None if parent is None else Manifest.from_bytes(context.store.get(parent.outputs["manifest"])),
             kept,
-            ref=BackboneRef(**reads["backbone"]),
+            ref=_backbone(context),
             method=find_method(reads["method"]["name"])(**reads["method"]),
             pet=PET_TYPES[reads["pet"]["type"]](**reads["pet"]),
             attention=AttentionConfig(**reads["attention"]),
             reflection=ReflectionConfig(**reads["reflection"]),
-            config=TrainConfig(**reads["train"], checkpoint_every_steps=checkpoint_every_steps),
+            config=TrainConfig(**reads["train"], checkpoint_every_steps=context.told["checkpoint_every_steps"]),
             evaluation=EvaluationConfig(**reads["evaluation"]),
             seed=reads["seed"],
             store=context.store,
             checkpoints=context.checkpoints,
             on_step=on_step,
         )
-    pool = load_pool(manifest, context.store, model, manifest.tasks[-1].name)
-    prepared = prepared_task(context.store, inputs["task"])
-    versioned = SaptModel(model, pool).to(default_device())
-    rows = list(prepared.train)[:COST_ROWS]
-    batch = versioned.collator(tokenizer.pad_token_id)(rows).to(default_device())
     outputs = {"manifest": manifest.digest, "block": manifest.blocks[-1]}
     if manifest.router is not None:
         outputs["router"] = manifest.router
     outputs |= {f"state {name}": digest for name, digest in manifest.state.items()}
     return StageResult(
         outputs=outputs,
+        metrics={"curve": _store_curve(context, curve), "last": curve[-1]},
+    )
+
+
+def cost(context: StageContext) -> StageResult:
+    """What a version costs, counted on some train rows of its newest task.
+
+    A stage of its own: what it needs memory for must not stand between a training and its record.
+    Inputs: ``version``, the train stage; ``task``. Metrics: ``trained_parameters`` of the newest task and
+    ``forward_cost``, a forward's operations as a multiple of the bare backbone's.
+    """
+    manifest = Manifest.from_bytes(context.store.get(context.inputs["version"].outputs["manifest"]))
+    rows = list(read_split(context.store.get(context.inputs["task"].outputs["train.arrow"])))[:COST_ROWS]
+    model, tokenizer = load_backbone(manifest.backbone, context.store)
+    pool = load_pool(manifest, context.store, model, manifest.tasks[-1].name)
+    versioned = SaptModel(model, pool).to(default_device())
+    batch = versioned.collator(tokenizer.pad_token_id)(rows).to(default_device())
+    return StageResult(
         metrics={
-            "curve": _store_curve(context, curve),
-            "last": curve[-1],
             "trained_parameters": trained_parameters(manifest, context.store),
             "forward_cost": forward_cost(versioned, batch),
-        },
+        }
     )
 
 
@@ -235,7 +248,7 @@ def attend(context: StageContext) -> StageResult:
     pool = load_pool(manifest, context.store, model)
     bare = SaptModel(model, pool)
     weights = []
-    for _, record in sorted((name, record) for name, record in context.inputs.items() if name.startswith("task")):
+    for record in numbered(context.inputs, "task"):
         rows = list(read_split(context.store.get(record.outputs["dev.arrow"])))
         with torch.no_grad():
             weights.append(pool.attend(pooled_embeddings(bare, tokenizer, rows)).mean(dim=0).tolist())
@@ -251,7 +264,7 @@ def quality(context: StageContext) -> StageResult:
     reads = context.reads
     generated: list[str] = json.loads(context.store.get(context.inputs["kept"].outputs["samples"]))
     train = read_split(context.store.get(context.inputs["task"].outputs["train.arrow"]))
-    model, tokenizer = load_backbone(BackboneRef(**reads["backbone"]), context.store)
+    model, tokenizer = load_backbone(_backbone(context), context.store)
     bare = pooling_model(model, AttentionConfig())
     encoder = PromptEncoder(
         tokenizer,
@@ -271,7 +284,7 @@ def zero_shot(context: StageContext) -> StageResult:
     Reads ``backbone``, ``evaluation``, ``precision``, ``max_target_tokens``; input ``task``.
     """
     reads = context.reads
-    model, tokenizer = load_backbone(BackboneRef(**reads["backbone"]), context.store)
+    model, tokenizer = load_backbone(_backbone(context), context.store)
     score, _, predictions = _score(
         bare_model(model).to(default_device()),
         tokenizer,
@@ -334,6 +347,17 @@ def kept_inputs(store: BlobStore, record: StageRecord) -> Sequence[str] | Gaussi
         return GaussianQueries(**load_tensors(store.get(record.outputs["statistics"])))
     texts: list[str] = json.loads(store.get(record.outputs["samples"]))
     return texts
+
+
+def _backbone(context: StageContext) -> BackboneRef:
+    """The backbone that a stage reads by content, under the name it is told."""
+    return BackboneRef(**{**context.reads["backbone"], "path": context.told["backbone"]})
+
+
+def numbered(inputs: Mapping[str, Input], word: str) -> list[Input]:
+    """The inputs named ``word NUMBER``, by number: as text, 100 stands before 11."""
+    names = [name for name in inputs if name.partition(" ")[0] == word]
+    return [inputs[name] for name in sorted(names, key=lambda name: int(name.partition(" ")[2]))]
 
 
 def prepared_task(store: BlobStore, record: StageRecord) -> PreparedTask:

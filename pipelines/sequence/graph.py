@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeAlias
 
 from cluster.stages import Stage, StageContext, StageResult
@@ -20,13 +19,29 @@ from sapt_core.methods.base import Method
 from sapt_core.methods.sequential import Sequential
 from sapt_core.training.trainer import step_seed
 
+# What each kind of stage computes; raised where its body, or what that calls, gives something else than before, so
+# that what is stored is made anew. A train stage counts its method's version too (``Method.version``).
+VERSIONS = {
+    "prepare": 1,
+    "pseudo_samples": 3,
+    "given": 1,
+    "memory": 1,
+    "statistics": 1,
+    "train": 1,
+    "evaluate": 1,
+    "attend": 1,
+    "quality": 1,
+    "zero_shot": 1,
+    "cost": 1,
+}
+
 # Outputs of ``prepare`` that can change what a later stage gives. Prompts hold definition and template,
 # so a split's tokens stand for them.
 KEPT_FROM = frozenset({"train.arrow"})
 LEARNT_FROM = frozenset({"train.arrow", "dev.arrow"})
 SAMPLED = frozenset({"samples"})
 ATTENDED_ON = frozenset({"dev.arrow"})
-ROUTED_BY = frozenset({"manifest"})
+NAMED_BY = frozenset({"manifest"})  # it names all blobs of a version
 
 Body: TypeAlias = Callable[[StageContext], StageResult]
 
@@ -43,6 +58,7 @@ class SequenceGraph:
         kept: what there is to reflect on of tasks 0..T-2; empty for a method without reflection.
         quality: how the pseudo-samples in ``kept`` compare with the real rows; empty where there are none.
         attend: version i's mean attention on the dev rows of tasks 0..i; empty for a method without attention.
+        cost: what the last version costs.
         prepare: one stage a task.
         unseen: names of tasks that are scored and never learnt.
         transfer: row i holds the scores of version i on the unseen tasks.
@@ -60,6 +76,7 @@ class SequenceGraph:
     zero_shot: tuple[Stage, ...]
     quality: tuple[Stage, ...]
     attend: tuple[Stage, ...]
+    cost: Stage
 
     @property
     def by_version(self) -> list[Stage]:
@@ -73,7 +90,7 @@ class SequenceGraph:
         for index, row in enumerate(self.evaluate):
             found += [self.prepare[index], *self.kept[index : index + 1], *row, *self.transfer[index]]
             found += self.attend[index : index + 1]
-        return [*found, *self.single, *self.quality, *self.zero_shot]
+        return [*found, *self.single, *self.quality, *self.zero_shot, self.cost]
 
 
 def build_graph(
@@ -93,8 +110,7 @@ def build_graph(
         samples: for reflection source ``given``, the blob of every earlier task's inputs by its name.
     """
     labels = [f"{index:02d} {task.name}" for index, task in enumerate(tasks)]
-    backbone = ref.model_dump(mode="json")
-    learner = _Learner(config, backbone, samples or {})
+    learner = _Learner(config, ref, samples or {})
     prepare = tuple(learner.preparation(f"prepare[{label}]", task) for label, task in zip(labels, tasks, strict=True))
     reflects = config.method.shared_attention and config.reflection.source != "none" and config.reflection.weight > 0
     kept = tuple(
@@ -127,9 +143,11 @@ def build_graph(
         Stage(
             name=f"quality[{label}]",
             kind="quality",
+            version=VERSIONS["quality"],
             body=bodies.quality,
+            told=learner.named,
             reads={
-                "backbone": backbone,
+                "backbone": learner.backbone,
                 "max_source_tokens": config.benchmark.max_source_tokens,
                 "template": task.template,
                 "definition": task.definition,
@@ -145,9 +163,10 @@ def build_graph(
         Stage(
             name=f"attend[v{i:02d}]",
             kind="attend",
+            version=VERSIONS["attend"],
             body=bodies.attend,
             inputs={"version": version, **{f"task {j:02d}": prepare[j] for j in range(i + 1)}},
-            uses={"version": ROUTED_BY, **{f"task {j:02d}": ATTENDED_ON for j in range(i + 1)}},
+            uses={"version": NAMED_BY, **{f"task {j:02d}": ATTENDED_ON for j in range(i + 1)}},
             cpus=config.cluster.cpus_per_worker,
         )
         for i, version in enumerate(train)
@@ -174,6 +193,7 @@ def build_graph(
         single=single,
         quality=quality,
         attend=attend,
+        cost=learner.cost(train[-1], prepare[-1]),
         unseen=tuple(task.name for task in unseen),
         transfer=transfer,
         zero_shot=zero_shot,
@@ -185,8 +205,17 @@ class _Learner:
     """Makes stages that read exactly what can change their result."""
 
     config: ExperimentConfig
-    backbone: dict[str, Any]
+    ref: BackboneRef
     samples: Mapping[str, str]
+
+    @property
+    def backbone(self) -> dict[str, Any]:
+        """The backbone as keys have it: a folder by its content, whatever it is called."""
+        return self.ref.model_dump(mode="json", exclude=None if self.ref.files is None else {"path"})
+
+    @property
+    def named(self) -> dict[str, Any]:
+        return {"backbone": self.ref.path}
 
     @property
     def workers(self) -> dict[str, Any]:
@@ -198,7 +227,9 @@ class _Learner:
         return Stage(
             name=name,
             kind="prepare",
+            version=VERSIONS["prepare"],
             body=bodies.prepare,
+            told=self.named,
             reads={
                 "task": task.digest,
                 "backbone": self.backbone,
@@ -222,8 +253,10 @@ class _Learner:
         return Stage(
             name=name,
             kind="train",
-            version=method.version,
-            body=partial(bodies.train, checkpoint_every_steps=config.train.checkpoint_every_steps),
+            # Both only ever rise, so no sum comes twice.
+            version=method.version + VERSIONS["train"] - 1,
+            body=bodies.train,
+            told={**self.named, "checkpoint_every_steps": config.train.checkpoint_every_steps},
             reads={
                 "method": method.model_dump(mode="json"),
                 # One block has no finished ones to let gradient through.
@@ -259,8 +292,9 @@ class _Learner:
             return Stage(
                 name=f"pseudo_samples[{label}]",
                 kind="pseudo_samples",
-                version=3,
+                version=VERSIONS["pseudo_samples"],
                 body=bodies.pseudo_samples,
+                told=self.named,
                 reads={
                     "generator": config.generator.model_dump(mode="json"),
                     "precision": config.train.precision,
@@ -273,13 +307,30 @@ class _Learner:
         if reflection.source == "memory":
             seed = step_seed(config.seed, "memory", task.name)
             reads: dict[str, Any] = {"share": reflection.share, "seed": seed}
-            return Stage(name=f"memory[{label}]", kind="memory", body=bodies.memory, reads=reads, **plain)
+            return Stage(
+                name=f"memory[{label}]",
+                kind="memory",
+                version=VERSIONS["memory"],
+                body=bodies.memory,
+                reads=reads,
+                **plain,
+            )
         if reflection.source == "statistics":
             query = config.attention.model_dump(mode="json", include={"query", "pool_padding"})
             reads = {"rank": reflection.rank, "attention": query, "backbone": self.backbone}
-            return Stage(name=f"statistics[{label}]", kind="statistics", body=bodies.statistics, reads=reads, **plain)
+            return Stage(
+                name=f"statistics[{label}]",
+                kind="statistics",
+                version=VERSIONS["statistics"],
+                body=bodies.statistics,
+                reads=reads,
+                told=self.named,
+                **plain,
+            )
         reads = {"inputs": self.samples[task.name]}
-        return Stage(name=f"given[{label}]", kind="given", body=bodies.given_samples, reads=reads)
+        return Stage(
+            name=f"given[{label}]", kind="given", version=VERSIONS["given"], body=bodies.given_samples, reads=reads
+        )
 
     def evaluation(self, name: str, version: Stage, task: Stage) -> Stage:
         return self._scoring(name, "evaluate", bodies.evaluate, {}, {"version": version, "task": task})
@@ -287,11 +338,24 @@ class _Learner:
     def zero_shot(self, name: str, task: Stage) -> Stage:
         return self._scoring(name, "zero_shot", bodies.zero_shot, {"backbone": self.backbone}, {"task": task})
 
+    def cost(self, version: Stage, task: Stage) -> Stage:
+        return Stage(
+            name="cost",
+            kind="cost",
+            version=VERSIONS["cost"],
+            body=bodies.cost,
+            inputs={"version": version, "task": task},
+            uses={"version": NAMED_BY, "task": KEPT_FROM},
+            cpus=self.config.cluster.cpus_per_worker,
+            gpus=self.config.cluster.gpus_per_worker,
+        )
+
     def _scoring(self, name: str, kind: str, body: Body, reads: dict[str, Any], inputs: dict[str, Stage]) -> Stage:
         config = self.config
         return Stage(
             name=name,
             kind=kind,
+            version=VERSIONS[kind],
             body=body,
             reads={
                 "evaluation": config.evaluation.model_dump(mode="json", exclude={"single_task"}),
@@ -299,8 +363,9 @@ class _Learner:
                 "max_target_tokens": config.benchmark.max_target_tokens,
                 **reads,
             },
+            told=self.named,
             inputs=inputs,
-            uses={"task": frozenset({f"{config.evaluation.split}.arrow", "meta.json"})},
+            uses={"task": frozenset({f"{config.evaluation.split}.arrow", "meta.json"}), "version": NAMED_BY},
             cpus=config.cluster.cpus_per_worker,
             gpus=config.cluster.gpus_per_worker,
         )

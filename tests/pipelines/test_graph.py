@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cluster.stages import Stage
+from pipelines.sequence.bodies import numbered
 from pipelines.sequence.experiment import Experiment, load_experiment
-from pipelines.sequence.graph import SequenceGraph
+from pipelines.sequence.graph import VERSIONS, SequenceGraph, build_graph
 from sapt_core.hashing import canonical_hash
 from sapt_core.methods.base import find_method
 from tests.pipelines.commands import QUICKSTART, TINY
@@ -51,7 +53,7 @@ def base() -> dict[str, list[str]]:
 def test_every_stage_is_there_once_and_reads_what_it_needs() -> None:
     graph = experiment().graph
     names = [stage.name for stage in graph.stages]
-    assert len(names) == len(set(names)) == 3 + 3 + 2 + 6 + 3 + 3 + 2
+    assert len(names) == len(set(names)) == 3 + 3 + 2 + 6 + 3 + 3 + 2 + 1
     assert graph.tasks == ("animal", "basket", "ticket")
     assert [stage.name for stage in graph.train] == ["train[00 animal]", "train[01 basket]", "train[02 ticket]"]
     first, second, third = graph.train
@@ -145,6 +147,37 @@ def test_a_method_that_learns_otherwise_than_before_is_learnt_anew(
     assert changed(base) == expected(train=[True] * 3, evaluate=[True] * 6)
 
 
+def test_a_stage_that_computes_otherwise_than_before_is_another_experiment(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, sequential = experiment(), experiment("method.name=sequential")
+    monkeypatch.setitem(VERSIONS, "pseudo_samples", VERSIONS["pseudo_samples"] + 1)
+    assert experiment().key != before.key
+    assert experiment("method.name=sequential").key == sequential.key
+    monkeypatch.setattr(find_method("sequential"), "version", 2)
+    assert experiment("method.name=sequential").key != sequential.key
+
+
+def test_versions_of_stage_and_method_both_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version() -> int:
+        return experiment().graph.train[0].version
+
+    first = version()
+    monkeypatch.setattr(find_method("sapt"), "version", find_method("sapt").version + 1)
+    second = version()
+    monkeypatch.setitem(VERSIONS, "train", VERSIONS["train"] + 1)
+    assert first < second < version()
+
+
+def test_a_hundred_tasks_and_more_keep_their_order(tmp_path: Path) -> None:
+    names = [f"t{number}" for number in range(103)]
+    base = experiment()
+    tasks = [replace(base.tasks[0], name=name) for name in names]
+    graph = build_graph(base.config, tasks, (), base.backbone)
+    kept = numbered(graph.train[-1].inputs, "kept")
+    assert [stage.name for stage in kept] == [f"pseudo_samples[{i:02d} t{i}]" for i in range(102)]
+    seen = numbered(graph.attend[-1].inputs, "task")
+    assert [stage.name for stage in seen] == [f"prepare[{i:02d} t{i}]" for i in range(103)]
+
+
 def test_where_the_target_comes_from_counts_from_the_first_task_on(base: dict[str, list[str]]) -> None:
     assert changed(base, "reflection.target_split=dev") == expected(train=[True] * 3, evaluate=[True] * 6)
 
@@ -227,7 +260,7 @@ def test_without_reflection_there_are_no_pseudo_samples() -> None:
 def test_tasks_are_not_learnt_alone_unless_asked_for() -> None:
     graph = experiment("evaluation.single_task=false").graph
     assert graph.single == ()
-    assert len(graph.stages) == 3 + 3 + 2 + 6 + 3 + 2
+    assert len(graph.stages) == 3 + 3 + 2 + 6 + 3 + 2 + 1
 
 
 def test_a_task_more_changes_nothing_before_it(base: dict[str, list[str]]) -> None:
@@ -265,7 +298,7 @@ def test_moving_data_and_backbone_changes_no_key(tmp_path: Path) -> None:
     data = write_tasks(tmp_path / "data", "a", "b")
     shutil.copytree(TINY[0].partition("=")[2], tmp_path / "tiny")
     shutil.copytree(data, tmp_path / "elsewhere" / "corpus")
-    shutil.copytree(tmp_path / "tiny", tmp_path / "elsewhere" / "tiny")
+    shutil.copytree(tmp_path / "tiny", tmp_path / "elsewhere" / "renamed")
     base = (
         "benchmark.suite=folder",
         "benchmark.tasks=a,b",
@@ -279,7 +312,7 @@ def test_moving_data_and_backbone_changes_no_key(tmp_path: Path) -> None:
         return load_experiment(Path(QUICKSTART), overrides)
 
     here = at(data, tmp_path / "tiny")
-    there = at(tmp_path / "elsewhere/corpus", tmp_path / "elsewhere/tiny")
+    there = at(tmp_path / "elsewhere/corpus", tmp_path / "elsewhere/renamed")
     assert identities(here.graph) == identities(there.graph)
     assert here.key == there.key
 

@@ -173,7 +173,7 @@ def test_every_method_end_to_end(copied: Finished, tmp_path: Path, call: Call, m
     assert len(summary["scores"]) == 2
     kept = manifest(copied.store, summary["snapshot"])
     assert kept.pet.type == kind
-    metrics = added["train[01 basket]"]["metrics"]
+    metrics = added["cost"]["metrics"]
     assert metrics["trained_parameters"] > 0
     assert metrics["forward_cost"] == 1 if kind == "full" else metrics["forward_cost"] > 1
     arguments = [*command(copied.store)[2:], *overrides, "--out", str(tmp_path / "report")]
