@@ -17,7 +17,7 @@ from rich.console import Console
 
 from cluster.store import open_store
 from pipelines.comparisons.cells import Cell, Comparison, load_comparison
-from pipelines.comparisons.records import read_records, recorded_elsewhere, write_record
+from pipelines.comparisons.records import as_of, read_records, recorded_elsewhere, write_record
 from pipelines.comparisons.run import PLOT, ComparisonRun, run_cells
 from pipelines.comparisons.table import results
 from pipelines.console import cli
@@ -54,7 +54,7 @@ def main() -> None:
     for table in made.tables():
         console.print(table)
     for remark in made.remarks:
-        console.print(remark, markup=False)
+        console.print(remark)
     plot = made.plot()
     if plot is not None:
         cli.write_output(folder / PLOT, plot)
@@ -67,7 +67,8 @@ def main() -> None:
 def _learn(comparison: Comparison, arguments: argparse.Namespace, console: Console) -> Mapping[Cell, Exception]:
     """Give the chosen cells their records; those that failed, each with its error."""
     folder = comparison.config.results
-    keys = {record.place: record.key for record in read_records(folder)}
+    there = {record.place: record for record in read_records(folder)}
+    keys = {place: record.key for place, record in there.items()}
     cells = comparison.cells(comparison.places(arguments.rows, arguments.seeds))
     cli.check_output(folder / cells[0].place.file)
     unrecorded = [cell for cell in cells if keys.get(cell.place) != cell.experiment.key]
@@ -85,7 +86,9 @@ def _learn(comparison: Comparison, arguments: argparse.Namespace, console: Conso
             console.print(f"{cell.place.name}: its record is taken over from another comparison")
     if arguments.dry_run:
         return {}
-    for record in elsewhere.values():
+    # Records of an earlier release told the settings of a row otherwise.
+    retold = [as_of(there[cell.place], cell) for cell in cells if cell not in unrecorded]
+    for record in (*elsewhere.values(), *(each for each in retold if each != there[each.place])):
         write_record(record, folder)
     return run_cells(running, arguments) if to_run else {}
 

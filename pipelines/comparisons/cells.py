@@ -18,6 +18,7 @@ from sapt_core.backbones.reference import identify
 from sapt_core.config import ExperimentConfig, load_config, parsed, read_mapping, validated
 from sapt_core.data import load_sequence
 from sapt_core.errors import ConfigError, FaultsError, SaptError
+from sapt_core.hashing import canonical_hash
 from sapt_core.settings import Section
 
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
@@ -85,10 +86,12 @@ class Cell:
 
     @property
     def settings(self) -> str:
-        """sha256 of what all cells of a row have in common."""
+        """sha256 of what all cells of a row have in common: settings, tasks as a set, backbone."""
         config = self.experiment.config
         benchmark = config.benchmark.model_copy(update={"order": None})
-        return config.model_copy(update={"seed": 0, "benchmark": benchmark}).digest()
+        settings = config.model_copy(update={"seed": 0, "benchmark": benchmark}).digest()
+        tasks = sorted(task.digest for task in self.experiment.tasks)
+        return canonical_hash([settings, tasks, self.experiment.backbone.digest])
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,10 @@ class Record(_Frozen):
 
     Attributes:
         key: of the experiment, data and backbone included.
-        settings: what the cells of a row have in common; cells of other settings are no part of its mean.
+        settings: what the cells of a row have in common, data and backbone included; cells of other settings are
+            no part of its mean.
+        overrides: the row's own; all that was set is in ``config``.
+        config: all settings, but for where things lie and run; None in records of earlier releases.
         commit: of the code that put the record together, as its run began.
         written_at: when the record was.
         scores: row i holds the scores after task i on tasks 0 to i.
@@ -82,6 +85,7 @@ class Record(_Frozen):
     trained_parameters: int | None = None
     stored_bytes: int | None = None
     forward_cost: float | None = None
+    config: dict[str, Any] | None = None
 
     @property
     def place(self) -> Place:
@@ -135,7 +139,19 @@ def record_of(cell: Cell, monitor: Monitor) -> Record:
         trained_parameters=cost["trained_parameters"],
         stored_bytes=stored_bytes(monitor.manifest(len(experiment.tasks) - 1), monitor.store),
         forward_cost=_rounded(cost["forward_cost"]),
+        config=_config(cell),
     )
+
+
+def as_of(record: Record, cell: Cell) -> Record:
+    """The record of the cell's experiment as this cell's own: its place, and settings as they are told now."""
+    told = {"overrides": cell.overrides, "settings": cell.settings, "config": _config(cell)}
+    return record.model_copy(update={**vars(cell.place), **told})
+
+
+def _config(cell: Cell) -> dict[str, Any]:
+    config = cell.experiment.config
+    return config.model_dump(mode="json", exclude={"store", "tracking", "cluster", "diagnostics"})
 
 
 def read_records(folder: Path) -> list[Record]:
@@ -154,13 +170,7 @@ def recorded_elsewhere(cells: Sequence[Cell], folder: Path) -> dict[Cell, Record
         with suppress(OSError, ValidationError):
             record = Record.model_validate_json(path.read_bytes())
             found[record.key] = record
-    return {
-        cell: found[cell.experiment.key].model_copy(
-            update={**vars(cell.place), "overrides": cell.overrides, "settings": cell.settings}
-        )
-        for cell in cells
-        if cell.experiment.key in found
-    }
+    return {cell: as_of(found[cell.experiment.key], cell) for cell in cells if cell.experiment.key in found}
 
 
 def write_record(record: Record, folder: Path) -> None:

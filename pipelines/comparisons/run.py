@@ -150,7 +150,6 @@ class ComparisonRun:
         figures = record.figures
         self._console.print(
             f"{cell.place.name} is complete: AP {figures.ap:.2f}, F.Ra {figures.f_ra:.2f}, BWT {figures.bwt:.2f}",
-            markup=False,
         )
 
 

@@ -121,7 +121,7 @@ def _remarks(comparison: Comparison, records: Sequence[Record], used: Sequence[R
     if used:
         days = sorted({str(record.written_at.date()) for record in used})
         when = " to ".join(dict.fromkeys([days[0], days[-1]]))
-        commits = ", ".join(sorted({record.commit[:7] for record in used}))
+        commits = ", ".join(sorted({_shown(record.commit) for record in used}))
         machines = "; ".join(sorted({_described(record.machine) for record in used}))
         remarks.append(
             f"Mean ± standard deviation over a row's cells (orders and seeds). {when}, code at {commits}. {machines}."
@@ -173,6 +173,10 @@ def _spread(values: Sequence[float | None]) -> str:
 
 def _mean(values: Sequence[float], form: str) -> str:
     return form.format(fmean(values)) if values else "–"
+
+
+def _shown(commit: str) -> str:
+    return commit[:7] + "-dirty" * commit.endswith("-dirty")
 
 
 def _described(machine: Machine) -> str:

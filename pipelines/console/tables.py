@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +15,11 @@ from sapt_core.errors import SaptError
 
 
 def wide_console() -> Console:
-    """Where there is no terminal to wrap for, a table is as wide as it needs to be."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 240)
+    """For all that is printed: names and errors are text, never markup.
+
+    Where there is no terminal to wrap for, a table is as wide as it needs to be.
+    """
+    return Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 240)
 
 
 def text_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
@@ -31,8 +35,14 @@ def text_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]])
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """The same for a file."""
     rule = ["---", *["--:"] * (len(header) - 2), "---"]
-    lines = [header, rule, *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    told, *cells = ([_markdown(cell) for cell in row] for row in (header, *rows))
+    lines = [told, rule, *cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _markdown(text: str) -> str:
+    """Text for a cell: nothing in it ends the cell, begins a tag or is taken for a code's or a link's mark."""
+    return re.sub(r"([\\|`*\[\]<])", r"\\\1", " ".join(text.splitlines()))
 
 
 def check_markers(path: Path, name: str) -> None:

@@ -175,7 +175,7 @@ class Monitor:
         if self.experiment.unseen:
             self._show_transfer()
         for diagnosis in self.findings.diagnoses:
-            self.console.print(f"warning: {diagnosis}", style="yellow", markup=False)
+            self.console.print(f"warning: {diagnosis}", style="yellow")
         if self._publisher is not None:
             version = self.versions[-1]
             self.console.print(f"registered: {config.tracking.model} version {version}")
@@ -241,7 +241,7 @@ class Monitor:
         return figures
 
     def _say(self, text: str) -> None:
-        self.console.print(f"{time.strftime('%H:%M:%S')} {self._label}{text}", markup=False)
+        self.console.print(f"{time.strftime('%H:%M:%S')} {self._label}{text}")
 
 
 def _group(stage: Stage) -> str:

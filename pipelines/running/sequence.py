@@ -49,7 +49,7 @@ def _report(monitor: Monitor, publisher: MLflowPublisher) -> None:
         except ServiceError as error:
             where = f"in MLflow alone, for {error}"
     publisher.finish(monitor.summary(), files)
-    monitor.console.print(f"report: {where}", markup=False)
+    monitor.console.print(f"report: {where}")
 
 
 def ray_executor(config: ExperimentConfig, stack: ExitStack) -> Executor[Any]:

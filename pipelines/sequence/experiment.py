@@ -27,6 +27,9 @@ from sapt_core.settings import BackboneConfig, BenchmarkConfig
 UNKEYED = {"pseudo_samples": 3, "train seekr": 2}
 
 
+CODE = tuple(f":/{name}/**.py" for name in ("pipelines", "cluster", "sapt_core"))
+
+
 @dataclass(frozen=True)
 class Experiment:
     """What a run needs to know. ``key`` names it: the same science has the same key anywhere.
@@ -125,23 +128,26 @@ def assemble(
 
 
 def git_commit() -> str:
-    """The commit of the code that runs: GIT_COMMIT, else the checkout's, else ``unknown``.
+    """The commit of the code that runs: GIT_COMMIT, else the checkout's, else ``unknown``; ``-dirty`` where code differs.
 
     A submitted job runs in a copy without its history, so its runtime environment has to say.
     """
     if stated := os.environ.get("GIT_COMMIT"):
         return stated
     try:
-        found = subprocess.run(
-            ["git", "rev-parse", "HEAD"],  # noqa: S607
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
+        commit, changes = (
+            subprocess.run(
+                ["git", *arguments],  # noqa: S607
+                cwd=Path(__file__).parent,
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout.strip()
+            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no", "--", *CODE])
         )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return found.stdout.strip()
+    return f"{commit}-dirty" if changes else commit
 
 
 def _given_samples(config: ExperimentConfig, tasks: Sequence[Task]) -> dict[str, bytes]:

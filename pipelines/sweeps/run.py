@@ -44,6 +44,7 @@ class Points:
         study: what Optuna knows.
         tasks: of a whole trial.
         asked: its trials that run, by the trial's name.
+        taken: points that have been tried or are being tried.
     """
 
     sweep: Sweep
@@ -51,6 +52,7 @@ class Points:
     study: optuna.Study
     tasks: int
     asked: dict[str, Any] = field(default_factory=dict)
+    taken: set[str] = field(default_factory=set)
 
     @classmethod
     def after(cls, sweep: Sweep, ended: Sequence[TrialRecord], tasks: int) -> Points:
@@ -58,11 +60,15 @@ class Points:
         planned = sweep.planned()
         known = [each.point for each in ended]
         study = trials.study_of(sweep, ended, sweep.config.objectives)
-        return cls(sweep, None if planned is None else [point for point in planned if point not in known], study, tasks)
+        left = None if planned is None else [point for point in planned if point not in known]
+        return cls(sweep, left, study, tasks, taken={describe(point) for point in known})
 
     def count(self, ended: Sequence[TrialRecord]) -> int:
         """How many points are left."""
-        return max(0, (self.sweep.config.trials or 0) - len(ended)) if self.left is None else len(self.left)
+        if self.left is not None:
+            return len(self.left)
+        wanted, size = self.sweep.config.trials or 0, self.sweep.size
+        return max(0, (wanted if size is None else min(wanted, size)) - len(ended))
 
     def ask(self, trial: str) -> Mapping[str, Scalar] | None:
         if self.left is not None:
@@ -70,9 +76,20 @@ class Points:
         # A seed for each point, so that a sweep that was broken off goes on with the points it would have tried.
         self.study.sampler = optuna.samplers.TPESampler(seed=self.sweep.config.seed + len(self.study.trials))
         proposed = self.study.ask(self.sweep.distributions)
+        if describe(proposed.params) in self.taken:  # of few values TPE proposes its best point again and again
+            self.study.tell(proposed, state=optuna.trial.TrialState.FAIL)
+            proposed = self._another()
+        self.taken.add(describe(proposed.params))
         self.asked[trial] = proposed
         point: dict[str, Scalar] = proposed.params
         return point
+
+    def _another(self) -> optuna.Trial:
+        """A point that was not tried yet, drawn at random; there is one, as no more than ``count`` are asked for."""
+        self.study.sampler = optuna.samplers.RandomSampler(seed=self.sweep.config.seed + len(self.study.trials))
+        while describe((proposed := self.study.ask(self.sweep.distributions)).params) in self.taken:
+            self.study.tell(proposed, state=optuna.trial.TrialState.FAIL)
+        return proposed
 
     def tell(self, trial: str, result: Mapping[str, Any] | None) -> None:
         proposed = self.asked.pop(trial, None)
@@ -124,7 +141,6 @@ class SweepRun:
             f"Sweep {self.sweep.name}: {left} trials to run, {len(self.before)} have their record; each has {whole} "
             f"stages of training and scoring. {len(self.shared)} stages, of which several trials have need, run first: "
             f"{states['done']} are done.",
-            markup=False,
         )
 
     def inline(self) -> None:
@@ -200,7 +216,7 @@ class SweepRun:
             self.shared_seconds += event.record.seconds
             if event.kind == "finished":
                 said = f"shared by trials: {event.stage.name} in {event.record.seconds:.0f} s"
-                self._console.print(said, markup=False)
+                self._console.print(said)
 
         run_graph(self.shared, self.store, executor, tell)
 
@@ -217,7 +233,7 @@ class SweepRun:
         version = monitor.versions[-1]
         assert version is not None  # noqa: S101 - it was published
         PoolRegistry(checked).set_alias(CHAMPION, version)
-        self._console.print(f"{CHAMPION}: {checked.model} version {version}", markup=False)
+        self._console.print(f"{CHAMPION}: {checked.model} version {version}")
 
     # cluster.on_ray.tuning.News
 
@@ -225,7 +241,6 @@ class SweepRun:
         """A trial has learnt another task."""
         self._console.print(
             f"{describe(point)}: after task {result['tasks']} AP {result['ap']:.2f}, F.Ra {result['f_ra']:.2f}",
-            markup=False,
         )
         if self._tracker is not None:
             run = self._run_of(point)
@@ -255,7 +270,7 @@ class SweepRun:
         )
         trials.write_trial(record, self.folder)
         said = f"{describe(point)}: {state}" + (f", {error}" if error else "")
-        self._console.print(said, markup=False)
+        self._console.print(said)
         if self._tracker is not None:
             self._tracker.finish(self._run_of(point), "FAILED" if error is not None else "FINISHED")
             del self._open[describe(point)]
@@ -295,10 +310,10 @@ class SweepRun:
         """Print the table, and put the plots beside the records."""
         self._console.print(text_table(f"Sweep {self.sweep.name}", *trials.table(self.sweep, self.after)))
         for remark in trials.remarks(self.after, self.shared_seconds):
-            self._console.print(remark, markup=False)
+            self._console.print(remark)
         if len(self.sweep.config.objectives) > 1:
             points = "; ".join(map(describe, trials.front(self.sweep, self.after)))
-            self._console.print(f"Pareto front: {points}", markup=False)
+            self._console.print(f"Pareto front: {points}")
         for name, png in self.plots.items():
             cli.write_output(self.folder / name, png)
 

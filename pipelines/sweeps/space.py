@@ -156,6 +156,12 @@ class Sweep:
         every = itertools.islice(itertools.product(*values.values()), MOST_POINTS)
         return [dict(zip(values, point, strict=True)) for point in every]
 
+    @property
+    def size(self) -> int | None:
+        """How many points there are; None where some field has a value between any two."""
+        counts = [_count(distribution) for distribution in self.distributions.values()]
+        return None if None in counts else math.prod(count for count in counts if count is not None)
+
     def planned(self) -> list[Point] | None:
         """The points of a search that does not look at results, in their order; None for one that does."""
         space = self.config.space
@@ -164,7 +170,8 @@ class Sweep:
             return [dict(zip(space, values, strict=True)) for values in every]
         if self.config.search == "random":
             study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=self.config.seed))
-            return [study.ask(self.distributions).params for _ in range(self.config.trials or 0)]
+            drawn = [study.ask(self.distributions).params for _ in range(self.config.trials or 0)]
+            return list({describe(point): point for point in drawn}.values())
         return None
 
 
@@ -205,6 +212,14 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
     if faults:
         raise ConfigError(f"{path} is not a valid sweep:", list(dict.fromkeys(faults)))
     return sweep
+
+
+def _count(distribution: BaseDistribution) -> int | None:
+    if isinstance(distribution, CategoricalDistribution):
+        return len(set(distribution.choices))
+    if isinstance(distribution, IntDistribution):
+        return distribution.high - distribution.low + 1
+    return None
 
 
 def describe(point: Mapping[str, Scalar]) -> str:

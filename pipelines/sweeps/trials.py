@@ -61,7 +61,7 @@ class TrialRecord(BaseModel):
     @property
     def file(self) -> str:
         """Name of its file."""
-        return f"trial_{canonical_hash(self.point)[:12]}.json"
+        return f"trial_{canonical_hash([self.sweep, self.point])[:12]}.json"
 
 
 def sweep_key(sweep: Sweep, experiment: Experiment) -> str:
@@ -169,14 +169,15 @@ def try_point(
 def read_trials(sweep: Sweep, key: str) -> list[TrialRecord]:
     """The records of a sweep's trials, oldest first.
 
-    Those of other sweeps are left out, and of values that this one no longer asks for.
+    Those of other sweeps are left out, of values that this one no longer asks for, and all but the newest of a point.
 
     Raises:
         DataError: with every file that is no record.
     """
     found = read_folder(sweep.config.results, "trial_*.json", TrialRecord)
     own = [each for each in found if each.sweep == key and sweep.holds(each.point)]
-    return sorted(own, key=lambda each: (each.written_at, each.file))
+    newest = {describe(each.point): each for each in sorted(own, key=lambda each: (each.written_at, each.file))}
+    return sorted(newest.values(), key=lambda each: (each.written_at, each.file))
 
 
 def write_trial(record: TrialRecord, folder: Path) -> None:

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from itertools import cycle
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
@@ -219,6 +221,11 @@ def _short(name: str) -> str:
 
 
 def _png(figure: Figure) -> bytes:
+    """The figure as PNG; every text as it is, where matplotlib would read what stands between two ``$`` as TeX."""
+    for text in figure.findobj(Text):
+        assert isinstance(text, Text)  # noqa: S101 - narrows what findobj gives
+        text.set_parse_math(False)
     file = io.BytesIO()
-    figure.savefig(file, format="png")
+    with rc_context({"text.parse_math": False}):  # of those that drawing makes
+        figure.savefig(file, format="png")
     return file.getvalue()

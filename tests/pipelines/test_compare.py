@@ -125,6 +125,7 @@ def test_what_cells_share_runs_once(compared: Compared) -> None:
     assert Counter(names) == {"prepare": 2, "train": 2 * 3, "pseudo_samples": 2, "evaluate": 2 * 5} | {
         "attend": 2 * 3,
         "quality": 2,
+        "cost": 2 * 2,
     }
 
 
@@ -235,6 +236,30 @@ def test_a_record_of_other_settings_is_replaced_with_a_notice(again: Path, call:
     # Its row has no mean of two settings.
     assert "Left out, of other settings than the newest of its row: SAPT seed 1." in ended.out
     assert "1 of 2" in ended.out
+
+
+def test_a_row_has_no_mean_over_two_backbones(again: Path, call: Call) -> None:
+    other = again.parent / "other"
+    shutil.copytree(ROOT / "pipelines/backbones/tiny", other)
+    settings = json.loads((other / "generation_config.json").read_text())
+    (other / "generation_config.json").write_text(json.dumps({**settings, "_from_model_config": False}))
+    arguments = ["--config", str(again), "--inline", "--rows", "SAPT", "--seeds", "0", f"backbone.path={other}"]
+    ended = call(compare.main, arguments)
+    assert ended.code == 0, ended.err
+    assert "Left out, of other settings than the newest of its row: SAPT seed 1." in ended.out
+    record = {each.place.name: each for each in read_records(again.parent / "results")}["SAPT seed 0"]
+    assert record.config is not None
+    assert record.config["backbone"]["path"] == str(other)
+
+
+def test_a_record_that_told_its_settings_otherwise_is_told_anew(again: Path, call: Call) -> None:
+    path = again.parent / "results/sapt_seed0.json"
+    now = json.loads(path.read_text())
+    path.write_text(json.dumps({**now, "settings": "as an earlier release had it", "config": None}))
+    ended = call(compare.main, ["--config", str(again), "--inline"])
+    assert ended.code == 0, ended.err
+    assert "Left out" not in ended.out
+    assert json.loads(path.read_text()) == now
 
 
 def test_the_table_alone_needs_no_data_and_runs_nothing(again: Path, call: Call) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,9 +17,19 @@ import pytest
 
 from pipelines import continual
 from pipelines.sequence.experiment import git_commit
-from tests.pipelines.commands import QUICKSTART, TINY, Finished, Outcome, change_metrics, command, level_scores, records
+from tests.pipelines.commands import (
+    QUICKSTART,
+    ROOT,
+    TINY,
+    Finished,
+    Outcome,
+    change_metrics,
+    command,
+    level_scores,
+    records,
+)
 
-KINDS = {"prepare", "pseudo_samples", "train", "evaluate", "single", "attend", "quality"}
+KINDS = {"prepare", "pseudo_samples", "train", "evaluate", "single", "attend", "quality", "cost"}
 
 
 def test_inline_runs_where_ray_mlflow_and_boto3_are_not_installed(finished: Finished) -> None:
@@ -209,6 +220,7 @@ def test_dry_run_shows_what_is_done(
         "evaluate": [0, 5, 0],
         "attend": [2, 0, 0],
         "quality": [1, 0, 0],
+        "cost": [1, 0, 0],
     }
     assert contents(finished.store) == before
 
@@ -222,6 +234,25 @@ def test_the_commit_is_that_of_the_code_and_not_of_the_working_directory(
     author = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
     subprocess.run(["git", *author, "commit", "-q", "--allow-empty", "-m", "another"], check=True)
     assert git_commit() == here
+
+
+def test_a_changed_checkout_is_no_commit(tmp_path: Path) -> None:
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(tmp_path / "copy")], check=True)
+
+    def commit() -> str:
+        code = "from pipelines.sequence.experiment import git_commit; print(git_commit())"
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path / "copy")}
+        environment.pop("GIT_COMMIT", None)
+        command = [sys.executable, "-c", code]
+        return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.strip()
+
+    clean = commit()
+    assert re.fullmatch(r"[0-9a-f]{40}", clean)
+    (tmp_path / "copy/README.md").write_text("changed, and no code")
+    assert commit() == clean
+    with (tmp_path / "copy/pipelines/sequence/experiment.py").open("a") as file:
+        file.write("# changed\n")
+    assert commit() == f"{clean}-dirty"
 
 
 @pytest.mark.chaos

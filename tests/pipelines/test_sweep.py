@@ -281,6 +281,35 @@ def test_optuna_learns_from_the_records(tmp_path: Path) -> None:
     assert [trial.state.name for trial in points.study.trials[12:]] == ["COMPLETE", "FAIL", "PRUNED"]
 
 
+def test_few_values_are_each_tried_once(tmp_path: Path) -> None:
+    space = "\n  reflection.weight: {values: [0.1, 1.0, 2.0]}\n  reflection.batch_size: {low: 1, high: 3}"
+    sweep = load_sweep(written(tmp_path, space=space, more="trials: 10"))
+    points = Points.after(sweep, [], tasks=2)
+    assert points.count([]) == sweep.size == 9
+    asked = []
+    for number in range(9):
+        point = points.ask(str(number))
+        assert point is not None
+        asked.append(describe(point))
+        points.tell(str(number), {"tasks": 2, "ap": 50.0, "f_ra": 0.0})
+    assert len(set(asked)) == 9
+
+
+def test_points_drawn_at_random_are_each_tried_once(tmp_path: Path) -> None:
+    sweep = load_sweep(
+        written(tmp_path, space="\n  reflection.batch_size: {low: 1, high: 3}", more="search: random\ntrials: 9")
+    )
+    planned = sweep.planned()
+    assert planned is not None
+    assert 1 <= len({describe(point) for point in planned}) == len(planned) <= 3
+
+
+def test_a_trial_of_other_settings_keeps_its_file(tmp_path: Path) -> None:
+    for sweep in ("one", "another"):
+        trials.write_trial(record(0.5, (1.0, 40.0), sweep=sweep), tmp_path / "results")
+    assert len(list((tmp_path / "results").iterdir())) == 2
+
+
 def test_a_narrower_space_leaves_out_the_trials_beyond_it(tmp_path: Path) -> None:
     def left(space: str, more: str) -> list[float]:
         path = written(tmp_path, space=space, more=more)

@@ -35,6 +35,12 @@ DRAWN: dict[str, Callable[[int], bytes]] = {
 }
 
 
+@pytest.mark.parametrize("plot", DRAWN)
+def test_names_are_text_and_no_tex(plot: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "names", lambda size: [f"price_in_$_{n}_of_{{x_$" for n in range(size)])
+    assert DRAWN[plot](3).startswith(PNG)
+
+
 @pytest.mark.parametrize("size", [1, 2, 17])
 @pytest.mark.parametrize("plot", DRAWN)
 def test_any_number_of_tasks(plot: str, size: int) -> None:
