@@ -128,7 +128,7 @@ def assemble(
 
 
 def git_commit() -> str:
-    """The commit of the code that runs: GIT_COMMIT, else the checkout's, else ``unknown``; ``-dirty`` where code differs.
+    """The commit of the code that runs: GIT_COMMIT, else the checkout's, else ``unknown``; -dirty if changed.
 
     A submitted job runs in a copy without its history, so its runtime environment has to say.
     """
@@ -137,7 +137,7 @@ def git_commit() -> str:
     try:
         commit, changes = (
             subprocess.run(
-                ["git", *arguments],  # noqa: S607
+                ["git", *arguments],  # noqa: S603, S607  both lists of arguments stand below
                 cwd=Path(__file__).parent,
                 capture_output=True,
                 text=True,
