@@ -136,8 +136,8 @@ def git_commit() -> str:
         return stated
     try:
         commit, changes = (
-            subprocess.run(
-                ["git", *arguments],  # noqa: S603, S607  both lists of arguments stand below
+            subprocess.run(  # noqa: S603  both lists of arguments stand below
+                ["git", *arguments],  # noqa: S607
                 cwd=Path(__file__).parent,
                 capture_output=True,
                 text=True,
