@@ -50,7 +50,7 @@ class ComparisonRun:
         self._console = console
         self._graphs = {cell: _named(cell.experiment.graph, f"{cell.place.name}: ") for cell in cells}
         self._origin = {copy: (cell, stage) for cell, copies in self._graphs.items() for stage, copy in copies.items()}
-        self._reporters: dict[Cell, Monitor] = {}
+        self._monitors: dict[Cell, Monitor] = {}
         self._complete: set[Cell] = set()
         self._publisher: Callable[[Cell], MLflowPublisher] | None = None
         self._publishers: dict[Cell, MLflowPublisher] = {}
@@ -124,12 +124,12 @@ class ComparisonRun:
         if event.kind == "planned":
             return
         cell, stage = self._origin[event.stage]
-        if cell not in self._reporters:
+        if cell not in self._monitors:
             if self._publisher is not None:
                 self._publishers[cell] = self._publisher(cell)
             published, label = self._publishers.get(cell), f"{cell.place.name}: "
-            self._reporters[cell] = Monitor(cell.experiment, self.store, published, label)
-        monitor = self._reporters[cell]
+            self._monitors[cell] = Monitor(cell.experiment, self.store, published, label)
+        monitor = self._monitors[cell]
         record = event.record and event.record.model_copy(update={"name": stage.name})
         monitor.on_event(replace(event, stage=stage, record=record))
         if isinstance(event.error, Exception) and cell not in self.failed:

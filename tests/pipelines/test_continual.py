@@ -15,8 +15,11 @@ from pathlib import Path
 
 import pytest
 
+from cluster.stages import StageContext, StageResult
 from pipelines import continual
+from pipelines.sequence import bodies
 from pipelines.sequence.experiment import git_commit
+from sapt_core.errors import SaptError
 from tests.pipelines.commands import (
     QUICKSTART,
     ROOT,
@@ -134,6 +137,20 @@ def test_another_weight_of_reflection_shares_what_it_does_not_reach(
     assert "train[01 basket]" in new
     scored = {"evaluate[v01 on 00 animal]", "evaluate[v01 on 01 basket]"}
     assert new <= {"train[01 basket]", "attend[v01]", "cost", *scored}
+
+
+def test_a_cost_that_cannot_be_counted_loses_no_version(
+    copied: Finished, call: Callable[[Callable[[], None], list[str]], Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(context: StageContext) -> StageResult:
+        raise SaptError("no memory to count with")
+
+    monkeypatch.setattr(bodies, "cost", fails)
+    before = set(records(copied.store))
+    ended = call(continual.main, [*command(copied.store)[2:], "reflection.weight=3"])
+    assert ended.code == 2
+    assert "no memory to count with" in ended.err
+    assert "train[01 basket]" in {name for file, (name, _) in records(copied.store).items() if file not in before}
 
 
 def test_other_test_rows_retrain_nothing(

@@ -70,6 +70,7 @@ def test_every_stage_is_there_once_and_reads_what_it_needs() -> None:
         assert [stage.inputs for stage in row] == [
             {"version": graph.train[i], "task": graph.prepare[j]} for j in range(i + 1)
         ]
+        assert {stage.uses["version"] for stage in row} == {frozenset({"manifest"})}  # which names all of a version
     for index, scored in enumerate(graph.single):
         assert scored.inputs["task"] is graph.prepare[index]
         assert scored.inputs["version"].inputs == {"task": graph.prepare[index]}

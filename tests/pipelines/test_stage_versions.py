@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,7 @@ def body(kind: str) -> str:
     return meaning(ast.Module([found], []))
 
 
+@cache
 def sources() -> dict[str, dict[str, object]]:
     """Version and source of every kind of stage and of every method."""
     stages = {
