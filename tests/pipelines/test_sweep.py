@@ -20,7 +20,6 @@ from pipelines.sweeps.space import Point, describe, load_sweep
 from pipelines.sweeps.surfaces import draw
 from pipelines.sweeps.trials import Setup, TrialRecord, best, cost, front, sweep_key
 from sapt_core.errors import ConfigError, SaptError
-from sapt_core.hashing import canonical_hash
 from tests.pipelines.commands import QUICKSTART, ROOT, TINY, Outcome
 
 Call = Callable[[Callable[[], None], list[str]], Outcome]
@@ -362,5 +361,8 @@ def test_plots_of_a_sweep(tmp_path: Path) -> None:
     assert all(png.startswith(b"\x89PNG") for png in made.values())
 
 
-def test_a_record_is_named_by_its_point() -> None:
-    assert record(0.1, (1.0,)).file == f"trial_{canonical_hash(record(0.1, (1.0,)).point)[:12]}.json"
+def test_a_record_is_named_by_its_sweep_and_point() -> None:
+    names = {record(weight, (1.0,), sweep=sweep).file for weight in (0.1, 0.2) for sweep in ("one", "another")}
+    assert len(names) == 4
+    assert record(0.1, (1.0,), sweep="one").file in names
+    assert record(0.1, (2.0, 3.0), sweep="one").file in names
