@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, Field, ValidationError, model_validator
 from yaml import YAMLError
 
+from sapt_core.addresses import redacted
 from sapt_core.errors import ConfigError
 from sapt_core.hashing import canonical_hash
 from sapt_core.methods.base import DEFAULT, AnyMethod, Method, default_method, find_method
@@ -127,7 +128,7 @@ def read_mapping(path: Path | str) -> DictConfig:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError("The config cannot be read:", [f"{path}: {error}"]) from error
     except (YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{path} is not valid YAML:", [str(error)]) from error
+        raise ConfigError(f"{path} is not valid YAML:", [redacted(str(error))]) from error
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path} is not a config:", ["the file must hold a YAML mapping"])
     return loaded
@@ -143,12 +144,12 @@ def parsed(overrides: Sequence[str]) -> list[DictConfig]:
     for item in overrides:
         key, separator, _ = item.partition("=")
         if not separator or not key:
-            faults.append(f"{item!r}: give a dotted key, '=' and a value")
+            faults.append(f"{redacted(repr(item))}: give a dotted key, '=' and a value")
             continue
         try:
             layers.append(OmegaConf.from_dotlist([item]))
         except (YAMLError, OmegaConfBaseException) as error:
-            faults.append(f"{key}: the value is not valid YAML: {' '.join(str(error).split())}")
+            faults.append(f"{key}: the value is not valid YAML: {redacted(' '.join(str(error).split()))}")
     if faults:
         raise ConfigError("Overrides have the form key=value, for example train.epochs=3:", faults)
     return layers
@@ -178,7 +179,7 @@ def validated(model: type[Values], layers: Sequence[DictConfig], what: str) -> V
     try:
         values = OmegaConf.to_container(merged(layers), resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{what} cannot be read:", [str(error)]) from error
+        raise ConfigError(f"{what} cannot be read:", [redacted(str(error))]) from error
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -216,7 +217,7 @@ def _faults(error: ValidationError, root: type[BaseModel], values: Any) -> list[
         elif item["type"] == "model_type":
             message = f"is a section; give its fields, for example in YAML or as {'.'.join(location)}.NAME=VALUE"
         elif item["type"] not in {"missing", "value_error", "pet_type"}:
-            message += f" (given: {item['input']!r})"
+            message += redacted(f" (given: {item['input']!r})")
         faults.append(f"{'.'.join(location) or 'config'}: {message}")
     return faults
 

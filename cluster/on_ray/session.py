@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from sapt_core.addresses import redacted
 from sapt_core.errors import ClusterError
 from sapt_core.settings import ClusterConfig
 
@@ -55,8 +56,9 @@ def connect(config: ClusterConfig, *, num_cpus: int | None = None) -> Iterator[N
         if address == "local":
             raise ClusterError(f"Ray cannot start on this machine: {error}") from error
         raise ClusterError(
-            f"No Ray cluster can be used at {address}: {_first_line(error)}. Check that the cluster runs this Ray "
-            "version, and that RAY_AUTH_MODE and the token (RAY_AUTH_TOKEN or ~/.ray/auth_token) are the cluster's."
+            f"No Ray cluster can be used at {redacted(address)}: {redacted(_first_line(error))}. Check that the "
+            "cluster runs this Ray version, and that RAY_AUTH_MODE and the token (RAY_AUTH_TOKEN or "
+            "~/.ray/auth_token) are the cluster's."
         ) from error
     # As Ctrl-C: Ray's own handler aborts the process, and a job that is stopped leaves its MLflow run open.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -130,7 +132,7 @@ def _answer(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
     except (OSError, OverflowError) as error:
         raise ClusterError(
-            f"No Ray cluster answers at {address}: {error}. "
+            f"No Ray cluster answers at {redacted(address)}: {error}. "
             "cluster.address or RAY_ADDRESS must be host:port of a running head node."
         ) from error
 

@@ -22,11 +22,11 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import ValidationError
 
 from cluster.tracking.runs import MODEL, client_of, experiment_of, metric_name, reported, score_time
+from sapt_core.addresses import without_user
 from sapt_core.errors import SnapshotError, TrackingError
 from sapt_core.settings import StoreConfig, TrackingConfig
 
@@ -346,11 +346,7 @@ def _public(store: StoreConfig) -> dict[str, Any]:
     """The store's address as anybody may read it: absolute, and without credentials."""
     if "://" not in store.uri and not Path(store.uri).is_absolute():
         raise ValueError(f"store.uri {store.uri!r} is relative: readers of the registry have another working directory")
-    endpoint = store.endpoint_url
-    if endpoint is not None:
-        parts = urlsplit(endpoint)
-        endpoint = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
-    return {"uri": store.uri, "endpoint_url": endpoint}
+    return {"uri": store.uri, "endpoint_url": store.endpoint_url and without_user(store.endpoint_url)}
 
 
 def _requirements(store: StoreConfig) -> list[str]:

@@ -21,6 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
 from cluster.interrupts import uninterrupted
+from sapt_core.addresses import redacted
 from sapt_core.errors import TrackingError
 from sapt_core.settings import TrackingConfig
 
@@ -51,12 +52,6 @@ _IMPATIENT = {
 }
 
 
-def redacted(text: str) -> str:
-    """``text`` without the user names, passwords and tokens of the URIs in it."""
-    text = re.sub(r"(?<=://)[^/\s]*@", "***@", text)
-    return re.sub(r"(?i)([?&](?:password|passwd|token|secret)=)[^&\s]+", r"\1***", text)
-
-
 def resolved(config: TrackingConfig) -> TrackingConfig:
     """The config with a URI that means the same in every working directory.
 
@@ -68,7 +63,7 @@ def resolved(config: TrackingConfig) -> TrackingConfig:
     scheme, separator, rest = config.uri.partition("://")
     if not separator or scheme == "file":
         raise TrackingError(
-            f"tracking.uri is {config.uri}: MLflow 3 keeps no runs in plain folders. "
+            f"tracking.uri is {redacted(config.uri)}: MLflow 3 keeps no runs in plain folders. "
             "Give sqlite:///FOLDER/mlflow.db, or the http(s) address of an MLflow server."
         )
     if scheme.partition("+")[0] in _SERVER_ONLY:
@@ -81,7 +76,7 @@ def resolved(config: TrackingConfig) -> TrackingConfig:
         return config
     path = rest.removeprefix("/")
     if path == rest or not path or path.startswith(":"):
-        raise TrackingError(f"tracking.uri is {config.uri}: give a file, as in sqlite:///FOLDER/mlflow.db.")
+        raise TrackingError(f"tracking.uri is {redacted(config.uri)}: give a file, as in sqlite:///FOLDER/mlflow.db.")
     return config.model_copy(update={"uri": f"sqlite:///{Path(path).absolute()}"})
 
 
@@ -121,7 +116,8 @@ def check_readable(config: TrackingConfig) -> TrackingConfig:
     config = resolved(config)
     if _sqlite_folder(config.uri) is not None and not Path(config.uri.removeprefix("sqlite:///")).is_file():
         raise TrackingError(
-            f"tracking.uri is {config.uri}: there is no such file. Give the URI that pipelines/continual.py ran with."
+            f"tracking.uri is {redacted(config.uri)}: there is no such file. "
+            "Give the URI that pipelines/continual.py ran with."
         )
     with reported(config.uri), _environment(_IMPATIENT):
         client_of(config.uri).search_registered_models(max_results=1)

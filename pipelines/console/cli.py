@@ -6,7 +6,6 @@ import argparse
 import logging
 import os
 import sys
-import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,7 +16,9 @@ from transformers.utils import logging as transformers_logging
 from cluster.processes import stage_processes
 from cluster.stages import Executor, InlineExecutor
 from cluster.store import ArtifactStore
+from sapt_core.addresses import redacted
 from sapt_core.errors import SaptError, ServiceError
+from sapt_core.files import whole_file
 from sapt_core.settings import StoreConfig
 
 
@@ -83,14 +84,8 @@ def write_output(path: Path, content: str | bytes) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as part:
-            try:
-                part.write(content.encode() if isinstance(content, str) else content)
-                part.close()
-                Path(part.name).chmod(0o644)
-                Path(part.name).replace(path)
-            finally:
-                Path(part.name).unlink(missing_ok=True)
+        with whole_file(path) as file:
+            file.write(content.encode() if isinstance(content, str) else content)
     except OSError as error:
         raise ServiceError(f"{path} cannot be written: {error.strerror}") from error
 
@@ -108,6 +103,13 @@ def first_time() -> Callable[[logging.LogRecord], bool]:
     return is_new
 
 
+class _Redacted(logging.Formatter):
+    """What libraries warn of may show an address as it was given to them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redacted(super().format(record))
+
+
 def run(main: Callable[[], None]) -> None:
     """Call ``main``; a user's mistake is one message and an exit code, ours keeps its trace.
 
@@ -115,13 +117,14 @@ def run(main: Callable[[], None]) -> None:
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(first_time())
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", handlers=[handler])
+    handler.setFormatter(_Redacted("%(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         main()
     except SaptError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redacted(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted: the same command goes on where it stopped", file=sys.stderr)

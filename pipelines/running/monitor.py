@@ -17,6 +17,7 @@ from cluster.store import ArtifactStore
 from pipelines.console.tables import wide_console
 from pipelines.reports.findings import Findings, collect, moved, read_curve, read_manifest, scored_versions
 from pipelines.sequence.experiment import Experiment
+from sapt_core.addresses import redacted, without_user
 from sapt_core.judging.analysis import gate_ends
 from sapt_core.judging.metrics import ScoreMatrix
 from sapt_core.versions.manifest import Manifest
@@ -179,13 +180,15 @@ class Monitor:
         if self._publisher is not None:
             version = self.versions[-1]
             self.console.print(f"registered: {config.tracking.model} version {version}")
-            uri = "" if "@" in config.tracking.uri else f" tracking.uri={config.tracking.uri}"
+            shown = config.tracking.uri == redacted(config.tracking.uri)  # a password is not for the console
+            uri = f" tracking.uri={config.tracking.uri}" if shown else ""
             self.console.print(
                 f"next: python pipelines/predict.py --version {version} --task {matrix.tasks[0]} "
                 f"--input 'your text'{uri} tracking.model={config.tracking.model}"
             )
         else:
-            endpoint = f" store.endpoint_url={config.store.endpoint_url}" if config.store.endpoint_url else ""
+            endpoint = config.store.endpoint_url
+            endpoint = f" store.endpoint_url={redacted(without_user(endpoint))}" if endpoint else ""
             self.console.print(
                 f"next: python pipelines/predict.py --snapshot {self.manifest(len(matrix.tasks) - 1).digest} "
                 f"--task {matrix.tasks[0]} --input 'your text' store.uri={config.store.uri}{endpoint}"

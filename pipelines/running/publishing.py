@@ -10,8 +10,9 @@ from typing import Any
 from cluster.stages import StageRecord
 from cluster.store import resolved
 from cluster.tracking.registry import PoolRegistry
-from cluster.tracking.runs import Tracker, check_readable, redacted
+from cluster.tracking.runs import Tracker, check_readable
 from pipelines.sequence.experiment import Experiment
+from sapt_core.addresses import redacted
 from sapt_core.errors import TrackingError
 from sapt_core.settings import TrackingConfig
 from sapt_core.versions.manifest import Manifest

@@ -21,7 +21,7 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
 from cluster.tracking import runs as tracking
-from cluster.tracking.runs import Tracker, check, client_of, metric_name, redacted, resolved
+from cluster.tracking.runs import Tracker, check, client_of, metric_name, resolved
 from sapt_core.errors import TrackingError
 from sapt_core.settings import TrackingConfig
 
@@ -77,19 +77,6 @@ def test_bare_database_is_refused_without_its_password() -> None:
     with pytest.raises(TrackingError, match="mlflow server") as caught:
         check(TrackingConfig(uri="postgresql+psycopg2://sapt:hunter2@db.example/mlflow"))
     assert "hunter2" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("http://ann:s3cret@host:5000/x", "http://***@host:5000/x"),
-        ("at https://token@host and http://b:p@q@host2/y", "at https://***@host and http://***@host2/y"),
-        ("postgresql://db/x?user=a&password=p1&sslmode=off", "postgresql://db/x?user=a&password=***&sslmode=off"),
-        ("http://host/mail@example", "http://host/mail@example"),
-    ],
-)
-def test_redacted(text: str, expected: str) -> None:
-    assert redacted(text) == expected
 
 
 # --- check --------------------------------------------------------------------------------------------
