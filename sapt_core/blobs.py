@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
+
+T = TypeVar("T")
 
 
 class BlobStore(Protocol):
@@ -33,8 +36,13 @@ class BlobStore(Protocol):
         """
         ...
 
-    def put_file(self, path: Path) -> str:
-        """Like ``put``, streamed from a file."""
+    def put_file(self, path: Path, digest: str | None = None) -> str:
+        """Like ``put``, streamed from a file.
+
+        Args:
+            path: the file.
+            digest: its sha256 (hex) where that is known, which spares reading a file that the store has.
+        """
         ...
 
     def fetch_to(self, digest: str, path: Path) -> None:
@@ -43,12 +51,21 @@ class BlobStore(Protocol):
 
 
 class Checkpoints(Protocol):
-    """Where one training run keeps the state it can resume from: named files, the newest set wins."""
+    """Where one training run keeps the state it can resume from: a folder of files, the newest wins.
 
-    def load(self) -> dict[str, bytes] | None:
-        """Files of the newest complete checkpoint, or None before the first."""
+    Files, and not bytes, because a state may be larger than the memory that is left.
+    """
+
+    def load(self, read: Callable[[Path], T]) -> T | None:
+        """What ``read`` makes of the folder of the newest complete checkpoint; None before the first.
+
+        The folder is gone when ``read`` returns.
+        """
         ...
 
-    def save(self, files: dict[str, bytes]) -> None:
-        """Keep a checkpoint, all files or none. Every worker calls it; rank 0's files are kept."""
+    def save(self, write: Callable[[Path], None]) -> None:
+        """Keep the files that ``write`` puts into an empty folder, all or none.
+
+        Every worker calls it; ``write`` is called by rank 0 alone.
+        """
         ...

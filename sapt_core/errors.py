@@ -59,6 +59,10 @@ class StoreError(ServiceError):
     """The artifact store cannot be reached, read or written."""
 
 
+class StoreUnavailableError(StoreError):
+    """The artifact store does not answer now; asked again later it may."""
+
+
 class TrackingError(ServiceError):
     """The MLflow server or its registry cannot be used."""
 

@@ -7,9 +7,9 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import ray.train
 from ray.exceptions import RayActorError
@@ -26,8 +26,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from cluster.stages import Stage, StageContext, StageRecord, StageResult, commit, find_record
-from cluster.store import ArtifactStore, LocalStore, open_store
-from cluster.store.base import CHECKPOINTS_KEPT, check_file_names
+from cluster.store import open_store
+from cluster.store.checkpoints import KEPT
 from sapt_core.errors import ClusterError, SaptError
 from sapt_core.settings import ClusterConfig, StoreConfig
 
@@ -41,6 +41,8 @@ _SETTINGS = {
     # It would log every print as well, even one into a string.
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
 }
+
+T = TypeVar("T")
 
 
 def fit(
@@ -94,7 +96,7 @@ def fit(
         )
         return result if rank == 0 else None
 
-    path, filesystem = _storage(store)
+    path, filesystem = store.train_storage()
     trainer: Any = TorchTrainer(  # typed for Train V1
         cast(Any, work),
         torch_config=TorchConfig(backend="nccl" if stage.gpus else "gloo"),
@@ -108,7 +110,7 @@ def fit(
             storage_path=path,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=cluster_config.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=CHECKPOINTS_KEPT),
+            checkpoint_config=CheckpointConfig(num_to_keep=KEPT),
             callbacks=[_RaiseUserErrors()],
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
@@ -123,7 +125,7 @@ def fit(
         raise _lost_workers(stage, error, cluster_config.max_failures) or error from None
     seconds = time.monotonic() - start
     record = commit(stage, key, inputs, result, store, seconds=seconds, world_size=stage.workers)
-    store.delete_folder(f"train/{run}")
+    store.discard(f"train/{run}")
     return record
 
 
@@ -133,26 +135,24 @@ class TrainCheckpoints:
     def __init__(self, *, is_main: bool) -> None:
         self._is_main = is_main
 
-    def load(self) -> dict[str, bytes] | None:
-        """Files of the newest complete checkpoint, or None before the first."""
+    def load(self, read: Callable[[Path], T]) -> T | None:
+        """What ``read`` makes of the files of the newest complete checkpoint; None before the first."""
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is None:
             return None
         with checkpoint.as_directory() as folder:
-            return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+            return read(Path(folder))
 
-    def save(self, files: dict[str, bytes]) -> None:
-        """Keep rank 0's files as a checkpoint. All workers meet here.
+    def save(self, write: Callable[[Path], None]) -> None:
+        """Keep the files that rank 0's ``write`` puts into an empty folder. All workers meet here.
 
-        It counts from the controller's next poll on: a death right after may fall back to the one before.
+        They count from the controller's next poll on: a death right after may fall back to the checkpoint before.
         """
         if not self._is_main:
             ray.train.report({})
             return
-        check_file_names(files)
         with tempfile.TemporaryDirectory() as folder:
-            for name, data in files.items():
-                Path(folder, name).write_bytes(data)
+            write(Path(folder))
             ray.train.report({}, checkpoint=Checkpoint.from_directory(folder))
 
 
@@ -174,13 +174,3 @@ def _lost_workers(stage: Stage, error: WorkerGroupError, max_failures: int) -> C
         f"Stage {stage.name} lost a training worker {max_failures + 1} times. Look at memory and at the worker's "
         "log in the Ray dashboard; the same command goes on from its last checkpoint."
     )
-
-
-def _storage(store: ArtifactStore) -> tuple[str, Any]:
-    """Where Ray Train keeps the run: a path, and its file system where that is not a local one."""
-    if isinstance(store, LocalStore):
-        return str(store.folder / "train"), None
-    from cluster.store.s3 import S3Store  # noqa: PLC0415  boto3 only where S3 is used
-
-    assert isinstance(store, S3Store)  # noqa: S101
-    return store.train_storage()

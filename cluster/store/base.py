@@ -1,34 +1,47 @@
-"""What every store does, built on seven operations that a place to keep bytes must offer.
+"""What every store does, built on the few operations that a place to keep bytes must offer.
 
 Layout, relative to the store's root:
 
     blobs/<aa>/<sha256>                 content-addressed bytes
     records/<key>.json                  one per finished stage; the first writer wins
-    checkpoints/<key>/<n>/<file>        resumable state of a running stage, manifest.json written last
+    checkpoints/<key>/<n>-<id>/<file>   resumable state of a running stage, manifest.json written last
+    leases/<key>.json                   who is at work on a stage
     train/<run>/                        what Ray Train keeps while a training stage runs
+    probes/                             what ``check`` writes and deletes
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
+import logging
 import re
 import tempfile
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from cluster.store.checkpoints import StoreCheckpoints
 from sapt_core.errors import StoreError
+from sapt_core.files import poured, whole_file
 
 CHUNK_BYTES = 1 << 20
-CHECKPOINTS_KEPT = 2
+REFRESH_SECONDS = 24 * 3600
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
-_MANIFEST = "manifest.json"
 _CREATE_ATTEMPTS = 5
+
+log = logging.getLogger(__name__)
+
+
+class Entry(NamedTuple):
+    """An object of a store: its name, its length in bytes, and the seconds since it was written or touched."""
+
+    name: str
+    size: int
+    age: float
 
 
 class ArtifactStore(ABC):
@@ -63,12 +76,16 @@ class ArtifactStore(ABC):
         """The object's bytes piece by piece, None if there is none."""
 
     @abstractmethod
-    def _size(self, name: str) -> int | None:
-        """The object's length in bytes, None if there is none."""
+    def _look(self, name: str) -> Entry | None:
+        """What is known of an object without reading it, None if there is none."""
 
     @abstractmethod
-    def _list(self, folder: str) -> list[str]:
-        """Names of all objects under a folder, at any depth."""
+    def _touch(self, name: str) -> bool:
+        """Make an object's age zero; False if it is not there or not ours to touch."""
+
+    @abstractmethod
+    def _list(self, folder: str) -> list[Entry]:
+        """All objects under a folder, at any depth."""
 
     @abstractmethod
     def _delete(self, name: str) -> None:
@@ -78,23 +95,67 @@ class ArtifactStore(ABC):
     def delete_folder(self, folder: str) -> None:
         """Remove everything under a folder of the store; nothing happens if there is nothing."""
 
+    @abstractmethod
+    def train_storage(self) -> tuple[str, Any]:
+        """Where Ray Train keeps its runs: a path, and its pyarrow file system where that is not a local one."""
+
+    @abstractmethod
+    def check_training(self) -> None:
+        """Use a probe as Ray Train's own client uses its files; ``check`` knows the store's client alone.
+
+        Raises:
+            StoreError: it cannot work there.
+        """
+
+    @contextmanager
+    def _drafts(self) -> Iterator[Path]:
+        """An empty folder for files on their way, which is gone afterwards."""
+        with tempfile.TemporaryDirectory(prefix="sapt-") as folder:
+            yield Path(folder)
+
+    def _take_file(self, name: str, path: Path) -> None:
+        """``_write_file`` for a file in ``_drafts``, which need not stay there."""
+        self._write_file(name, path)
+
+    def discard(self, folder: str) -> None:
+        """Remove a folder of what nothing will read any more; that it cannot be removed is no reason to fail."""
+        try:
+            self.delete_folder(folder)
+        except StoreError as error:
+            log.warning("%s stays in %s, though nothing needs it any more: %s", folder, self.uri, error)
+
     # Blobs
 
     def put(self, data: bytes) -> str:
         """Keep ``data`` and return its sha256 (hex). Putting the same bytes again is free."""
         digest = hashlib.sha256(data).hexdigest()
-        if self._size(_blob(digest)) != len(data):  # a truncated blob is mended by putting it again
+        if not self._renewed(digest, len(data)):
             self._write(_blob(digest), data)
         return digest
 
-    def put_file(self, path: Path | str) -> str:
-        """Keep a file's content, streamed, and return its sha256 (hex)."""
+    def put_file(self, path: Path | str, digest: str | None = None) -> str:
+        """Keep a file's content, streamed, and return its sha256 (hex).
+
+        Args:
+            path: the file.
+            digest: its sha256 where that is known, which spares reading a file that the store has.
+        """
         path = Path(path)
+        size = path.stat().st_size
+        if digest is not None and self._renewed(digest, size):
+            return digest
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if self._size(_blob(digest)) != path.stat().st_size:
+        if not self._renewed(digest, size):
             self._write_file(_blob(digest), path)
         return digest
+
+    def _renewed(self, digest: str, size: int) -> bool:
+        """Whether a blob is there and whole; its age then counts anew, because whoever put it is about to use it."""
+        there = self._look(_blob(digest))
+        if there is None or there.size != size:  # a truncated blob is mended by putting it again
+            return False
+        return there.age < REFRESH_SECONDS or self._touch(_blob(digest))
 
     def get(self, digest: str) -> bytes:
         """Return the bytes whose sha256 is ``digest``, verified.
@@ -111,7 +172,7 @@ class ArtifactStore(ABC):
 
     def has(self, digest: str) -> bool:
         """Whether a blob is there; its content is verified when it is read."""
-        return self._size(_blob(digest)) is not None
+        return self._look(_blob(digest)) is not None
 
     def size(self, digest: str) -> int:
         """Length of a blob in bytes, without reading it.
@@ -119,10 +180,10 @@ class ArtifactStore(ABC):
         Raises:
             StoreError: the blob is missing.
         """
-        size = self._size(_blob(digest))
-        if size is None:
+        there = self._look(_blob(digest))
+        if there is None:
             raise self._missing(digest)
-        return size
+        return there.size
 
     def fetch_to(self, digest: str, path: Path | str) -> None:
         """Write a blob to a local file, streamed and verified; the file appears whole or not at all.
@@ -135,18 +196,9 @@ class ArtifactStore(ABC):
         if chunks is None:
             raise self._missing(digest)
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, part = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            seen = hashlib.sha256()
-            with os.fdopen(descriptor, "wb") as file:
-                for chunk in chunks:
-                    seen.update(chunk)
-                    file.write(chunk)
-            if seen.hexdigest() != digest:
+        with whole_file(path) as file:
+            if poured(chunks, file) != digest:
                 raise self._damaged(digest)
-            Path(part).replace(path)
-        finally:
-            Path(part).unlink(missing_ok=True)
 
     # Records
 
@@ -192,39 +244,53 @@ class ArtifactStore(ABC):
 
     def checkpoints(self, key: str) -> StoreCheckpoints:
         """Where the stage of this key keeps the state it resumes from."""
-        return StoreCheckpoints(self, f"checkpoints/{_checked(key)}")
+        return StoreCheckpoints(self, f"checkpoints/{checked(key)}")
 
     def drop_checkpoints(self, key: str) -> None:
-        """Remove a stage's checkpoints; its record is there, so nothing resumes from them any more."""
-        self.delete_folder(f"checkpoints/{_checked(key)}")
+        """Remove a stage's checkpoints; its record is there, so nothing resumes from them any more.
+
+        Fails no stage: another run may be at the same one, and what cannot be removed is in nobody's way.
+        """
+        self.discard(f"checkpoints/{checked(key)}")
 
     # Preflight
 
     def check(self) -> None:
-        """Write, read and delete a probe, so that what cannot work fails before work is done.
+        """Do all that a run does with a probe, so that what cannot work fails before work is done.
 
         Raises:
-            StoreError: the place cannot be reached, read or written, or lets a second writer of a
+            StoreError: the place cannot be reached, read, listed or written, or lets a second writer of a
                 record win, on which the safety of parallel and repeated runs rests.
         """
         name = f"probes/{uuid.uuid4().hex}"
-        first, second = b"first", b"second"
+        first, second = b"first", b"another"
         created = self._create(name, first)
         try:
             again = self._create(name, second)
-            data = self._read(name)
+            if not created or again or self._read(name) != first:
+                raise StoreError(
+                    f"The store {self.uri} overwrites an object that is already there although it was asked not to "
+                    "(S3: PUT with If-None-Match: *). Two runs could then replace each other's records. Use a store "
+                    "with conditional writes: AWS S3, a current MinIO or Ceph, or a local folder."
+                )
+            self._write(name, second)
+            there = self._look(name)
+            self._require("give back what was written last", self._read(name) == second)
+            self._require("say how long an object is", there is not None and there.size == len(second))
+            self._require("list what is there", name in {entry.name for entry in self._list("probes")})
+            self._require("let an object be copied onto itself", self._touch(name))
         finally:
             self._delete(name)
-        if not created or again or data != first:
-            raise StoreError(
-                f"The store {self.uri} overwrites an object that is already there although it was asked not to "
-                "(S3: PUT with If-None-Match: *). Two runs could then replace each other's records. Use a store "
-                "with conditional writes: AWS S3, a current MinIO or Ceph, or a local folder."
-            )
+        self._require("forget what was deleted", self._look(name) is None)
+
+    def _require(self, what: str, does: bool) -> None:
+        if not does:
+            raise StoreError(f"The store {self.uri} cannot be used: it does not {what}. Use another.")
 
     def _missing(self, digest: str) -> StoreError:
         return StoreError(
-            f"Blob {digest} is not in {self.uri}. Run the pipeline again: the stage that made it is repeated."
+            f"Blob {digest} is not in {self.uri}. If the store has moved, say where to by store.uri; else run the "
+            "pipeline again: the stage that made it is repeated."
         )
 
     def _damaged(self, digest: str) -> StoreError:
@@ -234,79 +300,20 @@ class ArtifactStore(ABC):
         )
 
 
-class StoreCheckpoints:
-    """Checkpoints of one stage in a store: the newest two complete ones. See ``sapt_core.blobs.Checkpoints``."""
-
-    def __init__(self, store: ArtifactStore, folder: str) -> None:
-        self._store = store
-        self._folder = folder
-
-    def load(self) -> dict[str, bytes] | None:
-        """Files of the newest complete checkpoint, or None before the first."""
-        objects = self._store._list(self._folder)
-        for number in reversed(_numbers(objects)):
-            files = self._read(number) if f"{self._folder}/{number:08d}/{_MANIFEST}" in objects else None
-            if files is not None:
-                return files
-        return None
-
-    def save(self, files: dict[str, bytes]) -> None:
-        """Keep a checkpoint, all files or none, and drop all but the newest two.
-
-        Raises:
-            ValueError: a file name that is not letters, digits, ``.``, ``_`` and ``-``.
-        """
-        check_file_names(files)
-        numbers = _numbers(self._store._list(self._folder))
-        number = numbers[-1] + 1 if numbers else 0
-        for name, data in files.items():
-            self._store._write(f"{self._folder}/{number:08d}/{name}", data)
-        digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-        self._store._write(f"{self._folder}/{number:08d}/{_MANIFEST}", json.dumps(digests).encode())
-        for old in numbers[: -(CHECKPOINTS_KEPT - 1)]:
-            self._store.delete_folder(f"{self._folder}/{old:08d}")
-
-    def _read(self, number: int) -> dict[str, bytes] | None:
-        """One checkpoint's files, None if any is missing or damaged: an older one is then the newest complete."""
-        folder = f"{self._folder}/{number:08d}"
-        try:
-            digests = json.loads(self._store._read(f"{folder}/{_MANIFEST}") or b"")
-        except ValueError:
-            return None
-        files = {}
-        for name, digest in digests.items():
-            data = self._store._read(f"{folder}/{name}")
-            if data is None or hashlib.sha256(data).hexdigest() != digest:
-                return None
-            files[name] = data
-        return files
-
-
-def check_file_names(files: dict[str, bytes]) -> None:
-    """Refuse names of checkpoint files that could leave their folder or hide the manifest.
-
-    Raises:
-        ValueError: naming the file.
-    """
-    for name in files:
-        if not _FILE_NAME.fullmatch(name) or name == _MANIFEST:
-            raise ValueError(f"checkpoint file {name!r}: use letters, digits, '.', '_' and '-', and not {_MANIFEST!r}")
-
-
-def _numbers(objects: list[str]) -> list[int]:
-    return sorted({int(name.split("/")[-2]) for name in objects})
-
-
 def _blob(digest: str) -> str:
-    return f"blobs/{_checked(digest)[:2]}/{digest}"
+    return f"blobs/{checked(digest)[:2]}/{digest}"
 
 
 def _record(key: str) -> str:
-    return f"records/{_checked(key)}.json"
+    return f"records/{checked(key)}.json"
 
 
-def _checked(digest: str) -> str:
-    """Digests and keys become paths, and may come from a manifest that somebody else wrote."""
+def checked(digest: str) -> str:
+    """Digests and keys become paths, and may come from a manifest that somebody else wrote.
+
+    Raises:
+        StoreError: it is no sha256.
+    """
     if not _DIGEST.fullmatch(digest):
         raise StoreError(
             f"{digest!r} is not a sha256 of 64 hex digits: the manifest or record that names it is damaged."

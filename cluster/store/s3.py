@@ -2,34 +2,50 @@
 
 from __future__ import annotations
 
+import io
 import time
+import uuid
 from collections.abc import Callable, Iterator
-from functools import cached_property, partial
+from contextlib import closing
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 from urllib.parse import urlsplit
 
 import boto3
+from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
     ConnectionError,
     HTTPClientError,
+    IncompleteReadError,
     NoCredentialsError,
     ParamValidationError,
+    ReadTimeoutError,
+    ResponseStreamingError,
 )
 
-from cluster.store.base import CHUNK_BYTES, ArtifactStore
-from sapt_core.errors import StoreError
+from cluster.store.base import CHUNK_BYTES, ArtifactStore, Entry
+from sapt_core.addresses import redacted, without_user
+from sapt_core.errors import StoreError, StoreUnavailableError
 
 T = TypeVar("T")
+
+# One PUT or COPY takes 5 GiB at most, so what is large goes in parts, a few of them in memory at a time.
+_UPLOAD = TransferConfig(preferred_transfer_client="classic")
+_COPY = TransferConfig(multipart_threshold=1 << 30, multipart_chunksize=1 << 28, preferred_transfer_client="classic")
+_IN_PARTS = TransferConfig(multipart_threshold=1, preferred_transfer_client="classic")
 
 _ABSENT = {"404", "NoSuchKey"}
 _DENIED = {"403", "AccessDenied", "Forbidden"}
 _CREDENTIALS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "AuthFailure"}
+_CUT = (ResponseStreamingError, IncompleteReadError, ReadTimeoutError)
 _CONFLICT_ATTEMPTS = 10
-_DELETED_AT_ONCE = 1000  # S3's limit
+_READ_ATTEMPTS = 4
 
 
 class S3Store(ArtifactStore):
@@ -48,47 +64,74 @@ class S3Store(ArtifactStore):
 
     @property
     def uri(self) -> str:
-        return f"s3://{self.bucket}/{self.prefix}".rstrip("/")
+        return redacted(f"s3://{self.bucket}/{self.prefix}".rstrip("/"))
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "client"}
 
     @cached_property
     def client(self) -> Any:
-        """The boto3 client."""
+        """The boto3 client. It signs what it asks for, so a user name in the address is of no use to it."""
         try:
             return boto3.client(
                 "s3",
-                endpoint_url=self._endpoint_url,
+                endpoint_url=self._endpoint_url and without_user(self._endpoint_url),
                 config=Config(
                     connect_timeout=10, read_timeout=60, retries={"mode": "standard", "total_max_attempts": 4}
                 ),
             )
         except (BotoCoreError, ValueError) as error:
             raise StoreError(
-                f"Cannot use the store {self.uri}: {error}. Mend store.endpoint_url or the AWS environment."
-            ) from error
+                f"Cannot use the store {self.uri}: {redacted(str(error))}. "
+                "Mend store.endpoint_url or the AWS environment."
+            ) from None  # the cause would show the address as it was given
 
     def train_storage(self) -> tuple[str, Any]:
         """Path and pyarrow file system of ``train/``, with the client's endpoint, region and credentials source."""
         from pyarrow.fs import S3FileSystem  # noqa: PLC0415
 
-        address = urlsplit(self.client.meta.endpoint_url)
+        address = urlsplit(without_user(self.client.meta.endpoint_url))
         options: dict[str, str] = {}
         if not address.netloc.endswith(".amazonaws.com"):
             options = {"endpoint_override": address.netloc, "scheme": address.scheme}
         filesystem = S3FileSystem(region=self.client.meta.region_name, **options)
         return f"{self.bucket}/{self._key('train')}", filesystem
 
+    def check(self) -> None:
+        super().check()
+        name = f"probes/{uuid.uuid4().hex}"
+        self._upload(name, io.BytesIO(b"parts"), _IN_PARTS)
+        try:
+            self._require("take an object in parts", self._read(name) == b"parts")
+        finally:
+            self._delete(name)
+
+    def check_training(self) -> None:
+        path, filesystem = self.train_storage()
+        probe = f"probe-{uuid.uuid4().hex}"
+        try:
+            with filesystem.open_output_stream(f"{path}/{probe}/file") as file:
+                file.write(b"probe")
+            filesystem.delete_dir(f"{path}/{probe}")
+        except OSError as error:
+            self.discard(f"train/{probe}")
+            raise StoreError(
+                f"Ray Train's own S3 client cannot keep checkpoints in the store {self.uri} at {self._place()}: "
+                f"{redacted(str(error))} Give cluster.train_workers=0, with which the store's client keeps them, or "
+                "use another server."
+            ) from None
+
     def _write(self, name: str, data: bytes) -> None:
-        self._call("write", lambda: self.client.put_object(Bucket=self.bucket, Key=self._key(name), Body=data))
+        self._upload(name, io.BytesIO(data))
 
     def _write_file(self, name: str, path: Path) -> None:
-        def upload() -> None:
-            with path.open("rb") as file:
-                self.client.upload_fileobj(file, self.bucket, self._key(name))
+        with path.open("rb") as file:
+            self._upload(name, file)
 
-        self._call("write", upload)
+    def _upload(self, name: str, file: IO[bytes], config: TransferConfig | None = None) -> None:
+        """Put a file's content there: at once, or in parts, which are an object when the last is there."""
+        config = config or _UPLOAD
+        self._call("write", lambda: self.client.upload_fileobj(file, self.bucket, self._key(name), Config=config))
 
     def _create(self, name: str, data: bytes) -> bool:
         for attempt in range(_CONFLICT_ATTEMPTS):
@@ -99,63 +142,100 @@ class S3Store(ArtifactStore):
                 if code in {"PreconditionFailed", "412"}:
                     return False
                 if code not in {"ConditionalRequestConflict", "409"}:  # another writer is at it: ask again
-                    raise self._fault("write", error) from error
+                    raise self._fault("write", error) from None
                 time.sleep(0.05 * 2**attempt)
             except BotoCoreError as error:
-                raise self._fault("write", error) from error
+                raise self._fault("write", error) from None
             else:
                 return True
         raise StoreError(f"Cannot write {self._key(name)} in the store {self.uri}: other writers hold it. Run again.")
 
     def _read(self, name: str) -> bytes | None:
-        def read() -> bytes:
-            body: bytes = self.client.get_object(Bucket=self.bucket, Key=self._key(name))["Body"].read()
-            return body
-
-        return self._unless_absent("read", read)
+        for _ in range(_READ_ATTEMPTS):
+            body = self._body(name)
+            if body is None:
+                return None
+            try:
+                with closing(body):
+                    data: bytes = body.read()
+                    return data
+            except _CUT as error:
+                fault = self._fault("read", error)
+            except BotoCoreError as error:
+                raise self._fault("read", error) from None
+        raise fault
 
     def _chunks(self, name: str) -> Iterator[bytes] | None:
-        body = self._unless_absent(
-            "read", lambda: self.client.get_object(Bucket=self.bucket, Key=self._key(name))["Body"]
+        body = self._body(name)
+        return None if body is None else self._pieces(name, body)
+
+    def _pieces(self, name: str, body: Any) -> Iterator[bytes]:
+        seen = cuts = 0
+        while True:
+            try:
+                with closing(body):
+                    for chunk in body.iter_chunks(CHUNK_BYTES):
+                        seen += len(chunk)
+                        yield chunk
+                return
+            except _CUT as error:
+                cuts += 1
+                if cuts == _READ_ATTEMPTS:
+                    raise self._fault("read", error) from None
+            except BotoCoreError as error:
+                raise self._fault("read", error) from None
+            # From where it was cut off; that the whole is right is for its digest to say.
+            body = self._body(name, start=seen)
+            if body is None:
+                raise StoreError(f"{self._key(name)} was removed from the store {self.uri} while it was read.")
+
+    def _body(self, name: str, start: int = 0) -> Any:
+        """The stream of an object from a byte on, None if there is none."""
+        part = {"Range": f"bytes={start}-"} if start else {}
+        return self._unless_absent(
+            "read", lambda: self.client.get_object(Bucket=self.bucket, Key=self._key(name), **part)["Body"]
         )
-        return None if body is None else self._pieces(body)
 
-    def _pieces(self, body: Any) -> Iterator[bytes]:
-        try:
-            yield from body.iter_chunks(CHUNK_BYTES)
-        except BotoCoreError as error:
-            raise self._fault("read", error) from error
+    def _look(self, name: str) -> Entry | None:
+        def look() -> Entry:
+            reply = self.client.head_object(Bucket=self.bucket, Key=self._key(name))
+            return Entry(name, int(reply["ContentLength"]), _age(reply["LastModified"], reply))
 
-    def _size(self, name: str) -> int | None:
-        def size() -> int:
-            return int(self.client.head_object(Bucket=self.bucket, Key=self._key(name))["ContentLength"])
+        return self._unless_absent("read", look)
 
-        return self._unless_absent("read", size)
+    def _touch(self, name: str) -> bool:
+        place = {"Bucket": self.bucket, "Key": self._key(name)}
 
-    def _list(self, folder: str) -> list[str]:
+        def copy_onto_itself() -> bool:
+            self.client.copy(place, **place, ExtraArgs={"MetadataDirective": "REPLACE"}, Config=_COPY)
+            return True
+
+        return self._unless_absent("copy", copy_onto_itself) or False
+
+    def _list(self, folder: str) -> list[Entry]:
         root = self._key("")
-        return [key.removeprefix(root) for key in self._keys(folder) if not key.endswith("/")]
+        return [
+            Entry(item["Key"].removeprefix(root), item["Size"], _age(item["LastModified"], page))
+            for page in self._pages(folder)
+            for item in page.get("Contents", [])
+            if not item["Key"].endswith("/")
+        ]
 
     def _delete(self, name: str) -> None:
-        self._call("delete", lambda: self.client.delete_object(Bucket=self.bucket, Key=self._key(name)))
+        self._delete_key(self._key(name))
 
     def delete_folder(self, folder: str) -> None:
-        keys = self._keys(folder)
-        for start in range(0, len(keys), _DELETED_AT_ONCE):
-            objects = {"Objects": [{"Key": key} for key in keys[start : start + _DELETED_AT_ONCE]]}
-            reply = self._call("delete", partial(self.client.delete_objects, Bucket=self.bucket, Delete=objects))
-            if reply.get("Errors"):
-                refused = reply["Errors"][0]
-                raise StoreError(f"Cannot delete {refused['Key']} in the store {self.uri}: {refused.get('Message')}.")
+        # One by one: servers differ in the digest that they want of a list of what is to be deleted.
+        for page in self._pages(folder):
+            for item in page.get("Contents", []):
+                self._delete_key(item["Key"])
 
-    def _keys(self, folder: str) -> list[str]:
-        def keys() -> list[str]:
-            pages = self.client.get_paginator("list_objects_v2").paginate(
-                Bucket=self.bucket, Prefix=self._key(folder) + "/"
-            )
-            return [item["Key"] for page in pages for item in page.get("Contents", [])]
+    def _delete_key(self, key: str) -> None:
+        self._call("delete", lambda: self.client.delete_object(Bucket=self.bucket, Key=key))
 
-        return self._call("list", keys)
+    def _pages(self, folder: str) -> list[Any]:
+        asked = {"Bucket": self.bucket, "Prefix": self._key(folder) + "/"}
+        return self._call("list", lambda: list(self.client.get_paginator("list_objects_v2").paginate(**asked)))
 
     def _key(self, name: str) -> str:
         return f"{self.prefix}/{name}" if self.prefix else name
@@ -164,23 +244,22 @@ class S3Store(ArtifactStore):
         try:
             return function()
         except (ClientError, BotoCoreError) as error:
-            raise self._fault(action, error) from error
+            raise self._fault(action, error) from None
 
     def _unless_absent(self, action: str, function: Callable[[], T]) -> T | None:
         try:
             return function()
-        except ClientError as error:
-            if error.response["Error"]["Code"] in _ABSENT:
+        except (ClientError, BotoCoreError) as error:
+            if isinstance(error, ClientError) and error.response["Error"]["Code"] in _ABSENT:
                 return None
-            raise self._fault(action, error) from error
-        except BotoCoreError as error:
-            raise self._fault(action, error) from error
+            raise self._fault(action, error) from None
 
     def _fault(self, action: str, error: ClientError | BotoCoreError) -> StoreError:
-        """What went wrong and what to do, without credentials."""
+        """What went wrong and what to do, without credentials. The cause would show the address as it was given."""
         code = error.response["Error"]["Code"] if isinstance(error, ClientError) else ""
+        kind = StoreUnavailableError if _passes(error) else StoreError
         if code == "NoSuchBucket":
-            reason = f"there is no bucket {self.bucket!r}. Create it, or mend store.uri."
+            reason = "there is no such bucket. Create it, or mend store.uri."
         elif code in _CREDENTIALS:
             reason = (
                 f"the credentials are refused ({code}). Mend AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, "
@@ -188,8 +267,8 @@ class S3Store(ArtifactStore):
             )
         elif code in _DENIED:
             reason = (
-                "permission denied. The credentials need s3:GetObject, s3:PutObject, s3:DeleteObject and "
-                "s3:ListBucket there, or they are wrong."
+                "permission denied. The credentials need s3:GetObject, s3:PutObject, s3:DeleteObject, s3:ListBucket "
+                "and s3:AbortMultipartUpload there, or they are wrong."
             )
         elif isinstance(error, ClientError):
             reason = f"{code}: {error.response['Error'].get('Message', '')}"
@@ -198,12 +277,25 @@ class S3Store(ArtifactStore):
         elif isinstance(error, ConnectionError | HTTPClientError):
             reason = "the server does not answer. Check store.endpoint_url and that the server runs."
         elif isinstance(error, ParamValidationError):
-            reason = f"{self.bucket!r} is not a bucket name. Mend store.uri (s3://bucket/prefix)."
+            reason = "that is not a bucket name. Mend store.uri (s3://bucket/prefix)."
         else:
             reason = f"{type(error).__name__}: {error}"
-        return StoreError(f"Cannot {action} in the store {self.uri} at {self._place()}: {reason}")
+        return kind(redacted(f"Cannot {action} in the store {self.uri} at {self._place()}: {reason}"))
 
     def _place(self) -> str:
-        """The server without a user name or password that its address may hold."""
-        address = urlsplit(self.client.meta.endpoint_url)
-        return f"{address.scheme}://{address.netloc.rpartition('@')[2]}"
+        return redacted(self.client.meta.endpoint_url)
+
+
+def _passes(error: ClientError | BotoCoreError) -> bool:
+    """Whether the same call may succeed later, with nothing mended."""
+    if isinstance(error, ClientError):
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return bool(status >= 500 or status == 429)
+    return isinstance(error, (ConnectionError, HTTPClientError, IncompleteReadError))
+
+
+def _age(modified: datetime, reply: Any) -> float:
+    """Seconds since then by the server's clock, which need not be this machine's."""
+    stated = reply["ResponseMetadata"]["HTTPHeaders"].get("date")
+    now = parsedate_to_datetime(stated) if stated else datetime.now(UTC)
+    return (now - modified).total_seconds()

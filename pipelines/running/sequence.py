@@ -6,7 +6,7 @@ from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
 from cluster.stages import Executor, InlineExecutor, run_graph
-from cluster.store import ArtifactStore
+from cluster.store import ArtifactStore, open_store
 from pipelines.reports import page
 from pipelines.running.monitor import Monitor
 from pipelines.sequence.experiment import Experiment
@@ -56,6 +56,8 @@ def ray_executor(config: ExperimentConfig, stack: ExitStack) -> Executor[Any]:
     """Connect to Ray until ``stack`` is closed, and see that it has what the config asks for."""
     from cluster.on_ray.session import check_resources, connect  # noqa: PLC0415  not with --inline
 
+    if config.cluster.train_workers:
+        open_store(config.store).check_training()
     stack.enter_context(connect(config.cluster))
     check_resources(config.cluster)
     from cluster.on_ray.executor import RayExecutor  # noqa: PLC0415

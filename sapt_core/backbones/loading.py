@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from transformers import (
     AutoTokenizer,
@@ -30,8 +30,7 @@ from sapt_core.settings import BackboneConfig
 def store_backbone(config: BackboneConfig, ref: BackboneRef, store: BlobStore) -> None:
     """Put a folder's files into the store, for workers on other nodes."""
     for name, digest in (ref.files or {}).items():
-        if not store.has(digest):
-            store.put_file(Path(config.path).expanduser() / name)
+        store.put_file(Path(config.path).expanduser() / name, digest)
 
 
 # Folders whose files this process has hashed.
@@ -90,8 +89,8 @@ def _materialise(ref: BackboneRef, store: BlobStore) -> Path:
             _verified.add(folder)
             return folder
         shutil.rmtree(folder)  # damaged since it was fetched
-    cache.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=cache, prefix=".partial-"))
+    partial = cache / f".partial-{uuid4().hex}"
+    partial.mkdir(parents=True)
     try:
         for name, digest in files.items():
             store.fetch_to(digest, partial / name)

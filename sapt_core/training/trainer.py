@@ -17,13 +17,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sapt_core.backbones.device import autocast, keep_freed_memory
@@ -199,7 +201,8 @@ def train(
         model.backbone.disable_input_require_grads()  # type: ignore[no-untyped-call]
     trainable = {name: parameter for name, parameter in model.pool.named_parameters() if parameter.requires_grad}
     optimizer = _optimizer(trainable, config, objective)
-    position, best = _restore(checkpoints.load(), trainable, optimizer)
+    restored = checkpoints.load(lambda folder: _restore(folder, trainable, optimizer))
+    position, best = restored or (_Position(), {})
     step_module = accelerator.prepare(_Step(model, terms, objective.penalties))
 
     steps_an_epoch = math.ceil(len(rows) / config.batch_size)
@@ -235,7 +238,7 @@ def train(
         if on_step is not None:
             on_step(position.step, total)
         if not done and position.step % config.checkpoint_every_steps == 0:
-            checkpoints.save(_state(position, trainable, optimizer, best))
+            checkpoints.save(partial(_keep, position=position, trainable=trainable, optimizer=optimizer, best=best))
     with torch.no_grad():
         for name, value in best.items():
             trainable[name].copy_(value)
@@ -316,39 +319,39 @@ def _step(
     }
 
 
-def _state(
+def _keep(
+    folder: Path,
+    *,
     position: _Position,
     trainable: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
     best: Mapping[str, Tensor],
-) -> dict[str, bytes]:
+) -> None:
+    """Write what a run resumes from, tensors straight into a file: copies in memory could be more than it has."""
     tensors = {f"parameter/{name}": value.detach() for name, value in trainable.items()}
     tensors |= {f"best/{name}": value for name, value in best.items()}
     for name, parameter in trainable.items():
         tensors |= {f"optimizer/{key}/{name}": value for key, value in optimizer.state[parameter].items()}
+    save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, folder / "state.safetensors")
     meta = {"step": position.step, "best_score": position.best_score, "curve": position.curve}
-    return {
-        "state.safetensors": save_tensors({name: value.cpu().contiguous() for name, value in tensors.items()}),
-        "state.json": json.dumps(meta).encode(),
-    }
+    (folder / "state.json").write_text(json.dumps(meta))
 
 
 def _restore(
-    files: Mapping[str, bytes] | None, trainable: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+    folder: Path, trainable: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> tuple[_Position, dict[str, Tensor]]:
-    if files is None:
-        return _Position(), {}
     best = {}
-    with torch.no_grad():
-        for label, value in load_tensors(files["state.safetensors"]).items():
+    with torch.no_grad(), safe_open(folder / "state.safetensors", "pt") as tensors:
+        for label in tensors.offset_keys():
+            value = tensors.get_tensor(label)
             group, _, name = label.partition("/")
             if group == "parameter":
                 trainable[name].copy_(value)
             elif group == "best":
-                best[name] = value.to(trainable[name].device)
+                best[name] = value.to(trainable[name].device, copy=True)  # the file goes
             else:
                 key, _, name = name.partition("/")
                 # AdamW keeps its step counter on the CPU.
                 device = value.device if key == "step" else trainable[name].device
-                optimizer.state[trainable[name]][key] = value.to(device)
-    return _Position(**json.loads(files["state.json"])), best
+                optimizer.state[trainable[name]][key] = value.to(device, copy=True)
+    return _Position(**json.loads((folder / "state.json").read_text())), best

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -106,7 +109,10 @@ def load_blob(digest: str, store: BlobStore) -> dict[str, Tensor]:
 
 def store_block(pool: PETPool, store: BlobStore) -> str:
     """Put the block being learnt into the store and return its sha256."""
-    return store.put(save_tensors(_on_cpu(pool.blocks.current_state())))
+    with tempfile.TemporaryDirectory() as folder:  # a whole set of weights would lie in memory three times
+        path = Path(folder, "block.safetensors")
+        save_file(_on_cpu(pool.blocks.current_state()), path)
+        return store.put_file(path)
 
 
 def store_router(pool: PETPool, store: BlobStore) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,6 +69,19 @@ def test_a_folder_reaches_another_node_whole(name: str, tmp_path: Path) -> None:
     if name == "t5":  # tied weights are one tensor again
         assert model.lm_head.weight.data_ptr() == model.shared.weight.data_ptr()
     assert load_backbone(ref, DictStore())[0] is model  # stays loaded, and its files on this machine
+
+
+def test_the_cache_is_open_to_whom_the_umask_lets_in(tmp_path: Path) -> None:
+    folder, store = saved(tmp_path / "model"), DictStore()
+    ref = identify(config(folder))
+    store_backbone(config(folder), ref, store)
+    umask = os.umask(0o027)
+    try:
+        load_backbone(ref, store)
+    finally:
+        os.umask(umask)
+    (cached,) = (tmp_path / "cache" / "sapt" / "backbones").iterdir()
+    assert cached.stat().st_mode & 0o777 == 0o750
 
 
 def test_content_names_it_not_the_place(tmp_path: Path) -> None:

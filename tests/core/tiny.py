@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors.torch import save as save_tensors
@@ -31,6 +33,8 @@ from sapt_core.errors import StoreError
 from sapt_core.pool.model import SaptModel
 from sapt_core.pool.pool import PETPool, new_pool
 from sapt_core.settings import AttentionConfig, LoRAConfig, PETConfig
+
+T = TypeVar("T")
 
 PAD, EOS, UNK, BOS = 0, 1, 2, 3
 SPECIAL = ["<pad>", "</s>", "<unk>", "<s>", "__gen__", "__inp__"]
@@ -218,7 +222,7 @@ class DictStore:
     def size(self, digest: str) -> int:
         return len(self.get(digest))
 
-    def put_file(self, path: Path) -> str:
+    def put_file(self, path: Path, digest: str | None = None) -> str:
         return self.put(path.read_bytes())
 
     def fetch_to(self, digest: str, path: Path) -> None:
@@ -231,8 +235,15 @@ class KeptCheckpoints:
     def __init__(self, kept: Sequence[dict[str, bytes]] = ()) -> None:
         self.kept = list(kept)
 
-    def load(self) -> dict[str, bytes] | None:
-        return self.kept[-1] if self.kept else None
+    def load(self, read: Callable[[Path], T]) -> T | None:
+        if not self.kept:
+            return None
+        with tempfile.TemporaryDirectory() as folder:
+            for name, data in self.kept[-1].items():
+                Path(folder, name).write_bytes(data)
+            return read(Path(folder))
 
-    def save(self, files: dict[str, bytes]) -> None:
-        self.kept.append(files)
+    def save(self, write: Callable[[Path], None]) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            write(Path(folder))
+            self.kept.append({path.name: path.read_bytes() for path in Path(folder).iterdir()})

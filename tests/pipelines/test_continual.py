@@ -294,7 +294,7 @@ def test_a_run_that_was_killed_while_it_trained_ends_in_the_same_snapshot(tmp_pa
     try:
         deadline = time.monotonic() + 120
         # The fourth checkpoint of the first train stage.
-        while not list(store.glob("checkpoints/*/00000003/manifest.json")):
+        while not list(store.glob("checkpoints/*/00000003-*/manifest.json")):
             assert victim.poll() is None, "the run ended before it could be killed"
             assert time.monotonic() < deadline
             time.sleep(0.002)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -25,6 +25,8 @@ from sapt_core.settings import TrainConfig
 from sapt_core.training.reflection import Memory, Reflection, StoredQueries
 from sapt_core.training.trainer import Objective, step_seed, train
 from tests.core.tiny import PAD, KeptCheckpoints, random_rows, same_bits, sapt_model, trainable
+
+T = TypeVar("T")
 
 ROWS = random_rows(11)
 SLOW = {"key": 0.05, "attention": 0.05}
@@ -330,15 +332,14 @@ class FolderCheckpoints:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def load(self) -> dict[str, bytes] | None:
+    def load(self, read: Callable[[Path], T]) -> T | None:
         done = sorted(self.folder.glob("[0-9]*"))
-        return {path.name: path.read_bytes() for path in done[-1].iterdir()} if done else None
+        return read(done[-1]) if done else None
 
-    def save(self, files: dict[str, bytes]) -> None:
+    def save(self, write: Callable[[Path], None]) -> None:
         partial = self.folder / "partial"
         partial.mkdir(parents=True, exist_ok=True)
-        for name, data in files.items():
-            (partial / name).write_bytes(data)
+        write(partial)
         partial.rename(self.folder / f"{len(list(self.folder.glob('[0-9]*'))):04d}")
 
 
