@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, partial
 from graphlib import TopologicalSorter
 from importlib.metadata import version
 from typing import Any, Literal, Protocol, TypeAlias, TypeVar
@@ -23,6 +23,8 @@ from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cluster.store import ArtifactStore
+from cluster.store.lease import leased
+from cluster.store.patience import patiently
 from sapt_core.blobs import Checkpoints
 from sapt_core.errors import StoreError
 from sapt_core.hashing import canonical_hash
@@ -217,24 +219,32 @@ def _libraries() -> dict[str, str]:
 
 
 def run_alone(stage: Stage, key: str, inputs: Mapping[str, StageRecord], store: ArtifactStore) -> StageRecord:
-    """Run a stage in this process as the only worker, resumable through the store, and commit its record."""
-    done = find_record(store, key)  # another run may have finished it since the graph looked
-    if done is not None:
-        return done
-    start = time.monotonic()
-    context = StageContext(
-        name=stage.name,
-        key=key,
-        reads=stage.reads,
-        told=stage.told,
-        inputs=inputs,
-        store=store,
-        checkpoints=store.checkpoints(key),
-    )
-    result = stage.body(context)
-    record = commit(stage, key, inputs, result, store, seconds=time.monotonic() - start, world_size=1)
-    store.drop_checkpoints(key)
-    return record
+    """Run a stage in this process as the only worker, resumable through the store, and commit its record.
+
+    A run that is at the same stage is waited for, and so is a store that does not answer for some minutes.
+    """
+
+    def attempt() -> StageRecord:
+        with leased(store, key, stage.name):
+            done = find_record(store, key)  # another run may have finished it since the graph looked
+            if done is not None:
+                return done
+            start = time.monotonic()
+            context = StageContext(
+                name=stage.name,
+                key=key,
+                reads=stage.reads,
+                told=stage.told,
+                inputs=inputs,
+                store=store,
+                checkpoints=store.checkpoints(key),
+            )
+            result = stage.body(context)
+            record = commit(stage, key, inputs, result, store, seconds=time.monotonic() - start, world_size=1)
+            store.drop_checkpoints(key)
+            return record
+
+    return patiently(attempt)
 
 
 class InlineExecutor:
@@ -300,7 +310,7 @@ def run_graph(
         if key in to_do:  # the same work under another name: one run serves both
             to_do[key].append(stage)
             return
-        record = _valid_record(store, key, stage)
+        record = patiently(partial(_valid_record, store, key, stage))
         if record is not None:
             finish(stage, "cached", record)
             return

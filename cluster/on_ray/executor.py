@@ -13,6 +13,8 @@ from ray.exceptions import RayError, RayTaskError
 from cluster.on_ray.session import capacity
 from cluster.stages import Outcome, Stage, StageContext, StageRecord, StageResult, run_alone
 from cluster.store import open_store, resolved
+from cluster.store.lease import leased
+from cluster.store.patience import patiently
 from sapt_core.errors import ClusterError, SaptError
 from sapt_core.settings import ClusterConfig, StoreConfig
 
@@ -114,4 +116,8 @@ def _train(
 ) -> StageRecord:
     from cluster.on_ray.training import fit  # noqa: PLC0415  Ray Train and torch only in the worker
 
-    return fit(stage, key, inputs, store, cluster)
+    def attempt() -> StageRecord:
+        with leased(open_store(store), key, stage.name):  # Ray Train's folder, too, is one run's at a time
+            return fit(stage, key, inputs, store, cluster)
+
+    return patiently(attempt)

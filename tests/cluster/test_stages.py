@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,8 +21,9 @@ from cluster.stages import (
     run_graph,
     stage_key,
 )
-from cluster.store import LocalStore
-from sapt_core.errors import DataError, StoreError
+from cluster.store import LocalStore, patience
+from sapt_core.errors import DataError, StoreError, StoreUnavailableError
+from tests.states import load, save
 
 
 class Graph:
@@ -259,12 +261,12 @@ def test_a_broken_off_stage_resumes_from_its_checkpoint_and_leaves_none(graph: G
     steps: list[int] = []
 
     def train(context: StageContext) -> StageResult:
-        state = context.checkpoints.load()
+        state = load(context.checkpoints)
         for step in range(int(state["step"]) if state else 0, 6):
             steps.append(step)
             if steps == [0, 1, 2]:
                 raise RuntimeError("power cut")
-            context.checkpoints.save({"step": b"%d" % (step + 1)})
+            save(context.checkpoints, {"step": b"%d" % (step + 1)})
         return StageResult()
 
     stage = Stage("t", "train", train, workers=2)
@@ -274,3 +276,73 @@ def test_a_broken_off_stage_resumes_from_its_checkpoint_and_leaves_none(graph: G
     assert steps == [0, 1, 2, 2, 3, 4, 5]
     assert record.world_size == 1
     assert not any((graph.store.folder / "checkpoints").iterdir())
+
+
+# --- a store that does not answer ---------------------------------------------------------------------
+
+
+def fail(times: int, error: Exception, then: Callable[..., Any]) -> Callable[..., Any]:
+    """``then``, which only fails at first."""
+    left = [error] * times
+
+    def called(*arguments: Any) -> Any:
+        if left:
+            raise left.pop()
+        return then(*arguments)
+
+    return called
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    slept: list[float] = []
+    monkeypatch.setattr(patience, "WAIT_SECONDS", (1.0, 2.0))
+    monkeypatch.setattr(patience.time, "sleep", slept.append)
+    return slept
+
+
+def test_a_stage_goes_on_from_its_checkpoint_when_the_store_answers_again(
+    tmp_path: Path, waits: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    store = LocalStore(tmp_path)
+    steps: list[int] = []
+
+    def train(context: StageContext) -> StageResult:
+        state = load(context.checkpoints)
+        for step in range(int(state["step"]) if state else 0, 4):
+            steps.append(step)
+            if len(steps) in {2, 4}:
+                raise StoreUnavailableError("The server does not answer.")
+            save(context.checkpoints, {"step": b"%d" % (step + 1)})
+        return StageResult()
+
+    run_graph([Stage("t", "train", train)], store, InlineExecutor(store))
+    assert steps == [0, 1, 1, 2, 2, 3]
+    assert waits == [1.0, 2.0]
+    assert "The server does not answer. Trying again in 1 s." in caplog.text
+    assert list((store.folder / "leases").iterdir() if (store.folder / "leases").exists() else []) == []
+
+
+@pytest.mark.parametrize("method", ["read_record", "commit_record", "_create"])
+def test_looking_up_and_committing_are_repeated_too(
+    graph: Graph, waits: list[float], monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    outage = fail(2, StoreUnavailableError("away"), getattr(graph.store, method))
+    monkeypatch.setattr(graph.store, method, outage)
+    assert set(graph.run()) == {"left", "right", "both", "top"}
+    assert waits == [1.0, 2.0]
+
+
+def test_a_store_that_stays_away_ends_the_run(graph: Graph, waits: list[float]) -> None:
+    graph.errors["left"] = StoreUnavailableError("away")
+    with pytest.raises(StoreUnavailableError, match="away"):
+        graph.run()
+    assert graph.ran == ["left"] * 3
+    assert waits == [1.0, 2.0]
+
+
+def test_other_errors_of_the_store_are_not_repeated(graph: Graph, waits: list[float]) -> None:
+    graph.errors["left"] = StoreError("damaged")
+    with pytest.raises(StoreError, match="damaged"):
+        graph.run()
+    assert (graph.ran, waits) == (["left"], [])

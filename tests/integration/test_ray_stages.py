@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from cluster.store import open_store
 from cluster.store.s3 import S3Store
 from sapt_core.errors import ClusterError, DataError
 from sapt_core.settings import ClusterConfig, StoreConfig
+from tests.states import load, save
 
 pytestmark = pytest.mark.integration
 
@@ -56,7 +58,7 @@ def train(context: StageContext) -> StageResult:
     import torch
     from torch import distributed
 
-    state = context.checkpoints.load()
+    state = load(context.checkpoints)
     first = int(state["step"]) if state else 0
     for step in range(first, context.reads["steps"]):
         if context.reads.get("refuse_at") == step and context.rank == context.world_size - 1:
@@ -67,7 +69,7 @@ def train(context: StageContext) -> StageResult:
             Path(context.reads["log"]).write_text("died\n")
             time.sleep(5)  # the controller asks for reports every two seconds; those it has not seen do not count
             os.kill(os.getpid(), signal.SIGKILL)
-        context.checkpoints.save({"step": b"%d" % (step + 1)} if context.is_main else {})
+        save(context.checkpoints, {"step": b"%d" % (step + 1)})
     total = torch.tensor([float(context.rank + 1)])
     distributed.all_reduce(total)
     texts = [context.store.get(record.outputs["text"]) for record in context.inputs.values()]
@@ -109,6 +111,28 @@ def test_user_error_comes_out_clean_and_is_not_retried(config: StoreConfig, tmp_
     assert type(caught.value) is DataError
     assert str(caught.value) == "The rows are broken:\n  - row 1"
     assert log.read_text() == "refused\n"
+
+
+def train_once(context: StageContext) -> StageResult:
+    with Path(context.reads["log"]).open("a") as log:
+        log.write("trained\n")
+    time.sleep(5)  # the second driver is there by then
+    save(context.checkpoints, {"step": b"1"})
+    return StageResult({"pool": context.store.put(b"pool")})
+
+
+def test_two_drivers_at_one_stage_do_its_work_once(config: StoreConfig, tmp_path: Path) -> None:
+    from cluster.on_ray.executor import RayExecutor
+
+    log = tmp_path / "log"
+    stage = Stage("train", "train", train_once, {"log": str(log)}, workers=1)
+    store = open_store(config)
+    with ThreadPoolExecutor(2) as pool:
+        done = list(pool.map(lambda _: run_graph([stage], store, RayExecutor(config, CLUSTER)), range(2)))
+    assert log.read_text() == "trained\n"
+    assert done[0] == done[1]
+    assert list(Path(config.uri, "train").iterdir()) == []
+    assert not Path(config.uri, "leases").exists()
 
 
 def refuse(context: StageContext) -> StageResult:
