@@ -1,0 +1,55 @@
+"""A finished sequence after its store was cleaned: all that it was made for still works."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from cluster.store import LocalStore
+from cluster.store.cleaning import NO_RECORD, remove, unreachable
+from pipelines import continual, evaluate, predict, report
+from sapt_core.config import load_config
+from sapt_core.data import load_sequence
+from sapt_core.versions.manifest import Manifest
+from tests.pipelines.commands import QUICKSTART, TINY, Finished, Outcome, records
+
+Call = Callable[[Callable[[], None], list[str]], Outcome]
+
+
+def test_reports_versions_and_runs_outlive_it(
+    copied: Finished, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # the backbone comes out of the store
+    store = LocalStore(copied.store)
+    lost = store.put(b"of a record that was deleted")
+    for path in copied.store.rglob("*"):
+        os.utime(path, (1, 1))
+    before = records(copied.store)
+    listed = unreachable(store)
+    # Only what every run puts there before it starts: nothing but its stages' results is kept of a task's text.
+    texts = {task.digest for task in load_sequence(load_config(QUICKSTART, TINY).benchmark)}
+    assert {each.entry.name.split("/")[-1] for each in listed} == {lost, *texts}
+    assert {each.why for each in listed} == {NO_RECORD}
+    assert remove(store, listed) == sum(each.entry.size for each in listed)
+    assert unreachable(store, grace=timedelta(0)) == []
+
+    places = [*TINY, f"store.uri={copied.store}"]
+    for digest in (copied.snapshot, Manifest.from_bytes(store.get(copied.snapshot)).parent):
+        assert digest is not None
+        asked = ["--snapshot", digest, "--task", "animal", "--input", "a text", f"store.uri={copied.store}"]
+        assert call(predict.main, asked).code == 0
+    scored = call(evaluate.main, ["--config", QUICKSTART, *places, "--snapshot", copied.snapshot])
+    assert scored.code == 0, scored.err
+    drawn = call(report.main, ["--config", QUICKSTART, *places, "--inline"])
+    assert drawn.code == 0, drawn.err
+    again = call(continual.main, ["--config", QUICKSTART, "--inline", *places])
+    assert again.code == 0, again.err
+    assert records(copied.store) == before  # nothing ran
+    further = call(continual.main, ["--config", QUICKSTART, "--inline", *places, "benchmark.tasks=animal,basket,loan"])
+    assert further.code == 0, further.err
+    assert records(copied.store).items() >= before.items()
