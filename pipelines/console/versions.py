@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import re
 from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+
+from omegaconf import OmegaConf
 
 from cluster.store import ArtifactStore, open_store
+from sapt_core.config import merged, parsed
 from sapt_core.errors import SnapshotError
-from sapt_core.settings import PlacesConfig
+from sapt_core.settings import PlacesConfig, StoreConfig
 from sapt_core.versions.manifest import Manifest
 
 
@@ -15,13 +19,18 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Add ``--version`` and ``--snapshot``, of which one must be given."""
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument(
-        "--version", metavar="REF", help="of tracking.model in tracking.uri: a number, latest or an alias"
+        "--version",
+        metavar="REF",
+        help="of tracking.model in tracking.uri: a number, latest or an alias; give store.uri, too, if its store has "
+        "moved since",
     )
     which.add_argument("--snapshot", metavar="DIGEST", help="of a version in store.uri, without MLflow")
 
 
 def open_version(arguments: Namespace, places: PlacesConfig) -> tuple[Manifest, ArtifactStore]:
     """The manifest of the named version and the store that holds its blobs.
+
+    Of a registered version that is the one it was published with, unless the command line names another.
 
     Raises:
         SnapshotError: it is no pool, is damaged, or was written by a newer release.
@@ -39,4 +48,13 @@ def open_version(arguments: Namespace, places: PlacesConfig) -> tuple[Manifest, 
     from cluster.tracking.runs import check_readable  # noqa: PLC0415
 
     data, kept, _ = PoolRegistry(check_readable(places.tracking)).load_manifest(arguments.version)
-    return Manifest.from_bytes(data), open_store(kept)
+    return Manifest.from_bytes(data), open_store(_moved(kept, places.store, arguments.overrides))
+
+
+def _moved(kept: StoreConfig, asked: StoreConfig, overrides: Sequence[str]) -> StoreConfig:
+    """The store that a version was published with, but for what the command line says of it: stores move.
+
+    What a config file says does not count: it may be of another machine than the version.
+    """
+    said = OmegaConf.select(merged(parsed(overrides)), "store") or {}
+    return kept.model_copy(update={field: getattr(asked, field) for field in said})

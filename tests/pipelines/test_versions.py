@@ -14,6 +14,8 @@ from cluster.store import open_store
 from cluster.tracking.registry import PoolRegistry
 from cluster.tracking.runs import Tracker
 from pipelines import evaluate, predict
+from pipelines.console import versions
+from sapt_core.config import load_places
 from sapt_core.settings import StoreConfig, TrackingConfig
 from sapt_core.versions.manifest import Manifest
 from tests.pipelines.commands import QUICKSTART, TINY, Finished, Outcome
@@ -244,6 +246,51 @@ def test_versions_of_the_registry(
     assert [row["score"] for row in json.loads(summary.read_text())["tasks"]] == finished.summary["scores"][-1]
 
     refused(call(predict.main, ["--version", "9", *text, *where]), "versions 1, 2", code=3)
+
+
+def test_a_version_whose_store_has_moved(
+    copied: Finished, call: Call, sqlite_tracking: TrackingConfig, tmp_path: Path
+) -> None:
+    kept = StoreConfig(uri=str(copied.store))
+    run_id = Tracker(sqlite_tracking).start_sequence("sequence", key="k", params={}, tags={})
+    PoolRegistry(sqlite_tracking).publish(
+        open_store(kept).get(copied.snapshot),
+        kept,
+        digest=copied.snapshot,
+        index=1,
+        run_id=run_id,
+        tags={},
+        metrics={},
+    )
+    moved = copied.store.rename(tmp_path / "moved")
+    asked = ["--version", "1", "--task", "animal", "--input", "a text", f"tracking.uri={sqlite_tracking.uri}"]
+    refused(call(predict.main, asked), f"is not in {copied.store}", "store.uri", code=3)
+    found = call(predict.main, [*asked, f"store.uri={moved}"])
+    assert found.code == 0, found.err
+    # A config may be of another machine than the version: what it says of a store is no word on this one.
+    config = tmp_path / "config.yaml"
+    config.write_text(Path(QUICKSTART).read_text() + f"\nstore:\n  uri: {moved}\n")
+    where = [f"tracking.uri={sqlite_tracking.uri}", f"tracking.model={sqlite_tracking.model}"]
+    scoring_it = ["--config", str(config), *TINY, "--version", "1", *where]
+    refused(call(evaluate.main, scoring_it), f"is not in {copied.store}", code=3)
+    assert call(evaluate.main, [*scoring_it, f"store.uri={moved}", "benchmark.tasks=animal"]).code == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], ("s3://there/x", "http://old:9")),
+        (["store.uri=s3://here/y"], ("s3://here/y", "http://old:9")),
+        (["store.endpoint_url=http://new:9"], ("s3://there/x", "http://new:9")),
+        (["store={uri: s3://here/y, endpoint_url: null}", "tracking.model=x"], ("s3://here/y", None)),
+        (["store.uri=s3://here/y", "benchmark.tasks=a,b"], ("s3://here/y", "http://old:9")),
+    ],
+)
+def test_the_command_line_counts_field_by_field(overrides: list[str], expected: tuple[str, str | None]) -> None:
+    kept = StoreConfig(uri="s3://there/x", endpoint_url="http://old:9")
+    asked = load_places([each for each in overrides if not each.startswith("benchmark")]).store
+    found = versions._moved(kept, asked, overrides)
+    assert (found.uri, found.endpoint_url) == expected
 
 
 def test_a_tracking_file_that_is_not_there_is_not_made(
