@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+HUB_REVISION = r"^[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)*$"
 
 
 def _comma_list(value: Any) -> Any:
@@ -73,7 +74,9 @@ class BackboneConfig(Section):
     """The frozen model: a folder or a hub id."""
 
     path: str = Field(min_length=1, description="Folder with a Hugging Face model and tokenizer, or a hub id.")
-    revision: str | None = Field(None, description="Hub revision (commit); pin it, so that records stay valid.")
+    revision: str | None = Field(
+        None, pattern=HUB_REVISION, description="Hub revision (commit); pin it, so that records stay valid."
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: the checkpoint's own.")
 
 

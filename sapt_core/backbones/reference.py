@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import tempfile
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -23,14 +26,17 @@ from transformers import (
 
 from sapt_core.blobs import BlobStore
 from sapt_core.errors import BackboneError
-from sapt_core.hashing import canonical_hash
-from sapt_core.settings import BackboneConfig
+from sapt_core.hashing import Digest, canonical_hash
+from sapt_core.settings import HUB_REVISION, BackboneConfig
 
 # What transformers may read of a model folder; pickled weights are not among it.
 FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 # One of them holds a vocabulary; without any, transformers makes up an empty tokenizer.
 TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab.*")
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)?")
+_SEPARATOR = re.compile(r"[/\\\0]")
 
 
 class BackboneRef(BaseModel):
@@ -46,9 +52,26 @@ class BackboneRef(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     path: str
-    revision: str | None = None
-    files: dict[str, str] | None = None
-    dtype: str = "auto"
+    # Part of an address and of a path in the hub's cache.
+    revision: str | None = Field(None, pattern=HUB_REVISION)
+    files: dict[str, Digest] | None = None
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    @field_validator("files")
+    @classmethod
+    def _plain_names(cls, files: Mapping[str, str] | None) -> Mapping[str, str] | None:
+        """Names become paths on every machine that reads somebody else's version."""
+        for name in files or {}:
+            if _SEPARATOR.search(name) or not any(fnmatchcase(name, pattern) for pattern in FILES):
+                raise ValueError(f"{name!r} is no plain name of a model's file ({', '.join(FILES)})")
+        return files
+
+    @model_validator(mode="after")
+    def _hub_address(self) -> BackboneRef:
+        # Of a folder, path is what messages call it and nothing else.
+        if self.files is None and not _HUB_ID.fullmatch(self.path):
+            raise ValueError(f"{self.path!r} is no hub id (owner/name), and there are no files")
+        return self
 
     @property
     def digest(self) -> str:
@@ -75,7 +98,12 @@ def identify(config: BackboneConfig) -> BackboneRef:
             raise BackboneError(
                 f"backbone.path {config.path}: no tokenizer there; save the model's own beside it by save_pretrained"
             )
-        files = {path.name: file_digest(path) for pattern in FILES for path in sorted(folder.glob(pattern))}
+        files = {
+            path.name: file_digest(path)
+            for pattern in FILES
+            for path in sorted(folder.glob(pattern))
+            if path.is_file() and not _SEPARATOR.search(path.name)
+        }
         ref = BackboneRef(path=folder.resolve().name, files=files, dtype=config.dtype)
     elif folder.exists() or (os.sep in config.path.removeprefix("~") and not _looks_like_hub_id(config.path)):
         raise BackboneError(f"backbone.path {config.path}: not a folder; give a model folder or a hub id (owner/name)")

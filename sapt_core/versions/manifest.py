@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, model_
 from sapt_core.backbones.reference import BackboneRef
 from sapt_core.data.task import LearntTask
 from sapt_core.errors import SnapshotError
+from sapt_core.hashing import Digest
 from sapt_core.methods.base import AnyMethod
 from sapt_core.settings import AttentionConfig, PETConfig
 
@@ -47,11 +48,11 @@ class Manifest(BaseModel):
     pet: PETConfig
     attention: AttentionConfig | None
     tasks: tuple[LearntTask, ...]
-    blocks: tuple[str, ...]
-    router: str | None
+    blocks: tuple[Digest, ...]
+    router: Digest | None
     targets: tuple[tuple[float, ...], ...]
-    state: dict[str, str] = {}
-    parent: str | None
+    state: dict[str, Digest] = {}
+    parent: Digest | None
 
     # Of an earlier schema, as it was read: what this one adds must not rename what was written then.
     _written: bytes | None = PrivateAttr(None)

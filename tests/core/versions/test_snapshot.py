@@ -187,6 +187,35 @@ def test_a_manifest_that_cannot_be_understood_is_refused() -> None:
             Manifest.from_bytes(data)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["../out.json", "/etc/out.json", "folder/config.json", "a\\b.json", "a\0.json", "..", "", "model.bin", "run.py"],
+)
+def test_names_in_somebody_elses_manifest_stay_in_their_folder(name: str) -> None:
+    files = {"config.json": "0" * 64, name: "1" * 64}
+    with pytest.raises(SnapshotError, match=r"backbone\.files: .* is no plain name"):
+        Manifest.from_bytes(edited(backbone={"path": "model", "files": files}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"backbone": {"path": "model", "files": {"config.json": "../" * 22}}},
+        {"backbone": {"path": "/etc"}},
+        {"backbone": {"path": "../model"}},
+        {"backbone": {"path": "owner/model", "revision": "../../refs"}},
+        {"backbone": {"path": "owner/model", "dtype": "load"}},
+        {"blocks": ["0" * 64, "0" * 64, "../../secret"]},
+        {"router": "0" * 63},
+        {"state": {"memory": "/etc/x"}},
+        {"parent": "x"},
+    ],
+)
+def test_addresses_in_somebody_elses_manifest_are_digests_and_hub_ids(changes: dict[str, Any]) -> None:
+    with pytest.raises(SnapshotError, match=f"not valid: {next(iter(changes))}"):
+        Manifest.from_bytes(edited(**changes))
+
+
 @pytest.mark.parametrize("name", BACKBONES)
 @pytest.mark.parametrize("index", [0, 2])
 def test_peft_loads_an_exported_block_and_computes_the_same(name: str, index: int, tmp_path: Path) -> None:
