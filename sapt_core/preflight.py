@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from transformers import (
-    AutoTokenizer,
-    PretrainedConfig,
-)
+from transformers import PretrainedConfig
 
-from sapt_core.backbones.reference import first_line, load_model_config, location, skeleton
+from sapt_core.backbones.checkpoint import check_weights, read_headers
+from sapt_core.backbones.reference import load_model_config, location, skeleton
+from sapt_core.backbones.tokens import check_tokens, load_tokenizer
 from sapt_core.config import ExperimentConfig
 from sapt_core.data.prepare import check_fits, check_writable
 from sapt_core.data.task import Task
@@ -22,22 +21,22 @@ def check_backbone(config: ExperimentConfig, tasks: Sequence[Task]) -> None:
     """Refuse, without loading weights, a backbone that cannot carry the configured blocks and prompts.
 
     Raises:
-        BackboneError: target modules that match nothing, prompts (soft ones too) and answers longer than
-            the model's positions, or a tokenizer that cannot be loaded or cannot write a marker.
+        BackboneError: weight files that are not of the configured model, target modules that match nothing, prompts
+            (soft ones too) and answers longer than the model's positions, ids that the model has no row for, or a
+            tokenizer that cannot be loaded or cannot write a marker.
         DataError: tasks whose template leaves no room for an input.
     """
-    path, revision = location(config.backbone), config.backbone.revision
-    model_config = load_model_config(path, revision)
+    folder, path = location(config.backbone), config.backbone.path
+    model_config = load_model_config(folder, path)
     model = skeleton(model_config)
+    check_weights(model, read_headers(folder, model_config, path), path)
     for pet in (config.pet, config.generator.pet):
         if isinstance(pet, LoRAConfig):
             find_sites(model, pet.target_modules)
     config.method.check_backbone(model_config)
     _check_positions(config, path, model_config, len(tasks))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise BackboneError(f"the tokenizer of {path} cannot be loaded: {first_line(error)}") from error
+    tokenizer = load_tokenizer(folder, path)
+    check_tokens(model, tokenizer, path)
     if config.method.shared_attention and config.reflection.source == "generated":
         check_writable(tokenizer, config.generator.content)
     check_fits(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
+import logging
 import re
 import tempfile
 from collections.abc import Mapping
@@ -24,10 +23,16 @@ from transformers import (
     PreTrainedModel,
 )
 
+from sapt_core.backbones.checkpoint import check_fetched, own_dtype, read_headers
+from sapt_core.backbones.faults import UNREADABLE, reason
+from sapt_core.backbones.files import file_digest
+from sapt_core.backbones.hub import fetched
 from sapt_core.blobs import BlobStore
 from sapt_core.errors import BackboneError
 from sapt_core.hashing import Digest, canonical_hash
 from sapt_core.settings import HUB_REVISION, BackboneConfig
+
+log = logging.getLogger(__name__)
 
 # What transformers may read of a model folder; pickled weights are not among it.
 FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
@@ -45,7 +50,7 @@ class BackboneRef(BaseModel):
     Attributes:
         path: hub id, or the folder's own name; where the folder lies is not part of what it is.
         revision: hub commit, None for a folder.
-        files: sha256 of every file of a folder, None for a hub model.
+        files: sha256 of every file; None for a hub model of an earlier release, which named it by its commit alone.
         dtype: number format of the frozen weights; auto is the checkpoint's own.
     """
 
@@ -83,50 +88,63 @@ class BackboneRef(BaseModel):
 def identify(config: BackboneConfig) -> BackboneRef:
     """Name the configured backbone by content and refuse what is not a language model.
 
+    A float16 checkpoint is named as what it is loaded as, float32: steps in float16 vanish without loss scaling, which
+    nothing here does.
+
     Raises:
-        BackboneError: neither a model folder nor a hub model that can be reached, pickled weights
-            only, no tokenizer, or a class that is neither encoder-decoder nor causal.
+        BackboneError: neither a model folder nor a hub model that can be reached, pickled weights only, no tokenizer,
+            files that git did not fetch or that are damaged, or a class that is neither encoder-decoder nor causal.
     """
-    folder = Path(config.path).expanduser()
-    if folder.is_dir():
-        if not any(folder.glob("*.safetensors")):
-            raise BackboneError(
-                f"backbone.path {config.path}: no *.safetensors there; "
-                "give a folder saved by save_pretrained (pickled weights are not loaded)"
-            )
-        if not any(path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)):
-            raise BackboneError(
-                f"backbone.path {config.path}: no tokenizer there; save the model's own beside it by save_pretrained"
-            )
-        files = {
-            path.name: file_digest(path)
-            for pattern in FILES
-            for path in sorted(folder.glob(pattern))
-            if path.is_file() and not _SEPARATOR.search(path.name)
-        }
-        ref = BackboneRef(path=folder.resolve().name, files=files, dtype=config.dtype)
-    elif folder.exists() or (os.sep in config.path.removeprefix("~") and not _looks_like_hub_id(config.path)):
-        raise BackboneError(f"backbone.path {config.path}: not a folder; give a model folder or a hub id (owner/name)")
-    else:
-        ref = BackboneRef(path=config.path, revision=config.revision, dtype=config.dtype)
-    model_config = load_model_config(location(config), config.revision)
-    if ref.files is None:
-        ref = ref.model_copy(update={"revision": getattr(model_config, "_commit_hash", None) or config.revision})
+    folder, name = location(config), config.path
+    names = [
+        path.name
+        for pattern in FILES
+        for path in sorted(folder.glob(pattern))
+        if path.is_file() and not _SEPARATOR.search(path.name)
+    ]
+    if not any(name.endswith(".safetensors") for name in names):
+        raise BackboneError(
+            f"backbone.path {name}: no *.safetensors there; "
+            "give a folder saved by save_pretrained (pickled weights are not loaded)"
+        )
+    if not any(path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)):
+        raise BackboneError(
+            f"backbone.path {name}: no tokenizer there; save the model's own beside it by save_pretrained"
+        )
+    if "adapter_config.json" in names:
+        raise BackboneError(
+            f"backbone.path {name}: an adapter lies there (adapter_config.json), which would be loaded with the model; "
+            "give the model alone, or merge the adapter into it and save that"
+        )
+    check_fetched(folder, names, name)
+    model_config = load_model_config(folder, name)
     model_class(model_config)
-    return ref
+    dtype = config.dtype
+    if dtype == "auto" and own_dtype(folder, model_config, name) == torch.float16:
+        dtype = "float32"
+        log.warning(
+            "backbone %s is stored in float16, in which training fails without loss scaling: it is loaded as float32; "
+            "backbone.dtype=bfloat16 takes half of the memory",
+            name,
+        )
+    read_headers(folder, model_config, name)
+    files = {file: file_digest(folder / file) for file in names}
+    if Path(name).expanduser().is_dir():
+        return BackboneRef(path=folder.resolve().name, files=files, dtype=dtype)
+    return BackboneRef(path=name, revision=folder.name, files=files, dtype=dtype)
 
 
-def load_model_config(path: str, revision: str | None) -> PretrainedConfig:
+def load_model_config(folder: Path, name: str) -> PretrainedConfig:
     """The model's configuration alone, without weights.
 
     Raises:
         BackboneError: it cannot be found or read.
     """
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except UNREADABLE as error:
         raise BackboneError(
-            f"backbone.path {path}: not a model that can be loaded ({first_line(error)}); "
+            f"backbone.path {name}: not a model that can be loaded ({reason(error)}); "
             "give a folder with config.json, or a hub id while the hub can be reached"
         ) from error
     return config
@@ -140,10 +158,12 @@ def stored_model_config(ref: BackboneRef, store: BlobStore) -> PretrainedConfig:
         StoreError: the folder's config.json is not in the store, or is damaged.
     """
     if ref.files is None:
-        return load_model_config(ref.path, ref.revision)
+        return load_model_config(fetched(ref.path, ref.revision, FILES), ref.path)
+    if "config.json" not in ref.files:
+        raise BackboneError(f"backbone {ref.path}: the version names no config.json among its files")
     with tempfile.TemporaryDirectory() as folder:
         store.fetch_to(ref.files["config.json"], Path(folder, "config.json"))
-        return load_model_config(folder, None)
+        return load_model_config(Path(folder), ref.path)
 
 
 def model_class(config: PretrainedConfig) -> type[AutoModelForSeq2SeqLM] | type[AutoModelForCausalLM]:
@@ -165,26 +185,30 @@ def model_class(config: PretrainedConfig) -> type[AutoModelForSeq2SeqLM] | type[
 
 
 def skeleton(config: PretrainedConfig) -> PreTrainedModel:
-    """The model without weights (meta device), to look at its modules before anything is loaded."""
-    with torch.device("meta"):
-        model: PreTrainedModel = model_class(config).from_config(config)  # type: ignore[no-untyped-call]
+    """The model without weights (meta device), to look at its modules before anything is loaded.
+
+    Raises:
+        BackboneError: no model can be made of the configuration.
+    """
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = model_class(config).from_config(config)  # type: ignore[no-untyped-call]
+    except UNREADABLE as error:
+        raise BackboneError(
+            f"config.json describes no {config.model_type} model that can be made: {reason(error)}"
+        ) from error
     return model
 
 
-def location(config: BackboneConfig) -> str:
-    """What transformers loads from: the folder, with a home folder's ~ written out, or the hub id."""
+def location(config: BackboneConfig) -> Path:
+    """The folder of the configured backbone on this machine; a hub model is fetched first, if it is not there yet.
+
+    Raises:
+        BackboneError: neither a folder nor a hub model that can be reached.
+    """
     folder = Path(config.path).expanduser()
-    return str(folder) if folder.is_dir() else config.path
-
-
-def first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def _looks_like_hub_id(path: str) -> bool:
-    return path.count("/") == 1 and not path.startswith((".", "/", "~"))
-
-
-def file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    if folder.is_dir():
+        return folder
+    if folder.exists() or not _HUB_ID.fullmatch(config.path):
+        raise BackboneError(f"backbone.path {config.path}: not a folder; give a model folder or a hub id (owner/name)")
+    return fetched(config.path, config.revision, FILES)

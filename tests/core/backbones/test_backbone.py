@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,35 +20,15 @@ from transformers import (
     T5Config,
 )
 
-from sapt_core.backbones import loading as backbone
+from sapt_core.backbones import loading
 from sapt_core.backbones.loading import load_backbone, store_backbone
 from sapt_core.backbones.reference import BackboneRef, identify, model_class, skeleton
 from sapt_core.config import ExperimentConfig
 from sapt_core.data.task import Task
 from sapt_core.errors import BackboneError, DataError, StoreError
 from sapt_core.preflight import check_backbone
-from sapt_core.settings import BackboneConfig
+from tests.core.backbones.folders import config, saved
 from tests.core.tiny import BACKBONES, DictStore, tiny_backbone, tiny_tokenizer
-
-
-@pytest.fixture(autouse=True)
-def _on_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    backbone._load_cached.cache_clear()
-    yield
-    backbone._load_cached.cache_clear()
-
-
-def saved(folder: Path, name: str = "t5", *, tokenizer: bool = True) -> Path:
-    tiny_backbone(name).save_pretrained(folder)
-    if tokenizer:
-        tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def config(path: Path | str, **changes: str) -> BackboneConfig:
-    return BackboneConfig(path=str(path), **changes)
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -187,7 +166,7 @@ def test_a_damaged_store_leaves_nothing_half_written(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "cache" / "sapt" / "backbones").iterdir()] == [ref.digest]
 
 
-def test_a_file_that_changed_on_this_machine_is_fetched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_changed_on_this_machine_is_fetched_again(tmp_path: Path) -> None:
     store = DictStore()
     given = config(saved(tmp_path / "model"))
     ref = identify(given)
@@ -196,9 +175,7 @@ def test_a_file_that_changed_on_this_machine_is_fetched_again(tmp_path: Path, mo
     (weights,) = (tmp_path / "cache").rglob("model.safetensors")
     intact = weights.read_bytes()
     weights.write_bytes(intact[:-1] + b"x")
-    # Another process, which has hashed nothing yet.
-    monkeypatch.setattr(backbone, "_verified", set())
-    backbone._load_cached.cache_clear()
+    loading._load_cached.cache_clear()  # as in another process
     load_backbone(ref, store)
     assert weights.read_bytes() == intact
 
@@ -268,7 +245,6 @@ def experiment(folder: Path, **changes: dict[str, Any]) -> ExperimentConfig:
 
 def test_a_backbone_is_checked_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = saved(tmp_path / "model", "llama")
-    (folder / "model.safetensors").write_bytes(b"")  # weights are not looked at
     task = Task("task", "w1 " * 20, (), (), (), "superni", "exact_match")
     check_backbone(experiment(folder), [task])
     monkeypatch.setenv("HOME", str(tmp_path))
