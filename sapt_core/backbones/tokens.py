@@ -21,7 +21,9 @@ def load_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
     """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except UNREADABLE as error:
+    except Exception as error:  # tokenizers has no kind of its own: what it cannot read is an Exception and no more
+        if type(error) is not Exception and not isinstance(error, UNREADABLE):
+            raise
         pieces = sorted(path.name for path in folder.glob("*.model"))
         if pieces and not (folder / "tokenizer.json").is_file() and find_spec("sentencepiece") is None:
             raise BackboneError(
