@@ -51,8 +51,8 @@ def fetched(path: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
             return snapshot(revision, here=True)
     try:
         # Asked apart: what fetches files would try again and again, for half a minute, where no hub is reached.
-        commit = HfApi().model_info(path, revision=revision, timeout=_REACHED_WITHIN).sha
-        return snapshot(commit, here=False)
+        HfApi().model_info(path, revision=revision, timeout=_REACHED_WITHIN)
+        return snapshot(revision, here=False)
     except GatedRepoError as error:
         raise BackboneError(
             f"backbone.path {path}: the model is gated; accept its terms on the hub, and on this machine log in "

@@ -84,6 +84,12 @@ class BackboneRef(BaseModel):
         content: Any = self.files if self.files is not None else [self.path, self.revision]
         return canonical_hash([content, self.dtype])
 
+    def is_of(self, other: BackboneRef) -> bool:
+        """Whether it is what ``other`` names, perhaps without files, as an earlier release named hub models."""
+        if other.files is None:
+            return (self.path, self.revision, self.dtype) == (other.path, other.revision, other.dtype)
+        return self.digest == other.digest
+
 
 def identify(config: BackboneConfig) -> BackboneRef:
     """Name the configured backbone by content and refuse what is not a language model.

@@ -162,9 +162,9 @@ def require_backbone(manifest: Manifest, ref: BackboneRef) -> None:
     """Refuse a snapshot that belongs to another backbone.
 
     Raises:
-        SnapshotError: the digests differ.
+        SnapshotError: it is another one.
     """
-    if manifest.backbone.digest != ref.digest:
+    if not ref.is_of(manifest.backbone):
         raise SnapshotError(
             f"The snapshot was learnt on backbone {manifest.backbone.path} ({manifest.backbone.digest[:12]}), "
             f"not on {ref.path} ({ref.digest[:12]}); give the backbone it was learnt on"
