@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from transformers import PretrainedConfig
 
-from sapt_core.backbones.checkpoint import check_weights, read_headers
-from sapt_core.backbones.reference import load_model_config, location, skeleton
+from sapt_core.backbones.checkpoint import check_weights, own_dtype, read_headers
+from sapt_core.backbones.device import Precision, resolved_precision
+from sapt_core.backbones.reference import BackboneRef, load_model_config, location, skeleton
 from sapt_core.backbones.tokens import check_tokens, load_tokenizer
 from sapt_core.config import ExperimentConfig
 from sapt_core.data.prepare import check_fits, check_writable
@@ -45,6 +47,24 @@ def check_backbone(config: ExperimentConfig, tasks: Sequence[Task]) -> None:
         max_source_tokens=config.benchmark.max_source_tokens,
         is_encoder_decoder=bool(model_config.is_encoder_decoder),
     )
+
+
+def settle_precision(config: ExperimentConfig, ref: BackboneRef) -> ExperimentConfig:
+    """The experiment with a number format in the place of ``train.precision`` auto, for nodes of all kinds.
+
+    Raises:
+        BackboneError: float32 is asked for, and the weights are of a half format.
+    """
+    folder, path = location(config.backbone), config.backbone.path
+    own = ref.dtype == "auto"
+    weights = own_dtype(folder, load_model_config(folder, path), path) if own else getattr(torch, ref.dtype)
+    precision = resolved_precision(config.train.precision, weights, config.cluster.gpus_per_worker)
+    return with_precision(config, precision)
+
+
+def with_precision(config: ExperimentConfig, precision: Precision) -> ExperimentConfig:
+    """The experiment with ``train.precision`` set."""
+    return config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
 
 
 def _check_positions(config: ExperimentConfig, path: str, model_config: PretrainedConfig, tasks: int) -> None:

@@ -77,7 +77,9 @@ class BackboneConfig(Section):
     revision: str | None = Field(
         None, pattern=HUB_REVISION, description="Hub revision (commit); pin it, so that records stay valid."
     )
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: the checkpoint's own.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: the checkpoint's own, float32 for float16."
+    )
 
 
 class LoRAConfig(Section):
@@ -244,7 +246,9 @@ class TrainConfig(Section):
     micro_batch_size: int | None = Field(None, ge=1, description="Rows in one forward of one worker; default: all.")
     max_grad_norm: float | None = Field(1.0, gt=0)
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="auto: bfloat16 autocast where the device computes in it natively."
+        "auto",
+        description="auto: bfloat16 autocast where the device computes in it natively or the backbone's weights are in "
+        "it; settled once, on the machine that a run is started from, for all nodes.",
     )
     gradient_checkpointing: bool = False
     eval_every_epochs: int | None = Field(

@@ -38,7 +38,8 @@ def find(experiment: Experiment, store: ArtifactStore, version: int | None) -> F
     if not there:
         raise SaptError(
             f"{store.uri} holds no scored version of experiment {experiment.key[:12]}: give the config, overrides and "
-            "store.uri that pipelines/continual.py ran with, or run it first."
+            "store.uri that pipelines/continual.py ran with, or run it first. If it ran on other hardware with "
+            "train.precision=auto, give the precision that it ran with."
         )
     if version is not None and not 1 <= version <= there:
         tasks = ", ".join(f"{number} ({name})" for number, name in enumerate(experiment.graph.tasks[:there], 1))

@@ -20,7 +20,7 @@ from sapt_core.data import load_inputs, load_sequence
 from sapt_core.data.task import Task
 from sapt_core.errors import FaultsError, SaptError
 from sapt_core.hashing import canonical_hash
-from sapt_core.preflight import check_backbone
+from sapt_core.preflight import check_backbone, settle_precision
 from sapt_core.settings import BackboneConfig, BenchmarkConfig
 
 # Versions of stages that keys did not hold yet: left out, so that the records of that time stay valid.
@@ -35,7 +35,7 @@ class Experiment:
     """What a run needs to know. ``key`` names it: the same science has the same key anywhere.
 
     Attributes:
-        config: as validated.
+        config: as validated, with a number format in the place of ``train.precision`` auto.
         tasks: those of the sequence, oldest first.
         unseen: those that are scored and never learnt.
         backbone: by content.
@@ -117,6 +117,8 @@ def assemble(
     ref = attempt(lambda: identified(config.backbone))
     if ref is not None:
         attempt(lambda: check_backbone(config, tasks or ()))
+        settled = attempt(lambda: settle_precision(config, ref))
+        config = config if settled is None else settled
     if len(faults) > 1:
         raise FaultsError(f"{name} cannot be run:", [str(fault).replace("\n", "\n  ") for fault in faults])
     if faults:

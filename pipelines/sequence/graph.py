@@ -23,15 +23,15 @@ from sapt_core.training.trainer import step_seed
 # that what is stored is made anew. A train stage counts its method's version too (``Method.version``).
 VERSIONS = {
     "prepare": 1,
-    "pseudo_samples": 3,
+    "pseudo_samples": 4,
     "given": 1,
     "memory": 1,
     "statistics": 1,
     "train": 1,
-    "evaluate": 1,
+    "evaluate": 2,
     "attend": 1,
     "quality": 1,
-    "zero_shot": 1,
+    "zero_shot": 2,
     "cost": 1,
 }
 

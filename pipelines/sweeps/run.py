@@ -119,7 +119,14 @@ class SweepRun:
         self._console = console
         self._experiment = experiment
         samples = {name: hashlib.sha256(data).hexdigest() for name, data in experiment.samples.items()}
-        self.setup = Setup(sweep, experiment.tasks, experiment.backbone, samples, resolved(experiment.config.store))
+        self.setup = Setup(
+            sweep,
+            experiment.tasks,
+            experiment.backbone,
+            experiment.config.train.precision,
+            samples,
+            resolved(experiment.config.store),
+        )
         self.folder = sweep.config.results
         self.key = trials.sweep_key(sweep, experiment)
         # One that failed is tried again.

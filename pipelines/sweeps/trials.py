@@ -22,10 +22,12 @@ from pipelines.console.tables import markdown_table
 from pipelines.sequence.experiment import Experiment
 from pipelines.sequence.graph import SequenceGraph, build_graph
 from pipelines.sweeps.space import DIRECTIONS, Scalar, Sweep, describe, shown
+from sapt_core.backbones.device import Precision
 from sapt_core.backbones.reference import BackboneRef
 from sapt_core.data.task import Task
 from sapt_core.hashing import canonical_hash
 from sapt_core.judging.metrics import ScoreMatrix
+from sapt_core.preflight import with_precision
 from sapt_core.settings import StoreConfig
 
 
@@ -80,6 +82,7 @@ class Setup:
         sweep: the space and the settings.
         tasks: of the sequence.
         backbone: by content.
+        precision: that of trials which do not set it.
         samples: digests of given samples by task.
         store: with a folder that means the same everywhere.
     """
@@ -87,12 +90,16 @@ class Setup:
     sweep: Sweep
     tasks: tuple[Task, ...]
     backbone: BackboneRef
+    precision: Precision
     samples: Mapping[str, str]
     store: StoreConfig
 
     def graph(self, point: Mapping[str, Scalar]) -> SequenceGraph:
         """The stages of a trial."""
-        return build_graph(self.sweep.experiment(point), self.tasks, (), self.backbone, self.samples)
+        config = self.sweep.experiment(point)
+        if config.train.precision == "auto":
+            config = with_precision(config, self.precision)
+        return build_graph(config, self.tasks, (), self.backbone, self.samples)
 
     def shared(self, points: Sequence[Mapping[str, Scalar]]) -> list[Stage]:
         """Stages that several of the trials have in common, each once and under a name of its own."""

@@ -9,6 +9,8 @@ from typing import Literal
 
 import torch
 
+from sapt_core.errors import BackboneError
+
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
@@ -31,6 +33,31 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     """Autocast to bfloat16 where ``precision`` asks for it or, with ``auto``, where it is native."""
     enabled = precision == "bfloat16" or (precision == "auto" and computes_bfloat16(device))
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def resolved_precision(precision: Precision, weights: torch.dtype, gpus: float) -> Precision:
+    """What ``auto`` means, once for all nodes: decided where a run is put together, and part of the stages' keys.
+
+    Args:
+        precision: as configured.
+        weights: number format of the frozen weights; without autocast, matmuls are in it.
+        gpus: what a worker is given. A machine that has none and starts workers that have takes them to compute in
+            bfloat16, as all of the last years do.
+
+    Raises:
+        BackboneError: float32 is asked for, and the weights are of a half format.
+    """
+    half = weights in {torch.bfloat16, torch.float16}
+    if precision == "float32" and half:
+        raise BackboneError(
+            "train.precision=float32 computes in float32, and the backbone's weights are "
+            f"{str(weights).partition('.')[2]}: set backbone.dtype=float32 too, or train.precision=bfloat16"
+        )
+    if precision != "auto":
+        return precision
+    device = default_device()
+    native = computes_bfloat16(device) or (gpus > 0 and device.type == "cpu")
+    return "bfloat16" if half or native else "float32"
 
 
 @cache

@@ -50,6 +50,22 @@ def base() -> dict[str, list[str]]:
     return identities(experiment().graph)
 
 
+@pytest.mark.parametrize("native", [False, True])
+def test_the_number_format_is_settled_before_anything_is_keyed(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sapt_core.backbones.device.computes_bfloat16", lambda _: native)
+    settled = "bfloat16" if native else "float32"
+    found = experiment("train.precision=auto")
+    reads = [stage.reads for stage in found.graph.stages]
+    formats = {read["precision"] for read in reads if "precision" in read}
+    formats |= {read["train"]["precision"] for read in reads if "train" in read}
+    assert formats == {found.config.train.precision} == {settled}
+    given = f"train.precision={settled}"
+    assert found.key == experiment(given).key
+    # GPUs compute in bfloat16, so with auto they give other numbers, and with a format that is given the same.
+    assert experiment("cluster.gpus_per_worker=1").config.train.precision == "bfloat16"
+    assert identities(experiment(given, "cluster.gpus_per_worker=1").graph) == identities(found.graph)
+
+
 def test_every_stage_is_there_once_and_reads_what_it_needs() -> None:
     graph = experiment().graph
     names = [stage.name for stage in graph.stages]
@@ -208,7 +224,7 @@ def test_decoding_counts_in_training_where_dev_chooses_the_weights() -> None:
         ["store.uri=elsewhere"],
         ["store.uri=s3://bucket/prefix", "store.endpoint_url=http://127.0.0.1:9"],
         ["tracking.uri=http://127.0.0.1:9", "tracking.model=other", "tracking.experiment=other"],
-        ["cluster.train_workers=4", "cluster.cpus_per_worker=2", "cluster.gpus_per_worker=1"],
+        ["cluster.train_workers=4", "cluster.cpus_per_worker=2"],
         ["cluster.max_failures=9", "cluster.address=127.0.0.1:6379"],
         ["train.checkpoint_every_steps=1"],
         ["diagnostics.forgetting=1", "diagnostics.misalignment=2"],

@@ -175,7 +175,9 @@ def test_what_no_swept_field_reaches_is_shared(tmp_path: Path) -> None:
     def shared(space: str) -> set[str]:
         sweep = load_sweep(written(tmp_path, space=space))
         experiment = assemble(sweep.experiment({}), "x")
-        setup = Setup(sweep, experiment.tasks, experiment.backbone, {}, experiment.config.store)
+        setup = Setup(
+            sweep, experiment.tasks, experiment.backbone, experiment.config.train.precision, {}, experiment.config.store
+        )
         found = setup.shared(sweep.lattice())
         assert set(closure(found)) == set(found)  # what they need is shared too, and is there once
         return {stage.name for stage in found}
