@@ -93,7 +93,7 @@ def _materialise(ref: BackboneRef, store: BlobStore) -> Path:
     try:
         for name, digest in files.items():
             here = copy_of(digest)
-            if here is not None:
+            if here is not None and here.parent != folder:
                 (partial / name).symlink_to(here)
             else:
                 store.fetch_to(digest, partial / name)

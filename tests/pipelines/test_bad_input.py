@@ -209,6 +209,21 @@ def test_a_config_cut_short(refuse: Refuse) -> None:
     assert "backbone.path cut" in refuse("backbone.path=cut")
 
 
+@pytest.mark.parametrize("dry", [False, True])
+def test_weight_files_that_are_not_there_whole(refuse: Refuse, dry: bool) -> None:
+    weights = backbone("cut") / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1])
+    assert "model.safetensors is damaged or cut short" in refuse("backbone.path=cut", dry=dry)
+    weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+    assert "run git lfs pull" in refuse("backbone.path=cut", dry=dry)
+    header = int.from_bytes(whole[:8], "little")
+    names = json.loads(whole[8 : 8 + header])
+    wrapped = json.dumps({f"m.{name}" if name != "__metadata__" else name: value for name, value in names.items()})
+    weights.write_bytes(len(wrapped).to_bytes(8, "little") + wrapped.encode() + whole[8 + header :])
+    assert "weights would be random" in refuse("backbone.path=cut", dry=dry)
+
+
 def test_a_backbone_without_its_tokenizer(refuse: Refuse) -> None:
     backbone("mute", "tokenizer*")
     assert "no tokenizer" in refuse("backbone.path=mute")
