@@ -67,8 +67,8 @@ def check_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, nam
             index = getattr(values, field, None)
             if model.config.is_encoder_decoder and index is not None and not 0 <= index < rows:
                 faults.append(f"{field} in {file} is {index}, and the model has {rows} embeddings")
-    if model.config.is_encoder_decoder and not faults:
-        faults += _decoder_faults(model)
+    if model.config.is_encoder_decoder and tokenizer.eos_token_id is not None and not faults:
+        faults += _decoder_faults(model, int(tokenizer.eos_token_id))
     if faults:
         raise BackboneError(f"backbone {name}: {'; '.join(faults)}")
 
@@ -99,12 +99,12 @@ def answer_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     )
 
 
-def _decoder_faults(model: PreTrainedModel) -> list[str]:
+def _decoder_faults(model: PreTrainedModel, label: int) -> list[str]:
     """Why no answer can be put in front of the decoder: the class itself is asked, as not all read the same fields."""
     if not hasattr(model, "prepare_decoder_input_ids_from_labels"):
         return [f"{type(model).__name__} does not say how its decoder reads labels; use a T5- or BART-class model"]
     try:
-        decoder_start(model, 0)
+        decoder_start(model, label)
     except UNREADABLE as error:
         fields: dict[str, Any] = {field: getattr(model.config, field, None) for field in _DECODER_FIELDS}
         missing = [field for field, value in fields.items() if value is None]

@@ -125,6 +125,7 @@ def test_the_decoder_starts_in_answers_as_it_did_in_training(tmp_path: Path) -> 
     settings = MBartConfig(vocab_size=VOCABULARY, d_model=16, pad_token_id=0, eos_token_id=EOS, **heads, **layers)
     mbart = MBartForConditionalGeneration(settings)
     mbart.generation_config = GenerationConfig(decoder_start_token_id=9, pad_token_id=0)
+    check_tokens(mbart, tiny_tokenizer(), "mine")
     assert decoder_start(mbart, EOS) == EOS
     assert answer_settings(mbart, tiny_tokenizer()).decoder_start_token_id == EOS
 
