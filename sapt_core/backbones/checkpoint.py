@@ -144,9 +144,14 @@ def _weight_files(folder: Path, config: PretrainedConfig, name: str) -> list[Pat
             f"backbone {name}: neither {single} nor {index.name} there, the names that save_pretrained gives"
         )
     try:
-        shards = set(json.loads(index.read_bytes())["weight_map"].values())
+        content = json.loads(index.read_bytes())
+        shards = set(content["weight_map"].values())
     except UNREADABLE as error:
         raise BackboneError(f"backbone {name}: {index.name} is damaged ({reason(error)}); fetch it again") from error
+    if "metadata" not in content:
+        raise BackboneError(
+            f'backbone {name}: {index.name} has no metadata, which transformers reads: add "metadata": {{}}'
+        )
     outside = [shard for shard in shards if not isinstance(shard, str) or Path(shard).name != shard]
     if outside:
         raise BackboneError(f"backbone {name}: {index.name} names {outside[0]!r}, which is no file of the folder")

@@ -178,8 +178,15 @@ def test_a_git_lfs_pointer_is_told_as_one(file: str, tmp_path: Path) -> None:
         ("{", "index.json is damaged"),
         ("[]", "index.json is damaged"),
         ("{}", "index.json is damaged"),
-        ('{"weight_map": {"a": "../model.safetensors"}}', r"names '../model.safetensors', which is no file"),
-        ('{"weight_map": {"a": "model-2.safetensors"}}', "model-2.safetensors, which .* names, is missing"),
+        (
+            '{"metadata": {}, "weight_map": {"a": "../model.safetensors"}}',
+            r"names '../model.safetensors', which is no file",
+        ),
+        ('{"weight_map": {"a": "model-1.safetensors"}}', 'has no metadata, .* add "metadata": {}'),
+        (
+            '{"metadata": {}, "weight_map": {"a": "model-2.safetensors"}}',
+            "model-2.safetensors, which .* names, is missing",
+        ),
     ],
 )
 def test_an_index_of_shards_that_is_damaged(index: str, message: str, tmp_path: Path) -> None:
