@@ -63,6 +63,7 @@ def evaluate(manifest: Manifest, store: BlobStore, tasks: Sequence[Task], config
             max_source_tokens=config.benchmark.max_source_tokens,
             max_target_tokens=config.benchmark.max_target_tokens,
             is_encoder_decoder=bool(model.config.is_encoder_decoder),
+            joined=manifest.backbone.joined,
         )
         score, weights, predictions = score_version(
             manifest,

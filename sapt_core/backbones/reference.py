@@ -52,6 +52,8 @@ class BackboneRef(BaseModel):
         revision: hub commit, None for a folder.
         files: sha256 of every file; None for a hub model of an earlier release, which named it by its commit alone.
         dtype: number format of the frozen weights; auto is the checkpoint's own.
+        joined: prompts and their answers are tokenised as one text, as for a decoder-only model they are. Versions
+            that were learnt with the two tokenised apart do not say so, and answer as they were taught.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -61,6 +63,8 @@ class BackboneRef(BaseModel):
     revision: str | None = Field(None, pattern=HUB_REVISION)
     files: dict[str, Digest] | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    # Left out where it is not so: encoder-decoders, to which it means nothing, keep their names.
+    joined: bool = Field(False, exclude_if=lambda joined: not joined)
 
     @field_validator("files")
     @classmethod
@@ -134,10 +138,14 @@ def identify(config: BackboneConfig) -> BackboneRef:
             name,
         )
     read_headers(folder, model_config, name)
-    files = {file: file_digest(folder / file) for file in names}
+    given: dict[str, Any] = {
+        "files": {file: file_digest(folder / file) for file in names},
+        "dtype": dtype,
+        "joined": not model_config.is_encoder_decoder,
+    }
     if Path(name).expanduser().is_dir():
-        return BackboneRef(path=folder.resolve().name, files=files, dtype=dtype)
-    return BackboneRef(path=name, revision=folder.name, files=files, dtype=dtype)
+        return BackboneRef(path=folder.resolve().name, **given)
+    return BackboneRef(path=name, revision=folder.name, **given)
 
 
 def load_model_config(folder: Path, name: str) -> PretrainedConfig:

@@ -7,7 +7,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
-from typing import Any
+from itertools import takewhile
+from typing import Any, NamedTuple
 
 import datasets
 import pyarrow as pa
@@ -53,6 +54,35 @@ class EncodedPrompt:
         return {"prompt_ids": self.prompt_ids, "query_start": self.query_start}
 
 
+@dataclass(frozen=True)
+class EncodedRow:
+    """Token ids of a prompt and of its answer.
+
+    Attributes:
+        prompt: the very one that ``PromptEncoder.prompts`` gives for the input.
+        answer_ids: at most ``max_target_tokens`` ids, the last one EOS.
+        answer_cut: the answer was too long.
+    """
+
+    prompt: EncodedPrompt
+    answer_ids: list[int]
+    answer_cut: bool
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """What a collator asks of a row to train on."""
+        return {**self.prompt.row, "answer_ids": self.answer_ids}
+
+
+class _Located(NamedTuple):
+    """Ids of a text in pieces, without special tokens: where its definition ends, and where its input lies."""
+
+    ids: list[int]
+    query_start: int
+    input_start: int
+    input_end: int
+
+
 class PromptEncoder:
     """Tokenises prompts and answers for one backbone.
 
@@ -60,11 +90,29 @@ class PromptEncoder:
     that does not loses tokens from the middle of its input, down to a quarter of the room, and then from the
     middle of its definition; the words of the template always stay.
 
+    For a decoder-only model prompt and answer are one text, and the blank between them goes with the answer: most
+    vocabularies have a blank and the word behind it as one token. So a prompt is tokenised without the blanks at its
+    end, and an answer has the ids that it has in the joined text. Where a vocabulary has a token across the border,
+    the prompt keeps its ids, and the answer with its blank is tokenised apart.
+
+    Args:
+        tokenizer: of the backbone.
+        max_source_tokens: longest prompt, special tokens included.
+        is_encoder_decoder: kind of the backbone.
+        joined: whether prompt and answer are one text, as ``BackboneRef`` has it; default: as what is learnt now.
+
     Raises:
         BackboneError: the tokenizer has no EOS token, so no answer could end.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_source_tokens: int, is_encoder_decoder: bool) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_source_tokens: int,
+        is_encoder_decoder: bool,
+        joined: bool | None = None,
+    ) -> None:
         if tokenizer.eos_token_id is None:
             raise BackboneError(
                 f"The tokenizer of {tokenizer.name_or_path or 'the backbone'} has no EOS token, so a model cannot "
@@ -73,6 +121,7 @@ class PromptEncoder:
         self.tokenizer = tokenizer
         self.max_source_tokens = max_source_tokens
         self.is_encoder_decoder = is_encoder_decoder
+        self.joined = not is_encoder_decoder if joined is None else joined
         self.eos_token_id = int(tokenizer.eos_token_id)
         # What the tokenizer puts around any text: learnt from it, as classes do not say.
         bare, whole = self._ids(["a"])[0], list(tokenizer(["a"])["input_ids"][0])
@@ -87,17 +136,83 @@ class PromptEncoder:
         Raises:
             DataError: the words of the template alone leave no room in ``max_source_tokens``.
         """
-        return self._encode([TEMPLATES[template].pieces(definition, text) for text in inputs])
+        return [self._fit(located) for located in self._locate(self._prompts(template, definition, inputs)[0])]
 
-    def _encode(self, rows: Sequence[PromptPieces]) -> list[EncodedPrompt]:
+    def rows(
+        self, template: str, definition: str, pairs: Sequence[tuple[str, str]], max_target_tokens: int
+    ) -> list[EncodedRow]:
+        """Encode inputs with their answers.
+
+        Raises:
+            DataError: the words of the template alone leave no room in ``max_source_tokens``.
+        """
+        prompts, blanks = self._prompts(template, definition, [text for text, _ in pairs])
+        located = self._locate(prompts)
+        answers = [blank + answer for blank, (_, answer) in zip(blanks, pairs, strict=True)]
+        whole = self._ids(answers)
+        if self.is_encoder_decoder:
+            whole = [self._prefix + ids for ids in whole]
+        elif self.joined:
+            joined = self._ids(["".join(prompt) + answer for prompt, answer in zip(prompts, answers, strict=True)])
+            whole = [
+                ids[len(prompt.ids) :] if _begins(ids, prompt.ids) else apart
+                for prompt, ids, apart in zip(located, joined, whole, strict=True)
+            ]
+        room = max_target_tokens - 1
+        return [
+            EncodedRow(self._fit(prompt), [*ids[:room], self.eos_token_id], len(ids) > room)
+            for prompt, ids in zip(located, whole, strict=True)
+        ]
+
+    def text(self, text: str) -> list[int]:
+        """Ids of a text that is no prompt of a task, with the special tokens that a prompt has."""
+        return [*self._prefix, *self._ids([text])[0], *self._suffix]
+
+    def targets(self, source: str, rows: Sequence[PromptPieces], max_tokens: int) -> list[list[int]]:
+        """Texts to write: they end with EOS; over-long ones are cut as prompts are, and then at their end.
+
+        What stands after the input is an answer, which a model may have written itself at any length.
+
+        Args:
+            source: the text that asks for them. Decoder-only, theirs goes on behind it after a blank, as an answer's.
+            rows: the texts in pieces.
+            max_tokens: longest text, with its EOS.
+        """
+        writer = copy(self)
+        writer._loses_end = True
+        writer.max_source_tokens = max_tokens
+        writer._prefix = self._prefix if self.is_encoder_decoder else []
+        writer._suffix = [self.eos_token_id]
+        return [writer._fit(located).prompt_ids for located in self._located_behind(source, rows)]
+
+    def _located_behind(self, source: str, rows: Sequence[PromptPieces]) -> list[_Located]:
+        if not self.joined:
+            return self._locate(rows)
+        rows = [row._replace(definition=f" {row.definition}") for row in rows]
+        joined = self._locate([row._replace(definition=source + row.definition) for row in rows])
+        before = self._ids([source])[0]
+        return [
+            _Located(ids[len(before) :], *(max(0, place - len(before)) for place in places))
+            if _begins(ids, before)
+            else apart
+            for (ids, *places), apart in zip(joined, self._locate(rows), strict=True)
+        ]
+
+    def _prompts(self, template: str, definition: str, inputs: Sequence[str]) -> tuple[list[PromptPieces], list[str]]:
+        """Prompts in pieces, and what their answers begin with."""
+        whole = [TEMPLATES[template].pieces(definition, text) for text in inputs]
+        parted = [_without_last_blanks(row) if self.joined else (row, "") for row in whole]
+        return [row for row, _ in parted], [blanks for _, blanks in parted]
+
+    def _locate(self, rows: Sequence[PromptPieces]) -> list[_Located]:
         if not rows:
             return []
         if not self.tokenizer.is_fast:
-            return [self._encode_pieces(row) for row in rows]
+            return [self._locate_without_offsets(row) for row in rows]
         batch = self.tokenizer(
             ["".join(row) for row in rows], add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
-        encoded = []
+        located = []
         for row, ids, offsets in zip(rows, batch["input_ids"], batch["offset_mapping"], strict=True):
             first = len(row.definition) + len(row.before_input)
             last = first + len(row.input)
@@ -106,52 +221,29 @@ class PromptEncoder:
             # A token that straddles the border belongs to the template and stays.
             input_start = next((i for i, (start, _) in enumerate(offsets) if start >= first), size)
             input_end = next((i for i, (_, end) in enumerate(offsets) if end > last), size)
-            encoded.append(self._fit(ids, query_start, input_start, max(input_start, input_end)))
-        return encoded
+            located.append(_Located(ids, query_start, input_start, max(input_start, input_end)))
+        return located
 
-    def text(self, text: str) -> list[int]:
-        """Ids of a text that is no prompt of a task, with the special tokens that a prompt has."""
-        return [*self._prefix, *self._ids([text])[0], *self._suffix]
-
-    def targets(self, rows: Sequence[PromptPieces], max_tokens: int) -> list[list[int]]:
-        """Texts to write: they end with EOS; over-long ones are cut as prompts are, and then at their end.
-
-        What stands after the input is an answer, which a model may have written itself at any length.
-        """
-        writer = copy(self)
-        writer._loses_end = True
-        writer.max_source_tokens = max_tokens
-        writer._prefix = self._prefix if self.is_encoder_decoder else []
-        writer._suffix = [self.eos_token_id]
-        return [prompt.prompt_ids for prompt in writer._encode(rows)]
-
-    def answers(self, texts: Sequence[str], max_target_tokens: int) -> list[tuple[list[int], bool]]:
-        """For each answer its ids, at most ``max_target_tokens`` with the final EOS, and whether it was cut."""
-        before = self._prefix if self.is_encoder_decoder else []
-        room = max_target_tokens - 1
-        whole = [before + ids for ids in self._ids(texts)] if texts else []
-        return [([*ids[:room], self.eos_token_id], len(ids) > room) for ids in whole]
+    def _locate_without_offsets(self, row: PromptPieces) -> _Located:
+        """For slow tokenizers: a piece reaches as far as the whole text's ids are those of the text up to there."""
+        whole, definition, before, after = self._ids(
+            ["".join(row), row.definition, row.definition + row.before_input, row.after_input]
+        )
+        input_start, input_end = _common(whole, before), len(whole) - _common(whole[::-1], after[::-1])
+        return _Located(whole, _common(whole, definition), input_start, max(input_start, input_end))
 
     def template_tokens(self, template: str, definition: str) -> int:
         """Length of a prompt whose input is empty."""
-        text = "".join(TEMPLATES[template].pieces(definition, ""))
-        return len(self._prefix) + len(self._ids([text])[0]) + len(self._suffix)
+        (pieces,), _ = self._prompts(template, definition, [""])
+        return len(self.text("".join(pieces)))
 
-    def _encode_pieces(self, row: PromptPieces) -> EncodedPrompt:
-        """Without character offsets (slow tokenizers): whole if it fits, else its pieces tokenised apart."""
-        definition, before, text, after = self._ids(list(row))
-        whole = self._ids(["".join(row)])[0]
-        if len(self._prefix) + len(whole) + len(self._suffix) <= self.max_source_tokens:
-            return self._fit(whole, min(len(definition), len(whole)), 0, 0)
-        start = len(definition) + len(before)
-        return self._fit([*definition, *before, *text, *after], len(definition), start, start + len(text))
-
-    def _fit(self, ids: list[int], query_start: int, input_start: int, input_end: int) -> EncodedPrompt:
-        """Add the special tokens and, where needed, take out the middle of ``ids[input_start:input_end]``.
+    def _fit(self, located: _Located) -> EncodedPrompt:
+        """Add the special tokens and, where needed, take out the middle of the input.
 
         An input is cut down to a quarter of the room at most; what is then still too much comes out of the
-        middle of the definition, ``ids[:query_start]``, and of a text to write at last from its end.
+        middle of the definition, and of a text to write at last from its end.
         """
+        ids, query_start, input_start, input_end = located
         excess = len(self._prefix) + len(ids) + len(self._suffix) - self.max_source_tokens
         if excess > 0:
             spare = max(0, input_end - input_start - self.max_source_tokens // 4)
@@ -243,33 +335,36 @@ def prepare_task(
     max_source_tokens: int,
     max_target_tokens: int,
     is_encoder_decoder: bool,
+    joined: bool | None = None,
 ) -> PreparedTask:
-    """Tokenise every split of ``task``. Lengths count special tokens.
+    """Tokenise every split of ``task``. Lengths count special tokens; ``joined`` is as ``PromptEncoder`` takes it.
 
     Raises:
         BackboneError: the tokenizer has no EOS token.
         DataError: the words of the template leave no room for an input.
     """
-    encoder = PromptEncoder(tokenizer, max_source_tokens=max_source_tokens, is_encoder_decoder=is_encoder_decoder)
+    encoder = PromptEncoder(
+        tokenizer, max_source_tokens=max_source_tokens, is_encoder_decoder=is_encoder_decoder, joined=joined
+    )
     tables, truncated = {}, {}
     for split in SPLITS:
         rows: tuple[Example, ...] = getattr(task, split)
+        pairs = [(row.input, row.references[0]) for row in rows]
         try:
-            prompts = encoder.prompts(task.template, task.definition, [row.input for row in rows])
+            encoded = encoder.rows(task.template, task.definition, pairs, max_target_tokens)
         except DataError as error:
             raise DataError(NO_ROOM, [f"{task.name}: {fault}" for fault in error.faults]) from error
-        answers = encoder.answers([row.references[0] for row in rows], max_target_tokens)
         columns: dict[str, list[Any]] = {
-            "prompt_ids": [prompt.prompt_ids for prompt in prompts],
-            "answer_ids": [ids for ids, _ in answers],
-            "query_start": [prompt.query_start for prompt in prompts],
+            "prompt_ids": [row.prompt.prompt_ids for row in encoded],
+            "answer_ids": [row.answer_ids for row in encoded],
+            "query_start": [row.prompt.query_start for row in encoded],
             "input": [row.input for row in rows],
             "references": [list(row.references) for row in rows],
         }
         tables[split] = datasets.Dataset(datasets.table.InMemoryTable(pa.table(columns, schema=SCHEMA)))
         truncated[split] = {
-            "prompts": sum(prompt.truncated for prompt in prompts),
-            "answers": sum(cut for _, cut in answers),
+            "prompts": sum(row.prompt.truncated for row in encoded),
+            "answers": sum(row.answer_cut for row in encoded),
         }
     return PreparedTask(task.name, task.definition, task.template, task.metric, **tables, truncated=truncated)
 
@@ -299,6 +394,25 @@ def check_fits(
             )
     if faults:
         raise DataError(NO_ROOM, faults)
+
+
+def _without_last_blanks(pieces: PromptPieces) -> tuple[PromptPieces, str]:
+    """A prompt less the blanks at its end, and these; one of nothing but blanks stays as it is."""
+    kept = list(pieces)
+    for place in reversed(range(len(kept))):
+        kept[place] = kept[place].rstrip(" ")
+        if kept[place]:
+            return PromptPieces(*kept), "".join(pieces)[len("".join(kept)) :]
+    return pieces, ""
+
+
+def _begins(ids: Sequence[int], before: Sequence[int]) -> bool:
+    return ids[: len(before)] == before
+
+
+def _common(left: Sequence[int], right: Sequence[int]) -> int:
+    """How many ids two lists begin with alike."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))
 
 
 def _without_middle(ids: list[int], start: int, end: int, excess: int) -> list[int]:

@@ -23,7 +23,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from sapt_core.backbones.device import autocast
 from sapt_core.blobs import BlobStore
 from sapt_core.data.collate import Batch
-from sapt_core.data.prepare import PreparedTask
+from sapt_core.data.prepare import PreparedTask, PromptEncoder
 from sapt_core.data.task import LearntTask
 from sapt_core.judging.decoding import pooled_embeddings
 from sapt_core.pool.blocks.base import PETBlocks
@@ -89,6 +89,14 @@ class Lesson:
     def pooled(self) -> Tensor:
         """Pooled embeddings (N, D) of the train rows."""
         return pooled_embeddings(self.model, self.tokenizer, self.rows)
+
+    def encoder(self, task: LearntTask) -> PromptEncoder:
+        """Tokenises texts of a task as its rows are."""
+        return PromptEncoder(
+            self.tokenizer,
+            max_source_tokens=task.max_source_tokens,
+            is_encoder_decoder=self.model.is_encoder_decoder,
+        )
 
     def batch(self, row: Row) -> Batch:
         """One train row as a batch, where the backbone is."""

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from sapt_core.backbones.device import default_device
 from sapt_core.data.collate import Collator
-from sapt_core.data.prepare import PromptEncoder
 from sapt_core.data.task import LearntTask
 from sapt_core.data.templates import ANSWER_MARKER, INPUT_MARKER, PromptPieces
 from sapt_core.methods.base import Lesson, Method, Plan
@@ -78,24 +77,15 @@ class _Writer:
     lesson: Lesson
     method: LFPT5
 
-    def _encoder(self, task: LearntTask) -> PromptEncoder:
-        model = self.lesson.model
-        return PromptEncoder(
-            self.lesson.tokenizer,
-            max_source_tokens=task.max_source_tokens,
-            is_encoder_decoder=model.is_encoder_decoder,
-        )
-
     def source(self, task: LearntTask) -> list[int]:
         """Ids of the text that asks for a sample of a task."""
-        ids: list[int] = self._encoder(task).prompts("none", task.definition, [SOURCE])[0].row["prompt_ids"]
-        return ids
+        return self.lesson.encoder(task).prompts("none", task.definition, [SOURCE])[0].prompt_ids
 
     def written(self, task: LearntTask, pairs: Sequence[tuple[str, str]]) -> list[Row]:
         """Rows that teach to write inputs with their answers."""
         pieces = [PromptPieces("", INPUT_MARKER, text, ANSWER_MARKER + answer) for text, answer in pairs]
         source = self.source(task)
-        targets = self._encoder(task).targets(pieces, self.method.max_tokens)
+        targets = self.lesson.encoder(task).targets(task.definition + SOURCE, pieces, self.method.max_tokens)
         return [{"prompt_ids": source, "answer_ids": target, "query_start": 0} for target in targets]
 
     def own_rows(self) -> list[Row]:
@@ -127,11 +117,9 @@ class _Writer:
         )
         if not found:
             return []
-        encoder = self._encoder(task)
-        prompts = encoder.prompts(task.template, task.definition, list(found))
-        answers = encoder.answers(list(found.values()), task.max_target_tokens)
-        rows = [{**prompt.row, "answer_ids": ids} for prompt, (ids, _) in zip(prompts, answers, strict=True)]
-        return [_Sample(*pair) for pair in zip(rows, self.written(task, list(found.items())), strict=True)]
+        pairs = list(found.items())
+        rows = self.lesson.encoder(task).rows(task.template, task.definition, pairs, task.max_target_tokens)
+        return [_Sample(row.row, written) for row, written in zip(rows, self.written(task, pairs), strict=True)]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from sapt_core.data.prepare import PromptEncoder
 from sapt_core.judging.decoding import pooled_embeddings
 from sapt_core.methods.base import Lesson, Method, Plan
 from sapt_core.pool.blocks.base import embedding_matrix
@@ -95,9 +94,7 @@ def _memories(lesson: Lesson) -> list[Memory]:
         if isinstance(of_task, GaussianQueries):
             memories.append(Memory(of_task, target))
         elif of_task:
-            encoder = PromptEncoder(
-                lesson.tokenizer, max_source_tokens=task.max_source_tokens, is_encoder_decoder=model.is_encoder_decoder
-            )
-            rows = [prompt.row for prompt in encoder.prompts(task.template, task.definition, of_task)]
+            prompts = lesson.encoder(task).prompts(task.template, task.definition, of_task)
+            rows = [prompt.row for prompt in prompts]
             memories.append(Memory(StoredQueries(pooled_embeddings(model, lesson.tokenizer, rows)), target))
     return memories

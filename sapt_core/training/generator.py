@@ -78,7 +78,8 @@ def generate_pseudo_samples(
     ]
     endings = [ANSWER_MARKER + text if config.content == "pairs" else "" for text in answers]
     written = [PromptPieces(task.definition, INPUT_MARKER, *pair) for pair in zip(inputs, endings, strict=True)]
-    rows = [{"prompt_ids": source, "answer_ids": target} for target in encoder.targets(written, config.max_tokens)]
+    targets = encoder.targets(SOURCE, written, config.max_tokens)
+    rows = [{"prompt_ids": source, "answer_ids": target} for target in targets]
     torch.manual_seed(step_seed(seed, "init"))
     pool = new_pool(backbone, config.pet, None)
     pool.add()

@@ -69,6 +69,11 @@ def learn_task(  # noqa: PLR0917 - the inputs, in the order they are named in th
     shared_attention = attention if method.shared_attention else None
     if parent is not None:
         require_backbone(parent, ref)
+        if parent.backbone.joined != ref.joined:
+            raise SnapshotError(
+                "The version before was learnt by an earlier release, which tokenised prompts and answers of a "
+                "decoder-only backbone apart: start the sequence anew"
+            )
         _require_same_kind(parent, method, pet, shared_attention)
     index = 0 if parent is None else len(parent.tasks)
     seed = step_seed(seed, "task", index)

@@ -116,6 +116,7 @@ class Predictor:
             self._tokenizer,
             max_source_tokens=longest if task is None else task.max_source_tokens,
             is_encoder_decoder=self._is_encoder_decoder,
+            joined=self.manifest.backbone.joined,
         )
         if task is None:
             return encoder.prompts("none", "", texts)

@@ -32,6 +32,14 @@ from tests.core.tiny import BACKBONES, DictStore, tiny_backbone, tiny_tokenizer
 
 
 @pytest.mark.parametrize("name", BACKBONES)
+def test_only_a_decoder_only_backbone_says_how_prompts_are_tokenised(name: str, tmp_path: Path) -> None:
+    ref = identify(config(saved(tmp_path / "model", name)))
+    said = {"joined": True} if name in {"llama", "qwen2"} else {}
+    assert ref.model_dump() == {"path": "model", "revision": None, "files": ref.files, "dtype": "auto", **said}
+    assert ref.digest == BackboneRef(path="model", files=ref.files).digest  # the weights are the same
+
+
+@pytest.mark.parametrize("name", BACKBONES)
 def test_a_folder_reaches_another_node_whole(name: str, tmp_path: Path) -> None:
     folder, store = saved(tmp_path / "model", name), DictStore()
     ref = identify(config(folder))

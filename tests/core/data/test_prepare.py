@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from sapt_core.data import load_sequence
@@ -23,6 +24,8 @@ TEXTS = [
     "alpha beta gamma delta epsilon zeta eta theta iota kappa",
 ]
 WORDS = TEXTS[1].split()
+LETTERS = sorted({*"".join(TEXTS), "▁", "_"} - {" "})
+MERGED = [word[:end] for word in ("▁alpha", "▁Output") for end in range(2, len(word) + 1)]
 
 
 def unigram() -> PreTrainedTokenizerFast:
@@ -54,6 +57,38 @@ def byte_bpe() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=EOS)
+
+
+def wordpiece() -> PreTrainedTokenizerFast:
+    """BERT's kind: words and their pieces, no blank is a token."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token=UNK))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.train_from_iterator(
+        TEXTS, trainers.WordPieceTrainer(vocab_size=120, special_tokens=[PAD, EOS, UNK], show_progress=False)
+    )
+    tokenizer.decoder = decoders.WordPiece()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, unk_token=UNK)
+
+
+def blank_in_front() -> PreTrainedTokenizerFast:
+    """Llama 2's kind: a mark for a blank is put in front of any text, and nothing parts words before merging."""
+    vocabulary = {piece: index for index, piece in enumerate([BOS, EOS, UNK, *LETTERS, *MERGED])}
+    merges = [(merged[:-1], merged[-1]) for merged in MERGED]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token=UNK, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=EOS, unk_token=UNK
+    )
+
+
+def across_words() -> PreTrainedTokenizerFast:
+    """A vocabulary with tokens of more than a word: here one over the border of prompt and answer."""
+    vocabulary = {piece: index for index, piece in enumerate([EOS, UNK, *LETTERS, " ", ": ", ": a"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [(":", " "), (": ", "a")], unk_token=UNK))
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS, unk_token=UNK)
 
 
 class LetterTokenizer(PreTrainedTokenizer):
@@ -116,14 +151,112 @@ def test_decoder_only_prompts_begin_with_bos_and_do_not_end(
     llama: PreTrainedTokenizerFast, t5: PreTrainedTokenizerFast
 ) -> None:
     one = task()
-    text = whole_text(one, one.train[0])
+    text = whole_text(one, one.train[0]).removesuffix(" ")
     with_bos = prepare_task(one, llama, max_source_tokens=400, max_target_tokens=30, is_encoder_decoder=False).train[0]
     assert with_bos["prompt_ids"] == llama(text)["input_ids"]
     assert with_bos["prompt_ids"][0] == llama.bos_token_id
-    assert with_bos["answer_ids"] == [*llama("alpha", add_special_tokens=False)["input_ids"], llama.eos_token_id]
+    assert with_bos["answer_ids"] == [*llama(" alpha", add_special_tokens=False)["input_ids"], llama.eos_token_id]
     without = prepare_task(one, t5, max_source_tokens=400, max_target_tokens=30, is_encoder_decoder=False).train[0]
     assert without["prompt_ids"] == t5(text)["input_ids"][:-1]
     assert without["answer_ids"] == t5("alpha")["input_ids"]
+
+
+KINDS = {
+    "byte_bpe": byte_bpe,
+    "unigram": unigram,
+    "wordpiece": wordpiece,
+    "blank_in_front": blank_in_front,
+    "llama-mini": lambda: AutoTokenizer.from_pretrained(SHARED / "models" / "llama-mini"),
+}
+VOCABULARIES = [
+    pytest.param(kind, marks=pytest.mark.skipif(not (SHARED / "models" / kind).is_dir(), reason=f"{kind} is not there"))
+    if kind == "llama-mini"
+    else kind
+    for kind in KINDS
+]
+
+
+def ids_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """With what stands in front of a text, and nothing behind it."""
+    front = [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id else []
+    return [*front, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+
+@pytest.mark.parametrize("template", ["superni", "long_sequence"])
+@pytest.mark.parametrize("kind", VOCABULARIES)
+def test_prompt_and_answer_of_a_decoder_only_row_are_one_text(kind: str, template: str) -> None:
+    tokenizer = KINDS[kind]()
+    one = replace(task(), template=template)
+    prepared = prepare_task(one, tokenizer, max_source_tokens=400, max_target_tokens=60, is_encoder_decoder=False)
+    encoder = PromptEncoder(tokenizer, max_source_tokens=400, is_encoder_decoder=False)
+    for given_row, row in zip(one.train, prepared.train, strict=True):
+        text = whole_text(one, given_row) + given_row.references[0]
+        assert [*row["prompt_ids"], *row["answer_ids"]] == [*ids_of(tokenizer, text), tokenizer.eos_token_id]
+        (asked,) = encoder.prompts(template, one.definition, [given_row.input])
+        assert (asked.prompt_ids, asked.query_start) == (row["prompt_ids"], row["query_start"])
+        # A whole prompt that somebody typed, with the blank at its end or without.
+        for typed in (whole_text(one, given_row), whole_text(one, given_row).rstrip()):
+            (bare,) = encoder.prompts("none", "", [typed])
+            assert bare.prompt_ids == row["prompt_ids"]
+
+
+@pytest.mark.parametrize("kind", VOCABULARIES)
+def test_a_decoder_only_row_that_is_cut_keeps_its_answer(kind: str) -> None:
+    tokenizer = KINDS[kind]()
+    encoder = PromptEncoder(tokenizer, max_source_tokens=10_000, is_encoder_decoder=False)
+    room = encoder.template_tokens("superni", "Name the colour.") + 60
+    tight = PromptEncoder(tokenizer, max_source_tokens=room, is_encoder_decoder=False)
+    pair = (" ".join(["kappa", *["gamma"] * 120, "theta"]), "alpha")
+    ((whole,), (cut,)) = (each.rows("superni", "Name the colour.", [pair], 60) for each in (encoder, tight))
+    assert cut.prompt.truncated
+    assert len(cut.prompt.prompt_ids) == room
+    assert cut.answer_ids == whole.answer_ids
+    assert cut.prompt == tight.prompts("superni", "Name the colour.", [pair[0]])[0]
+
+
+@pytest.mark.parametrize("kind", VOCABULARIES)
+def test_what_a_decoder_only_model_writes_goes_on_behind_what_asks_for_it(kind: str) -> None:
+    tokenizer = KINDS[kind]()
+    encoder = PromptEncoder(tokenizer, max_source_tokens=64, is_encoder_decoder=False)
+    pieces = PromptPieces("alpha", "__inp__", "kappa", "")
+    (written,) = encoder.targets("__gen__", [pieces], 60)
+    joined = [*ids_of(tokenizer, "__gen__ alpha__inp__kappa"), tokenizer.eos_token_id]
+    assert [*encoder.text("__gen__"), *written] == joined
+    (cut,) = encoder.targets("__gen__", [pieces._replace(input="kappa " + "gamma " * 90 + "theta")], 60)
+    assert len(cut) == 60
+    assert cut[:3] == written[:3]
+
+
+def test_an_answer_across_whose_border_a_token_lies_is_tokenised_apart() -> None:
+    tokenizer = across_words()
+    text = whole_text(task(), task().train[0])
+    assert tokenizer(text + "alpha")["input_ids"][:-5] != tokenizer(text[:-1])["input_ids"]
+    encoder = PromptEncoder(tokenizer, max_source_tokens=400, is_encoder_decoder=False)
+    (row,) = encoder.rows("superni", "Name the colour.", [(task().train[0].input, "alpha")], 60)
+    assert [*row.prompt.prompt_ids, *row.answer_ids] == [
+        *tokenizer(text[:-1])["input_ids"], *tokenizer(" alpha")["input_ids"], tokenizer.eos_token_id,
+    ]  # fmt: skip
+    assert tokenizer.decode([*row.prompt.prompt_ids, *row.answer_ids], skip_special_tokens=True) == text + "alpha"
+    (written,) = encoder.targets("gen:", [PromptPieces("alpha", "__inp__", "beta", "")], 60)
+    assert tokenizer.decode(written, skip_special_tokens=True) == " alpha__inp__beta"
+
+
+@pytest.mark.parametrize("kind", ["unigram", "byte_bpe"])
+def test_what_is_not_joined_has_the_ids_of_its_parts(tokenizers: dict[str, PreTrainedTokenizerFast], kind: str) -> None:
+    """As versions of earlier releases were taught, which have to be asked the same way."""
+    tokenizer, one = tokenizers[kind], task()
+    options = {"max_source_tokens": 400, "max_target_tokens": 60, "is_encoder_decoder": False}
+    prepared = prepare_task(one, tokenizer, **options, joined=False)
+    for given_row, row in zip(one.train, prepared.train, strict=True):
+        assert row["prompt_ids"] == ids_of(tokenizer, whole_text(one, given_row))
+        answer = tokenizer(given_row.references[0], add_special_tokens=False)["input_ids"]
+        assert row["answer_ids"] == [*answer, tokenizer.eos_token_id]
+
+
+def test_a_prompt_of_blanks_alone_stays() -> None:
+    encoder = PromptEncoder(byte_bpe(), max_source_tokens=40, is_encoder_decoder=False)
+    (prompt,) = encoder.prompts("none", "", ["  "])
+    assert prompt.prompt_ids == encoder.text("  ")
 
 
 @pytest.mark.parametrize("kind", ["unigram", "byte_bpe"])
@@ -191,11 +324,11 @@ def test_a_tokenizer_without_offsets_is_cut_piece_by_piece() -> None:
     tokenizer = LetterTokenizer(eos_token=EOS, pad_token=EOS)
     assert not tokenizer.is_fast
     text = "Definition: Name it.\n\nNow complete the following example -\nInput: "
-    limit = len(text) + 29 + len("\nOutput: ")
+    limit = len(text) + 29 + len("\nOutput:")
     encoder = PromptEncoder(tokenizer, max_source_tokens=limit, is_encoder_decoder=False)
     fits, cut = encoder.prompts("superni", "Name it.", ["alpha", "abcdefghijklmnopqrstuvwxyz" * 2])
-    assert "".join(map(chr, fits.prompt_ids)) == f"{text}alpha\nOutput: "
-    assert "".join(map(chr, cut.prompt_ids)) == f"{text}abcdefghijklmnomnopqrstuvwxyz\nOutput: "
+    assert "".join(map(chr, fits.prompt_ids)) == f"{text}alpha\nOutput:"
+    assert "".join(map(chr, cut.prompt_ids)) == f"{text}abcdefghijklmnomnopqrstuvwxyz\nOutput:"
     assert (fits.truncated, cut.truncated) == (False, True)
     assert fits.query_start == cut.query_start == len("Definition: Name it.")
 
@@ -204,7 +337,9 @@ def test_answers_are_cut_but_keep_their_end(t5: PreTrainedTokenizerFast) -> None
     encoder = PromptEncoder(t5, max_source_tokens=100, is_encoder_decoder=True)
     whole = t5("alpha beta gamma")["input_ids"]
     (ids, cut), (same, uncut) = (
-        encoder.answers(["alpha beta gamma"], size)[0] for size in (len(whole) - 1, len(whole))
+        (row.answer_ids, row.answer_cut)
+        for size in (len(whole) - 1, len(whole))
+        for row in encoder.rows("superni", "", [("alpha", "alpha beta gamma")], size)
     )
     assert (ids, cut) == ([*whole[: len(whole) - 2], t5.eos_token_id], True)
     assert (same, uncut) == (whole, False)
@@ -238,11 +373,11 @@ def test_what_a_generator_writes_keeps_its_marker_however_long_the_definition(is
     tokenizer = byte_bpe()
     encoder = PromptEncoder(tokenizer, max_source_tokens=10, is_encoder_decoder=is_encoder_decoder)
     long = "alpha " + "beta " * 200 + "gamma"
-    short, cut = (encoder.targets([PromptPieces(text, "__inp__", "kappa", "")], 60)[0] for text in ("alpha", long))
+    short, cut = (encoder.targets("", [PromptPieces(text, "__inp__", "kappa", "")], 60)[0] for text in ("alpha", long))
     assert len(short) < len(cut) == 60
     assert short[-1] == cut[-1] == tokenizer.eos_token_id
-    assert tokenizer.decode(short, skip_special_tokens=True) == "alpha__inp__kappa"
-    written = tokenizer.decode(cut, skip_special_tokens=True)
+    assert tokenizer.decode(short, skip_special_tokens=True).lstrip() == "alpha__inp__kappa"
+    written = tokenizer.decode(cut, skip_special_tokens=True).lstrip()
     assert written.startswith("alpha beta")
     assert written.endswith("beta gamma__inp__kappa")
 
@@ -255,8 +390,8 @@ def test_an_answer_to_write_that_fits_beside_no_input_loses_its_end(
     tokenizer = byte_bpe()
     encoder = PromptEncoder(tokenizer, max_source_tokens=10, is_encoder_decoder=is_encoder_decoder)
     pieces = PromptPieces("alpha " * before, "__inp__", "kappa", "__ans__" + "b" * answer)
-    (ids,) = encoder.targets([pieces], 60)
-    whole = len(encoder.targets([pieces], 1000)[0])
+    (ids,) = encoder.targets("", [pieces], 60)
+    whole = len(encoder.targets("", [pieces], 1000)[0])
     assert len(ids) == min(60, whole)
     assert ids[-1] == tokenizer.eos_token_id
     text, _, written = tokenizer.decode(ids, skip_special_tokens=True).partition("__ans__")

@@ -179,6 +179,13 @@ def test_dev_scores_choose_the_weights() -> None:
     assert all(0 <= entry["dev"] <= 100 for entry in scored)
 
 
+def test_going_on_from_a_version_that_was_asked_otherwise_is_refused() -> None:
+    store = DictStore()
+    first, _ = learn(store, 0, None, name="llama")
+    with pytest.raises(SnapshotError, match=r"earlier release.*start the sequence anew"):
+        learn(store, 1, first, name="llama", ref=tiny_ref(joined=True))
+
+
 def test_going_on_from_another_kind_of_version_is_refused() -> None:
     store = DictStore()
     first, _ = learn(store, 0, None)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from sapt_core.backbones.loading import load_backbone, store_backbone
 from sapt_core.backbones.reference import identify
@@ -16,6 +19,7 @@ from sapt_core.errors import SaptError, SnapshotError, StoreError
 from sapt_core.methods.base import find_method
 from sapt_core.pool.pool import new_pool
 from sapt_core.settings import AttentionConfig, BackboneConfig
+from sapt_core.versions import predictor as predictors
 from sapt_core.versions.loading import store_block, store_router
 from sapt_core.versions.manifest import SCHEMA_VERSION, Manifest
 from sapt_core.versions.predictor import Predictor, find_task
@@ -119,6 +123,34 @@ def test_a_task_puts_its_definition_and_template_around_an_input(store: DictStor
     prompts = ["".join(TEMPLATES["superni"].pieces(TASKS[0].definition, text)) for text in TEXTS]
     assert predictor.predict(TEXTS, [TASKS[0]] * 4) == predictor.predict(prompts)
     assert predictor.predict(TEXTS, [TASKS[0]] * 4) != predictor.predict(TEXTS)
+
+
+def letter_tokenizer() -> PreTrainedTokenizerFast:
+    """One letter, one token, the blank too."""
+    letters = sorted({*"".join(TEMPLATES["superni"].pieces("", "w0123456789"))})
+    backend = Tokenizer(models.BPE({letter: index for index, letter in enumerate(["</s>", *letters])}, []))
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="</s>")  # noqa: S106
+
+
+def test_a_version_is_asked_as_it_was_taught(store: DictStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Earlier releases tokenised a decoder-only model's prompts with the blank at their end."""
+    monkeypatch.setattr("tests.core.versions.test_predictor.tiny_tokenizer", letter_tokenizer)
+    now = version(store, tmp_path / "llama", "llama")
+    written = json.loads(now.to_bytes())
+    assert written["backbone"].pop("joined") is True
+    asked: list[Any] = []
+
+    def answer(_: Any, tokenizer: Any, rows: Any, *given: Any, **options: Any) -> tuple[list[str], torch.Tensor]:
+        asked.append([tokenizer.decode(row["prompt_ids"]) for row in rows])
+        return [""] * len(rows), torch.zeros(len(rows), 3)
+
+    monkeypatch.setattr(predictors, "answer", answer)
+    for manifest in (now.to_bytes(), json.dumps(written).encode()):
+        Predictor.load(manifest, store).predict(["w1", "Output: "], [learnt("qa", definition="w2"), None])
+    joined, apart = asked
+    assert [text[-7:] for text in joined] == ["Output:", "Output:"]
+    assert [text[-8:] for text in apart] == ["Output: ", "Output: "]
 
 
 def test_a_prompt_that_is_too_long_loses_its_middle(store: DictStore, tmp_path: Path) -> None:
