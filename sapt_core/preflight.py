@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Sequence
+from typing import Literal, TypeAlias
 
 import torch
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from sapt_core.backbones.checkpoint import check_weights, own_dtype, read_headers
 from sapt_core.backbones.device import Precision, resolved_precision
@@ -14,9 +17,14 @@ from sapt_core.backbones.tokens import check_tokens, load_tokenizer
 from sapt_core.config import ExperimentConfig
 from sapt_core.data.prepare import check_fits, check_writable
 from sapt_core.data.task import Task
-from sapt_core.errors import BackboneError
+from sapt_core.errors import BackboneError, DataError
+from sapt_core.judging.metrics import METRICS
 from sapt_core.pool.blocks.lora import find_sites
 from sapt_core.settings import LoRAConfig, PromptConfig
+
+log = logging.getLogger(__name__)
+
+_WHOLE = 100 - 1e-6
 
 
 def check_backbone(config: ExperimentConfig, tasks: Sequence[Task]) -> None:
@@ -26,7 +34,7 @@ def check_backbone(config: ExperimentConfig, tasks: Sequence[Task]) -> None:
         BackboneError: weight files that are not of the configured model, target modules that match nothing, prompts
             (soft ones too) and answers longer than the model's positions, ids that the model has no row for, or a
             tokenizer that cannot be loaded or cannot write a marker.
-        DataError: tasks whose template leaves no room for an input.
+        DataError: tasks whose template leaves no room for an input, or whose right answers would all score 0.
     """
     folder, path = location(config.backbone), config.backbone.path
     model_config = load_model_config(folder, path)
@@ -47,6 +55,65 @@ def check_backbone(config: ExperimentConfig, tasks: Sequence[Task]) -> None:
         max_source_tokens=config.benchmark.max_source_tokens,
         is_encoder_decoder=bool(model_config.is_encoder_decoder),
     )
+    check_answers(tasks, tokenizer, config.evaluation.split)
+
+
+def check_answers(
+    tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase, split: Literal["test", "dev"] = "test"
+) -> None:
+    """Refuse tasks of which every right answer would score 0, and warn of those of which some cannot score 100.
+
+    An answer may hold nothing that the task's metric compares, or be nothing that the tokenizer can write: what it
+    reads back of the answer's tokens is then another text.
+
+    Args:
+        tasks: as text.
+        tokenizer: of the backbone.
+        split: rows that scores are of.
+
+    Raises:
+        DataError: naming every such task.
+    """
+    faults = []
+    for task in tasks:
+        found: Counter[_Reach] = Counter()
+        for references, count in Counter(row.references for row in getattr(task, split)).items():
+            found[_reach(task.metric, references, tokenizer)] += count
+        if not (lost := found["unseen"] + found["unwritten"] + found["cut"]):
+            continue
+        told = (
+            f"of {found.total()} {split} answers {found['unseen']} hold nothing that metric {task.metric} sees, "
+            f"and {lost - found['unseen']} cannot be written whole by the backbone's tokenizer"
+        )
+        if not found["unseen"]:
+            cure = "choose a backbone whose tokenizer knows their script"
+        elif task.metric.endswith("_unicode"):
+            cure = "choose another benchmark.metric"
+        else:
+            cure = f"benchmark.metric={task.metric}_unicode sees words of any script"
+        if found["whole"] or found["cut"]:
+            log.warning("%s: %s: they cannot score 100 (%s)", task.name, told, cure)
+        else:
+            faults.append(f"{task.name}: {told}: {cure}")
+    if faults:
+        raise DataError("Right answers would score 0:", faults)
+
+
+_Reach: TypeAlias = Literal["unseen", "unwritten", "cut", "whole"]
+
+
+def _reach(name: str, references: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> _Reach:
+    """What the best that can be written for a row scores: nothing to see, nothing, less than 100, or 100."""
+    metric = METRICS[name]
+    seen = [reference for reference in references if metric.sees(reference)]
+    if not seen:
+        return "unseen"
+    ids = tokenizer(seen, add_special_tokens=False, verbose=False)["input_ids"]
+    written = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    if any(text.split() == reference.split() for text, reference in zip(written, seen, strict=True)):
+        return "whole"
+    best = max(metric.score(text, references) for text in written)
+    return "unwritten" if best == 0 else "cut" if best < _WHOLE else "whole"
 
 
 def settle_precision(config: ExperimentConfig, ref: BackboneRef) -> ExperimentConfig:

@@ -40,7 +40,11 @@ class BenchmarkConfig(Section):
     tasks: NameList | None = Field(None, description="Task folders in the order to learn; wins over order.")
     unseen: NameList = Field((), description="Task folders that every version is scored on and none ever learns.")
     template: Literal["superni", "long_sequence"] | None = Field(None, description="Prompt; default: the suite's.")
-    metric: Literal["rouge_l", "exact_match"] | None = Field(None, description="Score; default: the suite's.")
+    metric: Literal["rouge_l", "exact_match", "rouge_l_unicode", "exact_match_unicode"] | None = Field(
+        None,
+        description="Score; default: the suite's. rouge_l sees a-z and 0-9 alone, as published, and exact_match "
+        "leaves out ASCII punctuation; the unicode ones take words and punctuation of any script.",
+    )
     max_source_tokens: int = Field(512, ge=8)
     max_target_tokens: int = Field(50, ge=1)
     train_rows: int | None = Field(None, ge=2, description="First so many train rows; default: all.")
@@ -59,7 +63,8 @@ class BenchmarkConfig(Section):
             raise ValueError("suite folder has no numbered orders: name its task folders in tasks")
         if self.suite == "folder" and (self.template is None or self.metric is None):
             raise ValueError(
-                "suite folder needs template (superni or long_sequence) and metric (rouge_l or exact_match)"
+                "suite folder needs template (superni or long_sequence) and metric (rouge_l or exact_match, or for "
+                "other scripts than the Latin one rouge_l_unicode or exact_match_unicode)"
             )
         if self.tasks is not None:
             twice = sorted({name for name in self.tasks if self.tasks.count(name) > 1})

@@ -30,7 +30,7 @@ VERSIONS = {
     "train": 1,
     "evaluate": 2,
     "attend": 1,
-    "quality": 1,
+    "quality": 2,
     "zero_shot": 2,
     "cost": 1,
 }

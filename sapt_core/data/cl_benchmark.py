@@ -5,14 +5,16 @@ keys are ignored. ``dev.json`` is not read: in the published data it repeats ``t
 on it would be choosing on the test rows. Dev rows are split off train instead.
 
 Rows without a usable answer are left out of every split, with a warning that counts them: published data has
-mnli rows labelled ``-`` (the annotators did not agree) and task511 summaries that are blank or ``**``. Neither
-metric can score such a row, since both look at letters and digits alone. Anything else that is wrong is a fault.
+mnli rows labelled ``-`` (the annotators did not agree) and task511 summaries that are blank or ``**``. No metric
+can score such a row, since none looks at punctuation. Anything else that is wrong is a fault.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import string
+import unicodedata
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -226,10 +228,10 @@ def _read_file(path: Path, faults: list[str]) -> tuple[str, list[Example]]:
             rows.append(row)
     _add_row_faults(row_faults, name, faults)
     if unanswered and not rows and not row_faults:
-        faults.append(f"{name}: no row is usable: no output holds a letter or a digit")
+        faults.append(f"{name}: no row is usable: no output holds more than punctuation")
     elif unanswered:
         logger.warning(
-            "%s: %d of %d rows left out: their output holds no letter or digit (first: row %d, %r)",
+            "%s: %d of %d rows left out: their output holds no more than punctuation (first: row %d, %r)",
             name,
             len(unanswered),
             len(instances),
@@ -323,12 +325,23 @@ def _row(instance: Any) -> Example | str:
         problems.append("output is neither text nor a list of texts")
     if problems:
         return "; ".join(problems)
-    return Example(instance["input"], tuple(given for given in references or () if any(map(str.isalnum, given))))
+    return Example(instance["input"], tuple(given for given in references or () if any(map(_says_something, given))))
+
+
+def _says_something(character: str) -> bool:
+    """A letter, digit or symbol of any script; the ASCII symbols, such as ``*``, are punctuation to the metrics."""
+    return unicodedata.category(character)[0] in "LNS" and character not in string.punctuation
 
 
 def _is_text(value: Any) -> TypeGuard[str]:
     """A string that can be encoded; JSON allows lone surrogates, which no tokenizer or file takes."""
-    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _kind(value: Any) -> str:

@@ -31,7 +31,7 @@ class Task:
         train, dev, test: rows; dev is split off train, never read from the folder's dev.json,
             which in the published data repeats the test rows.
         template: prompt template name, see ``sapt_core.data.templates``.
-        metric: ``rouge_l`` or ``exact_match``.
+        metric: name of a score, see ``sapt_core.judging.metrics``.
     """
 
     name: str

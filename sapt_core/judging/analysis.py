@@ -5,7 +5,6 @@ Formulas stand in docs/architecture.md, under Numbers.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,6 +14,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from sapt_core.judging.metrics import ScoreMatrix
+from sapt_core.judging.words import find_words
 from sapt_core.settings import DiagnosticsConfig
 
 FOLDS = 5
@@ -23,7 +23,6 @@ MIN_TASKS = 3
 GATE_STEPS = 10
 STARVED = 0.5
 
-_WORD = re.compile(r"\w+")
 _TINY = float(np.finfo(np.float32).tiny)
 
 
@@ -261,7 +260,7 @@ def _told_by_words(real: Sequence[str], generated: Sequence[str]) -> float | Non
     texts = [*(real[i] for i in draw(len(real), rows)), *(generated[i] for i in draw(len(generated), rows))]
     if sum(bool(_words(text)) for text in texts) <= len(texts) / FOLDS + 1:
         return None  # a fold might leave no words to learn from
-    return _told(np.asarray(texts, dtype=object), rows, TfidfVectorizer(token_pattern=_WORD.pattern))
+    return _told(np.asarray(texts, dtype=object), rows, TfidfVectorizer(tokenizer=_words, token_pattern=None))
 
 
 def _told(rows_of_both: NDArray[Any], rows: int, features: Any) -> float | None:
@@ -279,7 +278,7 @@ def _told(rows_of_both: NDArray[Any], rows: int, features: Any) -> float | None:
 
 
 def _words(text: str) -> list[str]:
-    return _WORD.findall(text.lower())
+    return find_words(text.lower(), identifiers=True)
 
 
 def _plain(text: str) -> str:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 import string
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from sapt_core.judging.words import find_words
 
 if TYPE_CHECKING:
     from rouge_score.rouge_scorer import RougeScorer
@@ -16,18 +20,43 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 @cache
-def _rouge() -> RougeScorer:
+def _rouge(*, any_script: bool) -> RougeScorer:
     from rouge_score.rouge_scorer import RougeScorer  # noqa: PLC0415  seconds of scipy and scikit-learn by way of nltk
+    from rouge_score.tokenizers import DefaultTokenizer  # noqa: PLC0415
 
-    return RougeScorer(["rougeL"], use_stemmer=True)
+    latin = DefaultTokenizer(use_stemmer=True)
+    return RougeScorer(["rougeL"], tokenizer=_AnyScript(latin) if any_script else latin)
+
+
+@dataclass(frozen=True)
+class _AnyScript:
+    """Words of any script, those in a-z and 0-9 as ``latin`` has them: stemmed."""
+
+    latin: Any
+
+    def tokenize(self, text: str) -> list[str]:
+        found: list[str] = []
+        for word in find_words(_folded(text)):
+            found += self.latin.tokenize(word) if word.isascii() else [word]
+        return found
+
+
+def _rouge_l(prediction: str, references: Sequence[str], *, any_script: bool) -> float:
+    scorer = _rouge(any_script=any_script)
+    return 100.0 * max(float(scorer.score(reference, prediction)["rougeL"].fmeasure) for reference in references)
 
 
 def rouge_l(prediction: str, references: Sequence[str]) -> float:
     """ROUGE-L F-measure with stemming, 0 to 100, against the best reference (SuperNI's score, as in SAPT).
 
-    Its tokens are runs of a-z and 0-9, so text in other scripts scores 0.
+    Its tokens are runs of a-z and 0-9, so text in other scripts scores 0: see ``rouge_l_unicode``.
     """
-    return 100.0 * max(float(_rouge().score(reference, prediction)["rougeL"].fmeasure) for reference in references)
+    return _rouge_l(prediction, references, any_script=False)
+
+
+def rouge_l_unicode(prediction: str, references: Sequence[str]) -> float:
+    """``rouge_l`` with words of any script as tokens: the same on ASCII text."""
+    return _rouge_l(prediction, references, any_script=True)
 
 
 def exact_match(prediction: str, references: Sequence[str]) -> float:
@@ -35,25 +64,54 @@ def exact_match(prediction: str, references: Sequence[str]) -> float:
     return 100.0 * any(_normalised(prediction) == _normalised(reference) for reference in references)
 
 
+def exact_match_unicode(prediction: str, references: Sequence[str]) -> float:
+    """``exact_match`` but for punctuation and width of letters in any script too: the same on ASCII text."""
+    return exact_match(_unpunctuated(prediction), list(map(_unpunctuated, references)))
+
+
 def _normalised(text: str) -> str:
     return " ".join(text.lower().translate(_NO_PUNCTUATION).split())
 
 
-METRICS = {"rouge_l": rouge_l, "exact_match": exact_match}
+def _folded(text: str) -> str:
+    return unicodedata.normalize("NFKC", text).casefold()
+
+
+def _unpunctuated(text: str) -> str:
+    return "".join(letter for letter in _folded(text) if not unicodedata.category(letter).startswith("P"))
+
+
+class Metric(NamedTuple):
+    """How answers are scored.
+
+    Attributes:
+        score: of a prediction against all right answers of its row, 0 to 100.
+        sees: whether there is anything in a text that it compares.
+    """
+
+    score: Callable[[str, Sequence[str]], float]
+    sees: Callable[[str], bool]
+
+
+METRICS = {
+    "rouge_l": Metric(rouge_l, lambda text: re.search("[a-z0-9]", text.lower()) is not None),
+    "rouge_l_unicode": Metric(rouge_l_unicode, lambda text: bool(find_words(_folded(text)))),
+    "exact_match": Metric(exact_match, lambda text: bool(_normalised(text))),
+    "exact_match_unicode": Metric(exact_match_unicode, lambda text: bool(_normalised(_unpunctuated(text)))),
+}
 
 
 def score(metric: str, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """Mean score of predictions, 0 to 100.
 
     Args:
-        metric: ``rouge_l`` or ``exact_match``.
+        metric: of ``METRICS``.
         predictions: one a row.
         references: for each row every answer that counts as right, at least one.
     """
     if not predictions or len(predictions) != len(references):
         raise ValueError(f"{len(predictions)} predictions for {len(references)} rows: need one each, at least one")
-    score_row = METRICS[metric]
-    return math.fsum(map(score_row, predictions, references)) / len(predictions)
+    return math.fsum(map(METRICS[metric].score, predictions, references)) / len(predictions)
 
 
 @dataclass(frozen=True)

@@ -174,6 +174,18 @@ def test_prompts_that_do_not_fit(refuse: Refuse) -> None:
     assert "benchmark.max_source_tokens is 8" in message
 
 
+@pytest.mark.parametrize("dry", [True, False])
+def test_right_answers_that_would_score_nothing(refuse: Refuse, dry: bool) -> None:
+    rows = {"Definition": ["Do."], "Instances": [{"input": f"text {number}", "output": "很好"} for number in range(6)]}
+    for name in "ab":
+        task(name, train=rows, test=rows)
+    found = faults(refuse(*FOLDERS, "benchmark.metric=rouge_l", dry=dry))
+    assert [fault.partition(":")[0] for fault in found] == ["a", "b"]
+    assert "6 hold nothing that metric rouge_l sees" in found[0]
+    (found, _) = faults(refuse(*FOLDERS, "benchmark.metric=rouge_l_unicode", dry=dry))
+    assert "6 cannot be written whole by the backbone's tokenizer" in found
+
+
 # Backbone
 
 

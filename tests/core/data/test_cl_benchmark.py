@@ -220,9 +220,15 @@ def test_rows_without_an_answer_are_left_out_and_counted(tmp_path: Path, caplog:
     assert ("yes",) in [row.references for row in (*task.train, *task.dev)]
     assert [row.references[0] for row in task.test] == ["answer 50", "answer 51"]
     assert [record.getMessage() for record in caplog.records] == [
-        "mnli/train.json: 2 of 9 rows left out: their output holds no letter or digit (first: row 6, '-')",
-        "mnli/test.json: 1 of 3 rows left out: their output holds no letter or digit (first: row 2, '-')",
+        "mnli/train.json: 2 of 9 rows left out: their output holds no more than punctuation (first: row 6, '-')",
+        "mnli/test.json: 1 of 3 rows left out: their output holds no more than punctuation (first: row 2, '-')",
     ]
+
+
+def test_an_answer_in_any_script_or_of_one_symbol_is_an_answer(tmp_path: Path) -> None:
+    answers = ["很好", "да", "हाँ", "نعم", "네", "ใช่", "👍", "°", "½"]
+    write(tmp_path / "one", test=[{"input": f"q{i}", "output": [a, "。"]} for i, a in enumerate(answers)])
+    assert [row.references for row in load(tmp_path, ["one"])[0].test] == [(answer,) for answer in answers]
 
 
 def test_overlap_and_further_wordings_are_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

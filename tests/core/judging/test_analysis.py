@@ -57,6 +57,19 @@ def test_ends_of_the_gate() -> None:
     assert gate_ends([{"gate": 0.2}, {"gate": 0.4}]) == (pytest.approx(0.3), pytest.approx(0.3))
 
 
+def test_words_are_told_in_scripts_without_blanks_and_with_marks() -> None:
+    pooled = np.zeros((1, 2))
+    found = sample_quality(["今天天气很好", "आज मौसम अच्छा है"], ["今天不好"], pooled, pooled)
+    assert (found.real_words, found.words, found.known_words) == (5.0, 4.0, 0.75)
+
+
+def test_chinese_inputs_are_told_by_their_words() -> None:
+    real = [f"今天的天气很好{digit}" for digit in "一二三四五六七八九十百千"]
+    made = [f"明晚没有下雨吗{digit}" for digit in "一二三四五六七八九十百千"]
+    pooled = np.random.default_rng(0).normal(size=(12, 4))
+    assert sample_quality(real, made, pooled, pooled).word_accuracy == 1.0
+
+
 def sentences(rows: int, seed: int, words: list[str] = WORDS) -> list[str]:
     draw_word = random.Random(seed)
     return [" ".join(draw_word.choice(words) for _ in range(12)) for _ in range(rows)]

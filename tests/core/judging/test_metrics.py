@@ -1,13 +1,24 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sapt_core.judging.metrics import ScoreMatrix, exact_match, rouge_l, score
+from sapt_core.judging.metrics import (
+    METRICS,
+    ScoreMatrix,
+    exact_match,
+    exact_match_unicode,
+    rouge_l,
+    rouge_l_unicode,
+    score,
+)
+from sapt_core.judging.words import find_words
+from sapt_core.settings import BenchmarkConfig
 
 # Worked out by hand below.
 MATRIX = ScoreMatrix(("a", "b", "c"), ((80.0,), (60.0, 50.0), (70.0, 30.0, 90.0)), (75.0, 55.0, 85.0))
@@ -38,6 +49,60 @@ def test_rouge_l_takes_the_best_reference() -> None:
 def test_exact_match(prediction: str, reference: str, expected: float) -> None:
     assert exact_match(prediction, [reference]) == expected
     assert exact_match(prediction, ["else", reference]) == expected
+
+
+SCRIPTS = {
+    "Chinese": "今天的天气很好",
+    "Japanese": "今日はいい天気です",
+    "Korean": "오늘은 날씨가 좋다",
+    "Russian": "сегодня хорошая погода",
+    "Hindi": "आज मौसम अच्छा है",
+    "Arabic": "الطقس جميل اليوم",
+    "Greek": "ωραίος καιρός σήμερα",
+    "Thai": "วันนี้อากาศดี",
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_right_answer_scores_100_in_every_script_or_is_known_to_be_unseen(script: str) -> None:
+    text = SCRIPTS[script]
+    for name, metric in METRICS.items():
+        assert metric.sees(text) == (name != "rouge_l")
+        assert metric.score(text, ["else", text]) == (100.0 if metric.sees(text) else 0.0)
+        assert metric.score("else", [text]) == 0.0
+        assert not metric.sees(" -*\n")
+        assert metric.sees("No. 7")
+    assert 0.0 < rouge_l_unicode(text[:-2], [text]) < 100.0
+
+
+def test_unicode_rouge_l_by_hand() -> None:
+    # Longest common subsequence 今天好 (3) of 4 and 5 letters: P = 3/4, R = 3/5, F = 2/3.
+    assert rouge_l_unicode("今天很好", ["今天 不太好"]) == pytest.approx(100 * 2 / 3)
+    assert rouge_l_unicode("Ｒunning café", ["runs cafe\u0301"]) == pytest.approx(100.0)  # width, stem, composed or not
+    assert rouge_l("café", ["cafx"]) == 0.0 != rouge_l("café", ["cafés"])  # a-z alone: caf and caf, s
+
+
+@given(st.text(st.characters(max_codepoint=127)), st.text(st.characters(max_codepoint=127), min_size=1))
+def test_the_unicode_metrics_are_the_published_ones_on_ascii(prediction: str, reference: str) -> None:
+    for near in (prediction, reference.swapcase() + "!", reference[:-1]):
+        assert rouge_l_unicode(near, [reference]) == rouge_l(near, [reference])
+        assert exact_match_unicode(near, [reference]) == exact_match(near, [reference])
+    for name in ("rouge_l", "exact_match"):
+        assert METRICS[name].sees(reference) == METRICS[f"{name}_unicode"].sees(reference)
+    assert find_words(prediction) == re.findall("[A-Za-z0-9]+", prediction)
+    assert find_words(prediction, identifiers=True) == re.findall(r"\w+", prediction)
+
+
+def test_punctuation_of_any_script_is_no_matter_to_the_unicode_match() -> None:
+    for given_text, reference in (("“是”。", "是"), ("¿sí?", "SÍ"), ("ＡＢＣ！", "abc"), ("نعم؟", "نعم")):
+        assert exact_match_unicode(given_text, [reference]) == 100.0
+        assert exact_match(given_text, [reference]) == 0.0
+    assert exact_match_unicode("是的", ["是"]) == 0.0
+
+
+def test_every_metric_can_be_chosen() -> None:
+    for name in METRICS:
+        assert BenchmarkConfig(suite="synthetic", metric=name).metric == name
 
 
 def test_score_is_the_mean() -> None:
