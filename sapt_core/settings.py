@@ -39,7 +39,9 @@ class BenchmarkConfig(Section):
     order: int | None = Field(None, ge=1, description="Numbered task order of the suite.")
     tasks: NameList | None = Field(None, description="Task folders in the order to learn; wins over order.")
     unseen: NameList = Field((), description="Task folders that every version is scored on and none ever learns.")
-    template: Literal["superni", "long_sequence"] | None = Field(None, description="Prompt; default: the suite's.")
+    template: Literal["superni", "long_sequence", "none"] | None = Field(
+        None, description="Prompt; default: the suite's. none: inputs are whole prompts, as TRACE's are."
+    )
     metric: Literal["rouge_l", "exact_match", "rouge_l_unicode", "exact_match_unicode"] | None = Field(
         None,
         description="Score; default: the suite's. rouge_l sees a-z and 0-9 alone, as published, and exact_match "
@@ -63,8 +65,8 @@ class BenchmarkConfig(Section):
             raise ValueError("suite folder has no numbered orders: name its task folders in tasks")
         if self.suite == "folder" and (self.template is None or self.metric is None):
             raise ValueError(
-                "suite folder needs template (superni or long_sequence) and metric (rouge_l or exact_match, or for "
-                "other scripts than the Latin one rouge_l_unicode or exact_match_unicode)"
+                "suite folder needs template (superni, long_sequence or none) and metric (rouge_l or exact_match, or "
+                "for other scripts than the Latin one rouge_l_unicode or exact_match_unicode)"
             )
         if self.tasks is not None:
             twice = sorted({name for name in self.tasks if self.tasks.count(name) > 1})

@@ -1,8 +1,12 @@
-"""Reads folders of the CL_Benchmark layout: ``<data_dir>/<task>/{train,test}.json``.
+"""Reads folders of the CL_Benchmark layout: ``<data_dir>/<task>/{train,test}.json``, or other formats of ``files``.
 
 Each file is one JSON object with ``Definition`` and ``Instances`` (rows of ``input`` and ``output``); other
 keys are ignored. ``dev.json`` is not read: in the published data it repeats ``test.json``, so choosing weights
 on it would be choosing on the test rows. Dev rows are split off train instead.
+
+A definition that is null or an empty list, as published copa has it, is an empty one; of several wordings the first
+is used. An answer that is a number or a truth value is taken as JSON writes it. The templates put nothing else in
+the place of an empty definition.
 
 Rows without a usable answer are left out of every split, with a warning that counts them: published data has
 mnli rows labelled ``-`` (the annotators did not agree) and task511 summaries that are blank or ``**``. No metric
@@ -20,6 +24,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from sapt_core.data.files import kind, read_split
 from sapt_core.data.task import SEEN, Example, Task, dev_rows
 from sapt_core.errors import ConfigError, DataError
 from sapt_core.settings import BenchmarkConfig
@@ -178,17 +183,17 @@ def _hint(name: str, data_dir: Path, present: Sequence[str]) -> str:
 def _read_task(folder: Path, config: BenchmarkConfig, template: str, metric: str, faults: list[str]) -> Task | None:
     """One task, or None with its faults added to ``faults``."""
     before = len(faults)
-    definition, train = _read_file(folder / "train.json", faults)
-    _, test = _read_file(folder / "test.json", faults)
+    definition, train = _read_rows(folder, "train", faults)
+    _, test = _read_rows(folder, "test", faults)
     train, test = train[: config.train_rows], test[: config.test_rows]
     if len(faults) == before and len(train) < 2:
-        faults.append(f"{folder.name}/train.json: one usable row; a dev row is split off, so give at least 2")
+        faults.append(f"{folder.name}, train: one usable row; a dev row is split off, so give at least 2")
     if len(faults) > before:
         return None
     shared = len({row.input for row in train} & {row.input for row in test})
     if shared:
         logger.warning(
-            "%s: %d inputs of test.json (%d rows) are also in train.json (%d rows): its score is too high",
+            "%s: %d inputs of test (%d rows) are also in train (%d rows): its score is too high",
             folder.name,
             shared,
             len(test),
@@ -206,10 +211,9 @@ def _read_task(folder: Path, config: BenchmarkConfig, template: str, metric: str
     )
 
 
-def _read_file(path: Path, faults: list[str]) -> tuple[str, list[Example]]:
-    """Definition and usable rows of one file; what is wrong with it is added to ``faults``."""
-    name = f"{path.parent.name}/{path.name}"
-    content = _read_object(path, name, faults)
+def _read_rows(folder: Path, split: str, faults: list[str]) -> tuple[str, list[Example]]:
+    """Definition and usable rows of one split; what is wrong with it is added to ``faults``."""
+    name, content = read_split(folder, split, faults)
     if content is None:
         return "", []
 
@@ -236,13 +240,13 @@ def _read_file(path: Path, faults: list[str]) -> tuple[str, list[Example]]:
             len(unanswered),
             len(instances),
             unanswered[0],
-            instances[unanswered[0]]["output"],
+            instances[unanswered[0]].get("output"),
         )
     return definition, rows
 
 
 def load_inputs(data_dir: Path, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """The inputs in ``<data_dir>/<name>/train.json`` of every name, whatever their outputs hold.
+    """The inputs in the train split of ``<data_dir>/<name>`` of every name, whatever their outputs hold.
 
     Raises:
         DataError: with every fault of every file.
@@ -250,31 +254,13 @@ def load_inputs(data_dir: Path, names: Sequence[str]) -> dict[str, tuple[str, ..
     faults: list[str] = []
     found = {}
     for folder in names:
-        name = f"{folder}/train.json"
-        content = _read_object(data_dir / name, name, faults)
+        name, content = read_split(data_dir / folder, "train", faults)
         rows = [] if content is None else [_row(instance) for instance in _instances(content, name, faults)]
         _add_row_faults([f"{name}: row {i}: {row}" for i, row in enumerate(rows) if isinstance(row, str)], name, faults)
         found[folder] = tuple(row.input for row in rows if not isinstance(row, str))
     if faults:
         raise DataError(f"The samples in {data_dir} cannot be used:", faults)
     return found
-
-
-def _read_object(path: Path, name: str, faults: list[str]) -> dict[str, Any] | None:
-    """The file's JSON object; what is wrong with it is added to ``faults``."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        faults.append(f"{name}: no such file")
-    except json.JSONDecodeError as error:
-        faults.append(f"{name}: line {error.lineno} column {error.colno}: not JSON, or cut short: {error.msg}")
-    except (OSError, UnicodeDecodeError) as error:
-        faults.append(f"{name}: cannot be read: {error}")
-    else:
-        if isinstance(content, dict):
-            return content
-        faults.append(f"{name}: holds {_kind(content)}, not an object with Definition and Instances")
-    return None
 
 
 def _instances(content: dict[str, Any], name: str, faults: list[str]) -> list[Any]:
@@ -294,38 +280,37 @@ def _add_row_faults(row_faults: Sequence[str], name: str, faults: list[str]) -> 
 
 def _definition(content: dict[str, Any], name: str, faults: list[str]) -> str:
     given = content.get("Definition")
-    wordings = [given] if isinstance(given, str) else given
-    if not isinstance(wordings, list) or not wordings or not all(_is_text(wording) for wording in wordings):
+    wordings = [given] if isinstance(given, str) else [] if given is None else given
+    if "Definition" not in content or not isinstance(wordings, list) or not all(map(_is_text, wordings)):
         state = "is not text or a list of texts" if "Definition" in content else "is missing"
         faults.append(f"{name}: Definition {state}; give the instruction, or an empty text for none")
         return ""
     if len(wordings) > 1:
         logger.warning("%s: Definition has %d wordings; the first is used", name, len(wordings))
-    return str(wordings[0])
+    return str(wordings[0]) if wordings else ""
 
 
 def _row(instance: Any) -> Example | str:
     """The row with its scorable references (maybe none), or what is wrong with it."""
     if not isinstance(instance, dict):
-        return f"is {_kind(instance)}, not an object with input and output"
+        return f"is {kind(instance)}, not an object with input and output"
     text, output = instance.get("input"), instance.get("output")
-    references = [output] if isinstance(output, str) else output
+    given = output if isinstance(output, list) else [] if output is None else [output]
+    references = [json.dumps(answer) if isinstance(answer, int | float) else answer for answer in given]
     problems = []
     if isinstance(text, str) and not _is_text(text):
         problems.append("input holds a lone surrogate, which is no character")
     elif not _is_text(text):
-        problems.append(f"input is {_kind(text)}, not text" if "input" in instance else "input is missing")
+        problems.append(f"input is {kind(text)}, not text" if "input" in instance else "input is missing")
     elif not text.strip():
         problems.append("input is blank")
     if "output" not in instance:
         problems.append("output is missing")
-    elif references == []:
-        problems.append("output is an empty list")
-    elif not isinstance(references, list) or not all(_is_text(reference) for reference in references):
-        problems.append("output is neither text nor a list of texts")
+    elif not all(map(_is_text, references)):
+        problems.append("output is neither text, a number nor a list of them")
     if problems:
         return "; ".join(problems)
-    return Example(instance["input"], tuple(given for given in references or () if any(map(_says_something, given))))
+    return Example(instance["input"], tuple(answer for answer in references if any(map(_says_something, answer))))
 
 
 def _says_something(character: str) -> bool:
@@ -342,8 +327,3 @@ def _is_text(value: Any) -> TypeGuard[str]:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "a truth value"}
-    return "null" if value is None else names.get(type(value), "a number")

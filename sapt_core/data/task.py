@@ -6,6 +6,7 @@ import hashlib
 import json
 import random
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
 from pydantic import BaseModel, ConfigDict
 
@@ -54,9 +55,9 @@ class Task:
             values[split] = tuple(Example(row["input"], tuple(row["references"])) for row in values[split])
         return cls(**values)
 
-    @property
+    @cached_property
     def digest(self) -> str:
-        """sha256 of the whole task."""
+        """sha256 of the whole task; made once, since every stage key and every experiment's asks for it."""
         return hashlib.sha256(self.to_json()).hexdigest()
 
 

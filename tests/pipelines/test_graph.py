@@ -14,6 +14,7 @@ from cluster.stages import Stage
 from pipelines.sequence.bodies import numbered
 from pipelines.sequence.experiment import Experiment, load_experiment
 from pipelines.sequence.graph import VERSIONS, SequenceGraph, build_graph
+from sapt_core.data.task import Task
 from sapt_core.hashing import canonical_hash
 from sapt_core.methods.base import find_method
 from tests.pipelines.commands import QUICKSTART, TINY
@@ -97,6 +98,16 @@ def test_every_stage_is_there_once_and_reads_what_it_needs() -> None:
         assert stage.uses == {"version": {"manifest"}, **{name: {"dev.arrow"} for name in tasks}}
     for stage, prepared, samples in zip(graph.quality, graph.prepare, graph.kept, strict=False):
         assert stage.inputs == {"task": prepared, "kept": samples}
+
+
+def test_a_task_is_hashed_once_however_often_its_digest_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[str] = []
+    to_json = Task.to_json
+    monkeypatch.setattr(Task, "to_json", lambda task: hashed.append(task.name) or to_json(task))  # type: ignore[func-returns-value]
+    whole = experiment()
+    assert whole.key == whole.key
+    assert build_graph(whole.config, whole.tasks, whole.unseen, whole.backbone, {}).tasks == whole.graph.tasks
+    assert hashed == ["animal", "basket", "ticket"]
 
 
 def test_only_training_and_pseudo_samples_take_train_workers() -> None:

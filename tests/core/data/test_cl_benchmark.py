@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -141,11 +142,11 @@ BROKEN_ROWS: list[tuple[Any, str]] = [
     ({"input": 3, "output": "a"}, "input is a number, not text"),
     ({"input": " \n", "output": "a"}, "input is blank"),
     ({"input": "q"}, "output is missing"),
-    ({"input": "q", "output": []}, "output is an empty list"),
-    ({"input": "q", "output": 1}, "output is neither text nor"),
-    ({"input": "q", "output": ["a", None]}, "output is neither text nor"),
+    ({"input": "q", "output": {"a": 1}}, "output is neither text"),
+    ({"input": "q", "output": ["a", None]}, "output is neither text"),
     ({"input": "q \ud800", "output": "a"}, "lone surrogate"),
-    ({"input": "", "output": []}, "input is blank; output is an empty list"),
+    ({"input": "q", "output": "\udfff"}, "output is neither text"),
+    ({"input": ""}, "input is blank; output is missing"),
 ]
 
 
@@ -170,12 +171,13 @@ def break_file(path: Path, content: str | bytes | None) -> None:
         (None, "no such file"),
         ('{"Definition": "x",\n "Instances": [{"in', "line 2 column"),
         (b"\xff\xfe{}", "cannot be read"),
-        ("[]", "holds a list, not an object"),
+        ("3", "holds a number, not an object"),
+        ("[]", "Instances is empty"),
         ('{"Definition": "x"}', "Instances is missing"),
         ('{"Definition": "x", "Instances": []}', "Instances is empty"),
         ('{"Definition": "x", "Instances": {}}', "Instances is not a list"),
         ('{"Instances": [{"input": "q", "output": "a"}]}', "Definition is missing"),
-        ('{"Definition": [], "Instances": [{"input": "q", "output": "a"}]}', "Definition is not text"),
+        ('{"Definition": {}, "Instances": [{"input": "q", "output": "a"}]}', "Definition is not text"),
         ('{"Definition": [1], "Instances": [{"input": "q", "output": "a"}]}', "Definition is not text"),
         ('{"Definition": "", "Instances": [{"input": "q", "output": " - "}]}', "no row is usable"),
     ],
@@ -203,11 +205,73 @@ def test_one_train_row_cannot_be_split(tmp_path: Path) -> None:
     assert "give at least 2" in faults_of(tmp_path, ["one"])[0]
 
 
-def test_an_empty_definition_and_a_byte_order_mark_are_fine(tmp_path: Path) -> None:
-    folder = write(tmp_path / "copa", definition="")
+@pytest.mark.parametrize("definition", ["", [], [""], None])
+def test_an_empty_definition_and_a_byte_order_mark_are_fine(tmp_path: Path, definition: Any) -> None:
+    folder = write(tmp_path / "copa", definition=definition)
     content = (folder / "train.json").read_bytes()
     (folder / "train.json").write_bytes(b"\xef\xbb\xbf" + content)
     assert load(tmp_path, ["copa"])[0].definition == ""
+
+
+def test_answers_that_are_no_text_are_taken_as_json_writes_them(tmp_path: Path) -> None:
+    answers = [7, -1.5, True, False, ["a", 3], ["yes", "yeah"]]
+    write(tmp_path / "one", test=[{"id": i, "input": f"q{i}", "output": given} for i, given in enumerate(answers)])
+    (task,) = load(tmp_path, ["one"])
+    assert [row.references for row in task.test] == [
+        ("7",), ("-1.5",), ("true",), ("false",), ("a", "3"), ("yes", "yeah"),
+    ]  # fmt: skip
+
+
+def test_rows_without_any_output_are_left_out_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path / "one", test=[*rows(2, 50), {"input": "q1", "output": []}, {"input": "q2", "output": None}])
+    with caplog.at_level(logging.WARNING):
+        assert len(load(tmp_path, ["one"])[0].test) == 2
+    assert "one/test.json: 2 of 4 rows left out" in caplog.text
+    assert "(first: row 2, [])" in caplog.text
+
+
+def test_a_published_file_has_more_keys_than_are_read(tmp_path: Path) -> None:
+    folder = write(tmp_path / "task1_supernatural")
+    more = {"Contributors": ["a"], "Positive Examples": [], "Negative Examples": [{"input": 1}], "Instance License": 3}
+    for name in ("train", "test"):
+        content = json.loads((folder / f"{name}.json").read_text())
+        (folder / f"{name}.json").write_text(json.dumps(more | content | {"Definition": "One text."}))
+    (folder / "labels.json").write_text('["yes", "no"]')
+    assert load(tmp_path, ["task1"])[0].definition == "One text."
+
+
+def test_a_folder_of_trace_is_read_with_whole_prompts(tmp_path: Path) -> None:
+    folder = tmp_path / "NumGLUE-cm"
+    folder.mkdir()
+    for name, count in (("train", 6), ("eval", 2), ("test", 3)):
+        content = [{"prompt": f"{name} {i} + 1 = ?\nAnswer:", "answer": i + 1} for i in range(count)]
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    (task,) = load(tmp_path, ["NumGLUE-cm"], template="none", metric="exact_match")
+    assert (task.definition, len(task.train) + len(task.dev)) == ("", 6)
+    assert [(row.input, row.references) for row in task.test][1] == ("test 1 + 1 = ?\nAnswer:", ("2",))
+
+
+def test_a_whole_prompt_has_no_definition_beside_it(tmp_path: Path) -> None:
+    write(tmp_path / "one")
+    assert "one: nothing would part definition and input" in faults_of(tmp_path, ["one"], template="none")[0]
+    with pytest.raises(DataError, match="animal"):
+        load_sequence(BenchmarkConfig(suite="synthetic", template="none"))
+
+
+def test_a_large_file_is_checked_in_no_time(tmp_path: Path) -> None:
+    write(tmp_path / "one", train=[{"input": f"{i} " + "long text " * 1000, "output": "a"} for i in range(200)])
+    calls = 0
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        nonlocal calls
+        calls += event in {"call", "c_call"}
+
+    sys.setprofile(count)
+    try:
+        load(tmp_path, ["one"])
+    finally:
+        sys.setprofile(None)
+    assert calls < 20_000  # 2 million characters: none is walked in Python
 
 
 def test_rows_without_an_answer_are_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -238,7 +302,7 @@ def test_overlap_and_further_wordings_are_warned_about(tmp_path: Path, caplog: p
     assert task.definition == "First."
     messages = [record.getMessage() for record in caplog.records]
     assert sum("2 wordings" in message for message in messages) == 2
-    assert sum("2 inputs of test.json (3 rows) are also in train.json (10 rows)" in text for text in messages) == 1
+    assert sum("2 inputs of test (3 rows) are also in train (10 rows)" in text for text in messages) == 1
 
 
 def test_templates_are_those_of_the_papers() -> None:
