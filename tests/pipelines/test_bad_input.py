@@ -136,9 +136,9 @@ def test_a_store_that_cannot_be_written(refuse: Refuse) -> None:
         ({"train": '{"Definition": ["Do."], "Instances": [{"inp'}, "a/train.json: line 1 column"),
         ({"train": {"Definition": ["Do."]}}, "a/train.json: Instances is missing"),
         ({"test": {"Definition": ["Do."], "Instances": []}}, "a/test.json: Instances is empty"),
-        ({"train": [1, 2]}, "a/train.json: holds a list"),
+        ({"train": [1, 2]}, "a/train.json: row 0: is a number"),
         ({"test": {"Definition": ["Do."], "Instances": [{"input": 3, "output": "x"}]}}, "row 0: input is a number"),
-        ({"test": {"Definition": ["Do."], "Instances": [{"input": "x", "output": []}]}}, "output is an empty list"),
+        ({"test": {"Definition": ["Do."], "Instances": [{"input": "x", "output": []}]}}, "no row is usable"),
         ({"train": {"Definition": ["Do."], "Instances": [{"input": "x", "output": "y"}]}}, "one usable row"),
     ],
 )
