@@ -88,8 +88,10 @@ class Cell:
     def settings(self) -> str:
         """sha256 of what all cells of a row have in common: settings, tasks as a set, backbone."""
         config = self.experiment.config
+        # The number format is the machine's, which the record names.
+        train = config.train.model_copy(update={"precision": "auto"})
         benchmark = config.benchmark.model_copy(update={"order": None})
-        settings = config.model_copy(update={"seed": 0, "benchmark": benchmark}).digest()
+        settings = config.model_copy(update={"seed": 0, "benchmark": benchmark, "train": train}).digest()
         tasks = sorted(task.digest for task in self.experiment.tasks)
         return canonical_hash([settings, tasks, self.experiment.backbone.digest])
 

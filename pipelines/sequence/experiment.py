@@ -61,6 +61,8 @@ class Experiment:
         versions[f"train {self.config.method.name}"] = versions.pop("train")
         raised = {kind: version for kind, version in versions.items() if version != UNKEYED.get(kind, 1)}
         what = [self.config.digest(), self.data_digest, self.backbone.digest, *given, *unseen]
+        if self.backbone.joined:  # a backbone's digest is of earlier releases' too, which tokenised in two parts
+            raised["joined"] = 1
         return canonical_hash([*what, raised] if raised else what)
 
     @property
