@@ -184,14 +184,16 @@ class Monitor:
             uri = f" tracking.uri={config.tracking.uri}" if shown else ""
             self.console.print(
                 f"next: python pipelines/predict.py --version {version} --task {matrix.tasks[0]} "
-                f"--input 'your text'{uri} tracking.model={config.tracking.model}"
+                f"--input 'your text'{uri} tracking.model={config.tracking.model}",
+                soft_wrap=True,  # to be pasted as one line
             )
         else:
             endpoint = config.store.endpoint_url
             endpoint = f" store.endpoint_url={redacted(without_user(endpoint))}" if endpoint else ""
             self.console.print(
                 f"next: python pipelines/predict.py --snapshot {self.manifest(len(matrix.tasks) - 1).digest} "
-                f"--task {matrix.tasks[0]} --input 'your text' store.uri={config.store.uri}{endpoint}"
+                f"--task {matrix.tasks[0]} --input 'your text' store.uri={config.store.uri}{endpoint}",
+                soft_wrap=True,
             )
 
     def _show_transfer(self) -> None:
