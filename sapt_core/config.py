@@ -6,19 +6,21 @@ Unknown keys, wrong types and impossible values are refused together, each with 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import date
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, Field, ValidationError, model_validator
-from yaml import YAMLError
 
 from sapt_core.addresses import redacted
 from sapt_core.errors import ConfigError
 from sapt_core.hashing import canonical_hash
 from sapt_core.methods.base import DEFAULT, AnyMethod, Method, default_method, find_method
+from sapt_core.overrides import parsed
 from sapt_core.settings import (
     PET_TYPES,
     AttentionConfig,
@@ -34,10 +36,11 @@ from sapt_core.settings import (
     ReflectionConfig,
     TrainConfig,
 )
+from sapt_core.shipped import config_file, shipped_configs
 
 
 class ExperimentConfig(PlacesConfig):
-    """A whole experiment. Relative paths count from the working directory."""
+    """A whole experiment. Relative paths count from the working folder, see ``sapt_core.shipped``."""
 
     seed: int = Field(0, ge=0)
     benchmark: BenchmarkConfig
@@ -98,11 +101,21 @@ class ExperimentConfig(PlacesConfig):
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> ExperimentConfig:
     """Read a YAML file, apply dotted ``key=value`` overrides and validate.
 
+    Args:
+        path: of the file, or the name of one that ships, such as quickstart.
+        overrides: the later over the earlier, all over the file.
+
     Raises:
         ConfigError: with every fault and its dotted path.
     """
-    changes = parsed(overrides)
+    changes = parsed(overrides, ExperimentConfig)
     return validated(ExperimentConfig, [read_mapping(path), *changes], f"{path} with its overrides")
+
+
+def written(config: BaseModel) -> str:
+    """A config with all its fields as YAML, which reads as the same config."""
+    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return text
 
 
 def load_places(overrides: Sequence[str]) -> PlacesConfig:
@@ -111,48 +124,36 @@ def load_places(overrides: Sequence[str]) -> PlacesConfig:
     Raises:
         ConfigError: with every fault and its dotted path.
     """
-    return validated(PlacesConfig, parsed(overrides), "What the command line gives")
+    return validated(PlacesConfig, parsed(overrides, PlacesConfig), "What the command line gives")
 
 
-def read_mapping(path: Path | str) -> DictConfig:
-    """The YAML mapping that a file holds, not validated.
+def read_mapping(path: Path | str, named_in: Path | None = None) -> DictConfig:
+    """The YAML mapping that a file, or the one that ships under a name, holds; not validated.
+
+    Args:
+        path: counts from the working folder, or is the name of a config that ships.
+        named_in: the file that says so, for the message.
 
     Raises:
         ConfigError: it cannot be read or holds something else.
     """
-    path = Path(path)
+    path = config_file(path)
     try:
         loaded = OmegaConf.load(path)
     except FileNotFoundError as error:
-        raise ConfigError("The config cannot be read:", [f"{path}: no such file; see pipelines/configs"]) from error
+        names = shipped_configs()
+        close = get_close_matches(str(path).removesuffix(".yaml"), names, n=1)
+        there = f"did you mean {close[0]}?" if close else f"these ship: {', '.join(names)}"
+        if named_in is not None and (beside := named_in.parent / path).is_file():
+            there = f"relative paths count from the working folder, also those in {named_in}: give {beside}"
+        raise ConfigError("The config cannot be read:", [f"{path}: no such file; {there}"]) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError("The config cannot be read:", [f"{path}: {error}"]) from error
-    except (YAMLError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path} is not valid YAML:", [redacted(str(error))]) from error
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path} is not a config:", ["the file must hold a YAML mapping"])
     return loaded
-
-
-def parsed(overrides: Sequence[str]) -> list[DictConfig]:
-    """Dotted ``key=value`` overrides, each a layer.
-
-    Raises:
-        ConfigError: with every one that has not this form.
-    """
-    layers, faults = [], []
-    for item in overrides:
-        key, separator, _ = item.partition("=")
-        if not separator or not key:
-            faults.append(f"{redacted(repr(item))}: give a dotted key, '=' and a value")
-            continue
-        try:
-            layers.append(OmegaConf.from_dotlist([item]))
-        except (YAMLError, OmegaConfBaseException) as error:
-            faults.append(f"{key}: the value is not valid YAML: {redacted(' '.join(str(error).split()))}")
-    if faults:
-        raise ConfigError("Overrides have the form key=value, for example train.epochs=3:", faults)
-    return layers
 
 
 def _method_named(values: Mapping[str, Any]) -> type[Method] | None:
@@ -218,6 +219,8 @@ def _faults(error: ValidationError, root: type[BaseModel], values: Any) -> list[
             message = f"is a section; give its fields, for example in YAML or as {'.'.join(location)}.NAME=VALUE"
         elif item["type"] not in {"missing", "value_error", "pet_type"}:
             message += redacted(f" (given: {item['input']!r})")
+        if item["type"] == "string_type" and isinstance(item["input"], bool | int | float | date):
+            message += ": put it in quotes, for YAML reads it as no text"
         faults.append(f"{'.'.join(location) or 'config'}: {message}")
     return faults
 

@@ -8,18 +8,27 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
+import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 HUB_REVISION = r"^[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)*$"
 
 
-def _comma_list(value: Any) -> Any:
-    """``a,b,c`` from a command line is the list [a, b, c]."""
-    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+def _names(value: Any) -> Any:
+    """``a,b,c`` from a command line is the list [a, b, c], and so is ``["a, b", c]``, for names with commas."""
+    if not isinstance(value, str):
+        return value
+    if not value.lstrip().startswith("["):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    try:
+        return yaml.load(value, Loader=yaml.BaseLoader)  # noqa: S506 - makes text of every value, and nothing else
+    except yaml.YAMLError as error:
+        raise ValueError('is no list: give a,b,c or ["a, b",c]') from error
 
 
-NameList = Annotated[tuple[str, ...], BeforeValidator(_comma_list)]
+NameList = Annotated[tuple[str, ...], BeforeValidator(_names, json_schema_input_type=str | tuple[str, ...])]
+"""Names, from a command line with commas between them."""
 
 
 class Section(BaseModel):

@@ -15,10 +15,11 @@ from pydantic import Field, ValidationError, model_validator
 
 from pipelines.sequence.experiment import Experiment, assemble
 from sapt_core.backbones.reference import identify
-from sapt_core.config import ExperimentConfig, load_config, parsed, read_mapping, validated
+from sapt_core.config import ExperimentConfig, load_config, read_mapping, validated
 from sapt_core.data import load_sequence
 from sapt_core.errors import ConfigError, FaultsError, SaptError
 from sapt_core.hashing import canonical_hash
+from sapt_core.overrides import parsed
 from sapt_core.settings import Section
 
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
@@ -38,7 +39,7 @@ class Row(Section):
 class ComparisonConfig(Section):
     """A comparison as its YAML file gives it."""
 
-    base: Path = Field(description="Experiment config, relative to this file.")
+    base: Path = Field(description="Experiment config: path or name of one that ships.")
     overrides: tuple[str, ...] = Field((), description="Dotted key=value over the base, for all rows.")
     orders: Orders | None = Field(None, description="Numbered task orders; default: the base's.")
     seeds: Seeds = Field((0,), description="Seeds of a row that names none.")
@@ -143,7 +144,7 @@ class Comparison:
             ConfigError: with every fault.
         """
         overrides = (*self.config.overrides, *self.row(place.row).overrides, *self.overrides)
-        return load_config(self.path.parent / self.config.base, [*overrides, *_own(place)])
+        return load_config(self.config.base, [*overrides, *_own(place)])
 
     def cells(self, places: Sequence[Place]) -> list[Cell]:
         """Check data and backbone of these cells; nothing is started or written.
@@ -196,11 +197,11 @@ def load_comparison(path: Path, overrides: Sequence[str] = ()) -> Comparison:
     for row in rows:
         forbidden = ("seed", "benchmark.order", "store", "tracking", "cluster")
         faults += _misplaced(f"rows.{row.name}", row.overrides, forbidden)
-    base = path.parent / given["base"] if isinstance(given.get("base"), str) else None
-    plain = _faults(base, [*shared, *overrides])
+    base = given["base"] if isinstance(given.get("base"), str) else None
+    plain = _faults(path, base, [*shared, *overrides])
     faults += plain
     for row in rows:
-        found = _faults(base, [*shared, *row.overrides, *overrides])
+        found = _faults(path, base, [*shared, *row.overrides, *overrides])
         faults += [f"rows.{row.name}: {fault}" for fault in found if fault not in plain]
     if not faults:
         comparison = Comparison(path.stem.removeprefix("compare_"), path, config, tuple(overrides))
@@ -251,15 +252,15 @@ def _misplaced(where: str, overrides: Sequence[str], forbidden: Sequence[str]) -
     ]
 
 
-def _faults(base: Path | None, overrides: Sequence[str]) -> list[str]:
+def _faults(path: Path, base: str | None, overrides: Sequence[str]) -> list[str]:
     """Faults of the base with overrides; of the overrides alone if the base cannot be read."""
     faults: list[str] = []
     try:
-        layers = parsed(overrides)
+        layers = parsed(overrides, ExperimentConfig)
     except ConfigError as error:
         faults, layers = list(error.faults), []
     try:
-        mapping = None if base is None else read_mapping(base)
+        mapping = None if base is None else read_mapping(base, named_in=path)
     except ConfigError as error:
         faults += [f"base: {fault}" for fault in error.faults]
         mapping = None

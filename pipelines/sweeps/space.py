@@ -15,8 +15,9 @@ from omegaconf import OmegaConf
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from pydantic import Field, model_validator
 
-from sapt_core.config import ExperimentConfig, load_config, merged, parsed, read_mapping, validated
+from sapt_core.config import ExperimentConfig, load_config, merged, read_mapping, validated
 from sapt_core.errors import ConfigError
+from sapt_core.overrides import parsed
 from sapt_core.settings import Section
 
 Scalar: TypeAlias = bool | int | float | str
@@ -82,7 +83,7 @@ Names = Annotated[tuple[Literal["ap", "f_ra"], ...], Field(min_length=1, max_len
 class SweepConfig(Section):
     """A sweep as its YAML file gives it."""
 
-    base: Path = Field(description="Experiment config, relative to this file.")
+    base: Path = Field(description="Experiment config: path or name of one that ships.")
     overrides: tuple[str, ...] = Field((), description="Dotted key=value over the base, for all trials.")
     space: dict[str, Dimension] = Field(min_length=1, description="Dotted fields and their values.")
     search: Literal["tpe", "random", "grid"] = Field(
@@ -143,7 +144,7 @@ class Sweep:
         Raises:
             ConfigError: with every fault.
         """
-        changes = parsed([f"{name}={_written(value)}" for name, value in point.items()])
+        changes = parsed([f"{name}={_written(value)}" for name, value in point.items()], ExperimentConfig)
         return validated(ExperimentConfig, [OmegaConf.create(dict(self.base)), *changes], f"A trial of {self.path}")
 
     def holds(self, point: Mapping[str, Scalar]) -> bool:
@@ -187,7 +188,8 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
     """
     config = validated(SweepConfig, [read_mapping(path)], str(path))
     shared = [*config.overrides, *overrides, "evaluation.split=dev"]
-    base = load_config(path.parent / config.base, shared)
+    mapping = read_mapping(config.base, named_in=path)
+    base = load_config(config.base, shared)
     faults: list[str] = []
     kinds: dict[str, type] = {}
     for name in config.space:
@@ -200,7 +202,7 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
             faults.append(f"space.{name}: {error}")
     clashes = {item.partition("=")[0] for item in (*config.overrides, *overrides)} & set(config.space)
     faults += [f"overrides: {name} is swept: leave it out" for name in sorted(clashes)]
-    laid = merged([read_mapping(path.parent / config.base), *parsed(shared)])
+    laid = merged([mapping, *parsed(shared, ExperimentConfig)])
     raw: Any = OmegaConf.to_container(laid, resolve=True)
     sweep = Sweep(path.stem.removeprefix("sweep_"), path, config, raw, kinds)
     if not faults:

@@ -31,6 +31,7 @@ from sapt_core.blobs import BlobStore
 from sapt_core.errors import BackboneError
 from sapt_core.hashing import Digest, canonical_hash
 from sapt_core.settings import HUB_REVISION, BackboneConfig
+from sapt_core.shipped import located
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +144,7 @@ def identify(config: BackboneConfig) -> BackboneRef:
         "dtype": dtype,
         "joined": not model_config.is_encoder_decoder,
     }
-    if Path(name).expanduser().is_dir():
+    if located(name).is_dir():
         return BackboneRef(path=folder.resolve().name, **given)
     return BackboneRef(path=name, revision=folder.name, **given)
 
@@ -220,7 +221,7 @@ def location(config: BackboneConfig) -> Path:
     Raises:
         BackboneError: neither a folder nor a hub model that can be reached.
     """
-    folder = Path(config.path).expanduser()
+    folder = located(config.path)
     if folder.is_dir():
         return folder
     if folder.exists() or not _HUB_ID.fullmatch(config.path):

@@ -450,3 +450,16 @@ def test_methods_are_listed_a_line_each(call: Call) -> None:
     lines = listed.out.splitlines()
     assert [line.split()[0] for line in lines] == sorted(known_methods())
     assert "am_lora      attention over the LoRAs' own features in every layer (AM-LoRA, arXiv 2409.19611)" in lines
+
+
+def test_a_base_counts_from_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("apart").mkdir()
+    Path("base.yaml").write_text(Path(QUICKSTART).read_text())
+    assert load_comparison(write(Path("apart"), base="base.yaml")).places()
+    assert load_comparison(write(Path("apart"), base="quickstart")).places()
+    Path("base.yaml").rename("apart/base.yaml")
+    assert faults(write(Path("apart"), base="base.yaml")) == (
+        "base: base.yaml: no such file; relative paths count from the working folder, also those in "
+        "apart/compare_tiny.yaml: give apart/base.yaml",
+    )
