@@ -12,24 +12,24 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-
-from cluster.store import open_store
-from pipelines.comparisons.cells import Cell, Comparison, load_comparison
-from pipelines.comparisons.records import as_of, read_records, recorded_elsewhere, write_record
-from pipelines.comparisons.run import PLOT, ComparisonRun, run_cells
-from pipelines.comparisons.table import results
 from pipelines.console import cli
-from pipelines.console.tables import check_markers, wide_console, write_between_markers
+from pipelines.console.commands import pasted
 from sapt_core.errors import FaultsError, SaptError
-from sapt_core.methods.base import known_methods
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pipelines.comparisons.cells import Cell, Comparison
 
 
 class _ListMethods(argparse.Action):
     """Print a method a line and end, as --help does."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from sapt_core.methods.base import known_methods
+
         methods = known_methods()
         width = max(map(len, methods))
         for name, found in methods.items():
@@ -40,6 +40,13 @@ class _ListMethods(argparse.Action):
 def main() -> None:
     """Parse the command line, run what has no record yet and show the table."""
     arguments = _arguments()
+
+    from pipelines.comparisons.cells import load_comparison
+    from pipelines.comparisons.records import read_records
+    from pipelines.comparisons.run import PLOT
+    from pipelines.comparisons.table import results
+    from pipelines.console.tables import check_markers, wide_console, write_between_markers
+
     comparison = load_comparison(arguments.config, arguments.overrides)
     for name in arguments.rows or ():
         comparison.row(name)
@@ -66,6 +73,10 @@ def main() -> None:
 
 def _learn(comparison: Comparison, arguments: argparse.Namespace, console: Console) -> Mapping[Cell, Exception]:
     """Give the chosen cells their records; those that failed, each with its error."""
+    from cluster.store import open_store
+    from pipelines.comparisons.records import as_of, read_records, recorded_elsewhere, write_record
+    from pipelines.comparisons.run import ComparisonRun, run_cells
+
     folder = comparison.config.results
     there = {record.place: record for record in read_records(folder)}
     keys = {place: record.key for place, record in there.items()}
@@ -111,8 +122,7 @@ def _raise(failed: Mapping[Cell, Exception]) -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = cli.parser(
-        __doc__ or "",
-        "python pipelines/compare.py --config pipelines/configs/comparisons/quickstart.yaml --seeds 0,1",
+        __doc__ or "", pasted("compare", "--config", "quickstart", "--seeds", "0,1"), kind="comparisons"
     )
     parser.add_argument("--list-methods", action=_ListMethods, nargs=0, help="print a method a line and end")
     parser.add_argument("--rows", type=_names, metavar="A,B", help="only these rows")

@@ -11,23 +11,25 @@ import json
 from contextlib import ExitStack
 from pathlib import Path
 
-from cluster.stages import plan
-from cluster.store import open_store
 from pipelines.console import cli
-from pipelines.running.monitor import Monitor
-from pipelines.running.sequence import publish_sequence, run
-from pipelines.sequence.experiment import load_experiment
+from pipelines.console.commands import pasted
 
 
 def main() -> None:
     """Parse the command line and run the sequence."""
-    parser = cli.parser(
-        __doc__ or "", "python pipelines/continual.py --config pipelines/configs/superni_mini.yaml seed=1"
-    )
+    parser = cli.parser(__doc__ or "", pasted("learn", "--config", "superni_mini", "seed=1"))
+    cli.add_print_config(parser)
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
     cli.add_inline(parser)
     parser.add_argument("--summary", type=Path, metavar="FILE", help="write the figures of the end as JSON")
     arguments = cli.parse(parser)
+
+    from cluster.stages import plan
+    from cluster.store import open_store
+    from pipelines.running.monitor import Monitor
+    from pipelines.running.sequence import inline_executor, publish_sequence, run
+    from pipelines.sequence.experiment import load_experiment
+
     cli.check_output(arguments.summary)
     experiment = load_experiment(arguments.config, arguments.overrides)
     store = open_store(experiment.config.store)
@@ -40,7 +42,7 @@ def main() -> None:
     if arguments.inline:
         monitor = Monitor(experiment, store, None)
         with ExitStack() as stack:
-            executor = cli.inline_executor(arguments, experiment.config.store, store, stack)
+            executor = inline_executor(arguments, experiment.config.store, store, stack)
             run(experiment, store, executor, monitor)
     else:
         monitor = publish_sequence(experiment, store, all_done=set(states.values()) == {"done"})

@@ -8,35 +8,35 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
+from pipelines.console import cli
+from pipelines.console.commands import pasted
 
-from pipelines.console import cli, versions
-from pipelines.console.tables import wide_console
-from pipelines.sequence.bodies import score_version
-from pipelines.sequence.experiment import load_experiment
-from sapt_core.backbones.loading import load_backbone
-from sapt_core.blobs import BlobStore
-from sapt_core.config import ExperimentConfig
-from sapt_core.data.prepare import prepare_task
-from sapt_core.data.task import Task
-from sapt_core.versions.manifest import Manifest, require_backbone
+if TYPE_CHECKING:
+    from sapt_core.blobs import BlobStore
+    from sapt_core.config import ExperimentConfig
+    from sapt_core.data.task import Task
+    from sapt_core.versions.manifest import Manifest
 
 BLOCKS_SHOWN = 3
 
 
 def main() -> None:
     """Parse the command line, score and print."""
-    parser = cli.parser(
-        __doc__ or "", "python pipelines/evaluate.py --config pipelines/configs/quickstart.yaml --version latest"
-    )
-    versions.add_arguments(parser)
+    parser = cli.parser(__doc__ or "", pasted("evaluate", "--config", "quickstart", "--version", "latest"))
+    cli.add_print_config(parser)
+    cli.add_version(parser)
     parser.add_argument("--summary", type=Path, metavar="FILE", help="write the figures as JSON")
-    arguments = parser.parse_intermixed_args()
+    arguments = cli.parse(parser)
+
+    from pipelines.console.versions import open_version
+    from pipelines.sequence.experiment import load_experiment
+    from sapt_core.versions.manifest import require_backbone
+
     cli.check_output(arguments.summary)
     experiment = load_experiment(arguments.config, arguments.overrides)
-    manifest, store = versions.open_version(arguments, experiment.config)
+    manifest, store = open_version(arguments, experiment.config)
     require_backbone(manifest, experiment.backbone)
     figures = evaluate(manifest, store, (*experiment.tasks, *experiment.unseen), experiment.config)
     _show(figures)
@@ -53,6 +53,10 @@ def evaluate(manifest: Manifest, store: BlobStore, tasks: Sequence[Task], config
         tasks: as text; those that the version has not learnt are scored all the same.
         config: lengths, decoding and precision.
     """
+    from pipelines.sequence.bodies import score_version
+    from sapt_core.backbones.loading import load_backbone
+    from sapt_core.data.prepare import prepare_task
+
     model, tokenizer = load_backbone(manifest.backbone, store)
     learnt = [task.name for task in manifest.tasks]
     rows = []
@@ -87,6 +91,10 @@ def evaluate(manifest: Manifest, store: BlobStore, tasks: Sequence[Task], config
 
 
 def _show(figures: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    from pipelines.console.tables import wide_console
+
     title = f"Version {figures['snapshot'][:12]} of {figures['method']}, {len(figures['learnt'])} tasks learnt"
     table = Table(title=title, title_justify="left")
     for column in ("task", "learnt", "rows", "metric", "score", "mean weight of blocks"):

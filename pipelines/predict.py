@@ -12,14 +12,16 @@ import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipelines.console import cli, versions
-from sapt_core.config import load_config, load_places
-from sapt_core.data.task import LearntTask
+from pipelines.console import cli
+from pipelines.console.commands import pasted
 from sapt_core.errors import DataError, SaptError
-from sapt_core.versions.manifest import Manifest
-from sapt_core.versions.predictor import Prediction, Predictor, find_task
+
+if TYPE_CHECKING:
+    from sapt_core.data.task import LearntTask
+    from sapt_core.versions.manifest import Manifest
+    from sapt_core.versions.predictor import Prediction, Predictor
 
 SMALLEST_SHOWN = 0.01
 
@@ -36,10 +38,10 @@ def main() -> None:
     """Parse the command line and answer."""
     parser = cli.parser(
         __doc__ or "",
-        "python pipelines/predict.py --version latest --input 'your text' tracking.model=quickstart",
+        pasted("predict", "--version", "latest", "--input", "your text", "tracking.model=quickstart"),
         needs_config=False,
     )
-    versions.add_arguments(parser)
+    cli.add_version(parser)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--input", metavar="TEXT", help="one text")
     source.add_argument(
@@ -52,14 +54,19 @@ def main() -> None:
         "--output", type=Path, metavar="JSONL", help="with --file: where the answers go (default: stdout)"
     )
     parser.add_argument("--task", metavar="NAME", help="put this learnt task's definition and template around inputs")
-    arguments = parser.parse_intermixed_args()
+    arguments = cli.parse(parser)
+
+    from pipelines.console.versions import open_version
+    from sapt_core.config import load_config, load_places
+    from sapt_core.versions.predictor import Predictor, find_task
+
     if arguments.output is not None and arguments.file is None:
         raise SaptError("--output goes with --file; without it the answers are printed")
     cli.check_output(arguments.output)
     lines = None if arguments.file is None else _read_lines(arguments.file)
     config, overrides = arguments.config, arguments.overrides
     places = load_places(overrides) if config is None else load_config(config, overrides)
-    manifest, store = versions.open_version(arguments, places)
+    manifest, store = open_version(arguments, places)
     task = None if arguments.task is None else find_task(manifest, arguments.task)
     if arguments.input is not None and (fault := _text_fault(arguments.input)):
         raise DataError("The text cannot be answered:", [f"--input {fault}"])
@@ -108,6 +115,8 @@ def read_requests(lines: Iterable[str], name: str, manifest: Manifest, task: Lea
 
 
 def _request(line: str, manifest: Manifest, task: LearntTask | None) -> Request:
+    from sapt_core.versions.predictor import find_task
+
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:

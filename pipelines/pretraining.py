@@ -1,14 +1,7 @@
-"""Pre-train the quickstart's backbone from nothing: a tiny T5 v1.1 that can read, copy, extract and write.
-
-    python pipelines/pretrain_tiny.py --out pipelines/backbones/tiny --seed 0
-
-The model learns general skills on generated text and never sees a synthetic task's definition, answer
-or test input. See docs/synthetic.md for what it saw and what came out.
-"""
+"""Pre-training of the quickstart's backbone: a tiny T5 v1.1 that learns general skills on generated text."""
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -308,16 +301,3 @@ def skill_scores(
         hits = sum(answer == right for answer, (_, _, right) in zip(answers, drawn, strict=True))
         scores[skill.__name__.strip("_")] = 100 * hits / rows
     return scores
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the model and its tokenizer")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    pretrain(arguments.out, arguments.seed)
-    print(f"saved {arguments.out}")
-
-
-if __name__ == "__main__":
-    main()

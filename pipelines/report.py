@@ -9,26 +9,30 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cluster.store import open_store
 from pipelines.console import cli
-from pipelines.reports import page
-from pipelines.sequence.experiment import load_experiment
+from pipelines.console.commands import pasted
 
 
 def main() -> None:
     """Parse the command line, read the records and write the report."""
-    parser = cli.parser(__doc__ or "", "python pipelines/report.py --config pipelines/configs/quickstart.yaml")
+    parser = cli.parser(__doc__ or "", pasted("report", "--config", "quickstart"))
+    cli.add_print_config(parser)
     parser.add_argument("--version", type=int, metavar="N", help="the state after the Nth task; default: the latest")
-    parser.add_argument("--out", type=Path, metavar="DIR", help=f"default: {page.FOLDER}/KEY of the experiment")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/report/KEY of the experiment")
     parser.add_argument("--inline", action="store_true", help="the folder alone: no MLflow")
-    arguments = parser.parse_intermixed_args()
+    arguments = cli.parse(parser)
+
+    from cluster.store import open_store
+    from pipelines.reports import page
+    from pipelines.sequence.experiment import load_experiment
+
     experiment = load_experiment(arguments.config, arguments.overrides)
     folder = arguments.out or page.default_folder(experiment, arguments.version)
     cli.check_output(folder / page.PAGE)
     findings = page.find(experiment, open_store(experiment.config.store), arguments.version)
     run = None
     if not arguments.inline:
-        from pipelines.running.publishing import SequenceRun  # noqa: PLC0415  MLflow only where it is asked for
+        from pipelines.running.publishing import SequenceRun
 
         run = SequenceRun.find(experiment)  # refused before the work, not after it
     files = page.build(findings)

@@ -12,19 +12,22 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from cluster.store import open_store
 from pipelines.console import cli
-from pipelines.console.tables import check_markers, wide_console, write_between_markers
-from pipelines.sequence.experiment import assemble
-from pipelines.sweeps import trials
-from pipelines.sweeps.run import SweepRun
-from pipelines.sweeps.space import load_sweep
+from pipelines.console.commands import pasted
 from sapt_core.errors import SaptError
 
 
 def main() -> None:
     """Parse the command line, run what has no record yet, and show what all trials say."""
     arguments = _arguments()
+
+    from cluster.store import open_store
+    from pipelines.console.tables import check_markers, wide_console, write_between_markers
+    from pipelines.sequence.experiment import assemble
+    from pipelines.sweeps import trials
+    from pipelines.sweeps.run import SweepRun
+    from pipelines.sweeps.space import load_sweep
+
     sweep = load_sweep(arguments.config, arguments.overrides)
     if arguments.markdown is not None:
         check_markers(arguments.markdown, f"sweep:{sweep.name}")
@@ -50,11 +53,11 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = cli.parser(__doc__ or "", "python pipelines/sweep.py --config pipelines/configs/sweeps/superni_mini.yaml")
+    parser = cli.parser(__doc__ or "", pasted("sweep", "--config", "superni_mini"), kind="sweeps")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
     parser.add_argument("--inline", action="store_true", help="one process, trial by trial: no Ray, no MLflow")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="put the table between its markers in FILE")
-    return parser.parse_intermixed_args()
+    return cli.parse(parser)
 
 
 if __name__ == "__main__":

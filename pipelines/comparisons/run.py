@@ -18,9 +18,8 @@ from cluster.store import ArtifactStore
 from pipelines.comparisons.cells import Cell, Comparison
 from pipelines.comparisons.records import read_records, record_of, write_record
 from pipelines.comparisons.table import results
-from pipelines.console import cli
 from pipelines.running.monitor import Monitor
-from pipelines.running.sequence import ray_executor
+from pipelines.running.sequence import inline_executor, ray_executor
 from pipelines.sequence.graph import SequenceGraph
 from sapt_core.errors import TrackingError
 from sapt_core.hashing import canonical_hash
@@ -158,7 +157,7 @@ def run_cells(running: ComparisonRun, arguments: argparse.Namespace) -> Mapping[
         return _run_published(running)
     with ExitStack() as stack:
         config = running.cells[0].experiment.config
-        return running.run(cli.inline_executor(arguments, config.store, running.store, stack))
+        return running.run(inline_executor(arguments, config.store, running.store, stack))
 
 
 def _run_published(running: ComparisonRun) -> Mapping[Cell, Exception]:

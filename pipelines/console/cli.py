@@ -7,29 +7,52 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
-from transformers.utils import logging as transformers_logging
-
-from cluster.processes import stage_processes
-from cluster.stages import Executor, InlineExecutor
-from cluster.store import ArtifactStore
+from pipelines.console.commands import started_so
 from sapt_core.addresses import redacted
 from sapt_core.errors import SaptError, ServiceError
 from sapt_core.files import whole_file
-from sapt_core.settings import StoreConfig
+from sapt_core.shipped import config_file
 
 
-def parser(description: str, example: str, *, needs_config: bool = True) -> argparse.ArgumentParser:
-    """An argument parser with ``--config`` and dotted ``key=value`` overrides."""
-    made = argparse.ArgumentParser(
-        description=description, epilog=f"example: {example}", formatter_class=argparse.RawDescriptionHelpFormatter
+def plain_parser(description: str, example: str | None = None) -> argparse.ArgumentParser:
+    """A parser whose help is a command's docstring, with commands named the way this one was started."""
+    return argparse.ArgumentParser(
+        description=started_so(description),
+        epilog=None if example is None else f"example: {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("--config", type=Path, required=needs_config, help="experiment YAML, see pipelines/configs")
-    made.add_argument("overrides", nargs="*", metavar="key=value", help="dotted field of the config, e.g. seed=3")
+
+
+def parser(description: str, example: str, *, kind: str = ".", needs_config: bool = True) -> argparse.ArgumentParser:
+    """A parser with ``--config`` and dotted ``key=value`` overrides.
+
+    Args:
+        description: the command's docstring.
+        example: a command line.
+        kind: folder of the shipped configs that the command's are in; those of experiments are in none.
+        needs_config: whether it must be given.
+    """
+    made = plain_parser(description, example)
+    made.add_argument(
+        "--config",
+        type=lambda text: config_file(text, kind),
+        required=needs_config,
+        metavar="FILE",
+        help="YAML file, or the name of one that ships (see pipelines/configs)",
+    )
+    made.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="dotted field of the config, e.g. seed=3 (see docs/config.md)"
+    )
     return made
+
+
+def add_print_config(made: argparse.ArgumentParser) -> None:
+    """The option that shows what an experiment's config comes to."""
+    made.add_argument(
+        "--print-config", action="store_true", help="print the config with its overrides and all defaults, and end"
+    )
 
 
 def add_inline(made: argparse.ArgumentParser) -> None:
@@ -40,21 +63,42 @@ def add_inline(made: argparse.ArgumentParser) -> None:
     )
 
 
-def inline_executor(
-    arguments: argparse.Namespace, config: StoreConfig, store: ArtifactStore, stack: ExitStack
-) -> Executor[Any]:
-    """What runs the stages with ``--inline`` until ``stack`` is closed: this process or ``--processes`` others."""
-    if arguments.processes is None:
-        return InlineExecutor(store)
-    return stack.enter_context(stage_processes(arguments.processes, config))
+def add_version(made: argparse.ArgumentParser) -> None:
+    """``--version`` and ``--snapshot``, of which one must be given."""
+    which = made.add_mutually_exclusive_group(required=True)
+    which.add_argument(
+        "--version",
+        metavar="REF",
+        help="of tracking.model in tracking.uri: a number, latest or an alias; give store.uri, too, if its store has "
+        "moved since",
+    )
+    which.add_argument("--snapshot", metavar="DIGEST", help="of a version in store.uri, without MLflow")
 
 
 def parse(made: argparse.ArgumentParser) -> argparse.Namespace:
-    """The command line; ends with a message if its options do not go together."""
+    """The command line; ends with a message if its options do not go together, and after ``--print-config``.
+
+    Raises:
+        ConfigError: the config that is to be printed is not valid.
+    """
     arguments = made.parse_intermixed_args()
-    if arguments.processes is not None and not arguments.inline:
+    if getattr(arguments, "processes", None) is not None and not arguments.inline:
         made.error("--processes goes with --inline; on Ray, the cluster says how many stages run at once")
+    _quieten_transformers()
+    if getattr(arguments, "print_config", False):
+        from sapt_core.config import load_config, written
+
+        sys.stdout.write(written(load_config(arguments.config, arguments.overrides)))
+        made.exit()
     return arguments
+
+
+def _quieten_transformers() -> None:
+    """Let it say nothing of its own; called where a command is meant, since its import takes seconds."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _at_least_one(text: str) -> int:
@@ -119,8 +163,6 @@ def run(main: Callable[[], None]) -> None:
     handler.addFilter(first_time())
     handler.setFormatter(_Redacted("%(levelname)s %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         main()
     except SaptError as error:

@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import re
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Sequence
 
 from omegaconf import OmegaConf
 
 from cluster.store import ArtifactStore, open_store
-from sapt_core.config import merged, parsed
+from sapt_core.config import merged
 from sapt_core.errors import SnapshotError
+from sapt_core.overrides import parsed
 from sapt_core.settings import PlacesConfig, StoreConfig
 from sapt_core.versions.manifest import Manifest
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """Add ``--version`` and ``--snapshot``, of which one must be given."""
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument(
-        "--version",
-        metavar="REF",
-        help="of tracking.model in tracking.uri: a number, latest or an alias; give store.uri, too, if its store has "
-        "moved since",
-    )
-    which.add_argument("--snapshot", metavar="DIGEST", help="of a version in store.uri, without MLflow")
 
 
 def open_version(arguments: Namespace, places: PlacesConfig) -> tuple[Manifest, ArtifactStore]:
@@ -56,5 +45,5 @@ def _moved(kept: StoreConfig, asked: StoreConfig, overrides: Sequence[str]) -> S
 
     What a config file says does not count: it may be of another machine than the version.
     """
-    said = OmegaConf.select(merged(parsed(overrides)), "store") or {}
+    said = OmegaConf.select(merged(parsed(overrides, PlacesConfig)), "store") or {}
     return kept.model_copy(update={field: getattr(asked, field) for field in said})

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
+from cluster.processes import stage_processes
 from cluster.stages import Executor, InlineExecutor, run_graph
 from cluster.store import ArtifactStore, open_store
 from pipelines.reports import page
@@ -12,6 +14,7 @@ from pipelines.running.monitor import Monitor
 from pipelines.sequence.experiment import Experiment
 from sapt_core.config import ExperimentConfig
 from sapt_core.errors import ServiceError, TrackingError
+from sapt_core.settings import StoreConfig
 
 if TYPE_CHECKING:
     from pipelines.running.publishing import MLflowPublisher
@@ -50,6 +53,13 @@ def _report(monitor: Monitor, publisher: MLflowPublisher) -> None:
             where = f"in MLflow alone, for {error}"
     publisher.finish(monitor.summary(), files)
     monitor.console.print(f"report: {where}")
+
+
+def inline_executor(arguments: Namespace, config: StoreConfig, store: ArtifactStore, stack: ExitStack) -> Executor[Any]:
+    """What runs the stages with ``--inline`` until ``stack`` is closed: this process or ``--processes`` others."""
+    if arguments.processes is None:
+        return InlineExecutor(store)
+    return stack.enter_context(stage_processes(arguments.processes, config))
 
 
 def ray_executor(config: ExperimentConfig, stack: ExitStack) -> Executor[Any]:

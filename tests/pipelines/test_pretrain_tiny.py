@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from pipelines.pretrain_tiny import SKILLS, build_tokenizer, draw_example, pretrain, skill_scores
+from pipelines.pretraining import SKILLS, build_tokenizer, draw_example, pretrain, skill_scores
 from sapt_core.data.lexicon import open_class_words
 from sapt_core.data.synthetic import TASKS, is_test_input, synthetic_sequence
 from sapt_core.data.templates import TEMPLATES
