@@ -1,4 +1,4 @@
-# make env | test | run | lint | clean, from a clean checkout with Python 3.11+ and nothing else.
+# make env | test | run | lint | reference | clean, from a clean checkout with Python 3.11+ and nothing else.
 # Another interpreter: make env PYTHON=python3.12
 
 PYTHON ?= python3
@@ -6,7 +6,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 QUICKSTART := $(BIN)/python pipelines/continual.py --config pipelines/configs/quickstart.yaml
 
-.PHONY: env test run lint clean
+.PHONY: env test run lint reference clean
 
 env: $(INSTALLED)
 
@@ -36,6 +36,13 @@ lint: env
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 	@$(BIN)/deptry .
+
+# What the config files may say, made of the models that read them.
+reference: env
+	@$(BIN)/sapt fields > docs/config.md
+	@$(BIN)/sapt fields --schema experiment > pipelines/configs/schema.json
+	@$(BIN)/sapt fields --schema comparison > pipelines/configs/comparisons/schema.json
+	@$(BIN)/sapt fields --schema sweep > pipelines/configs/sweeps/schema.json
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -42,18 +42,18 @@ from sapt_core.shipped import config_file, shipped_configs
 class ExperimentConfig(PlacesConfig):
     """A whole experiment. Relative paths count from the working folder, see ``sapt_core.shipped``."""
 
-    seed: int = Field(0, ge=0)
-    benchmark: BenchmarkConfig
-    backbone: BackboneConfig
-    pet: PETConfig = LoRAConfig()
-    attention: AttentionConfig = AttentionConfig()
-    reflection: ReflectionConfig = ReflectionConfig()
-    generator: GeneratorConfig = GeneratorConfig()
-    method: AnyMethod = Field(default_factory=default_method)
-    train: TrainConfig = TrainConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
-    diagnostics: DiagnosticsConfig = DiagnosticsConfig()
-    cluster: ClusterConfig = ClusterConfig()
+    seed: int = Field(0, ge=0, description="Of all that is random, but for the dev split.")
+    benchmark: BenchmarkConfig = Field(description="The tasks.")
+    backbone: BackboneConfig = Field(description="The frozen model.")
+    pet: PETConfig = Field(LoRAConfig(), description="The block that a task trains.")
+    attention: AttentionConfig = Field(AttentionConfig(), description="How the blocks are mixed.")
+    reflection: ReflectionConfig = Field(ReflectionConfig(), description="What keeps earlier attention in place.")
+    generator: GeneratorConfig = Field(GeneratorConfig(), description="What pseudo-samples are made with.")
+    method: AnyMethod = Field(default_factory=default_method, description="What learns the sequence.")
+    train: TrainConfig = Field(TrainConfig(), description="How a task is trained.")
+    evaluation: EvaluationConfig = Field(EvaluationConfig(), description="What is scored, and how.")
+    diagnostics: DiagnosticsConfig = Field(DiagnosticsConfig(), description="What the end warns of.")
+    cluster: ClusterConfig = Field(ClusterConfig(), description="What a stage gets.")
 
     @model_validator(mode="before")
     @classmethod

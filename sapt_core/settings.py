@@ -56,8 +56,10 @@ class BenchmarkConfig(Section):
         description="Score; default: the suite's. rouge_l sees a-z and 0-9 alone, as published, and exact_match "
         "leaves out ASCII punctuation; the unicode ones take words and punctuation of any script.",
     )
-    max_source_tokens: int = Field(512, ge=8)
-    max_target_tokens: int = Field(50, ge=1)
+    max_source_tokens: int = Field(
+        512, ge=8, description="Longest prompt; a longer one loses tokens from the middle of its input."
+    )
+    max_target_tokens: int = Field(50, ge=1, description="Longest answer, learnt and generated.")
     train_rows: int | None = Field(None, ge=2, description="First so many train rows; default: all.")
     test_rows: int | None = Field(None, ge=1, description="First so many test rows; default: all.")
     dev_fraction: float = Field(0.1, gt=0, lt=1, description="Share of the train rows that is split off as dev.")
@@ -101,10 +103,10 @@ class BackboneConfig(Section):
 class LoRAConfig(Section):
     """One LoRA block; words as in PEFT."""
 
-    type: Literal["lora"] = "lora"
-    r: int = Field(8, ge=1)
-    lora_alpha: float = Field(16, gt=0)
-    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    type: Literal["lora"] = Field("lora", description="Kind of block.")
+    r: int = Field(8, ge=1, description="Rank.")
+    lora_alpha: float = Field(16, gt=0, description="The block counts lora_alpha / r times.")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout of its input while it is learnt.")
     target_modules: NameList = Field(("q", "v"), min_length=1, description="Last name parts of the linears to adapt.")
     detach_frozen: bool = Field(
         False,
@@ -116,14 +118,14 @@ class LoRAConfig(Section):
 class PromptConfig(Section):
     """One block of soft prompts (SAPT-Prompt): ``length`` embeddings in front of the input's."""
 
-    type: Literal["prompt"] = "prompt"
+    type: Literal["prompt"] = Field("prompt", description="Kind of block.")
     length: int = Field(10, ge=1, description="Soft tokens a block; each starts as a random row of the vocabulary.")
 
 
 class FullConfig(Section):
     """Full fine-tuning: the one block is a whole set of the model's weights."""
 
-    type: Literal["full"] = "full"
+    type: Literal["full"] = Field("full", description="Kind of block.")
 
 
 def _pet_type(value: Any) -> Any:
@@ -221,23 +223,23 @@ class ReflectionConfig(Section):
 
 
 class GeneratorConfig(Section):
-    """Pseudo-sample generator: a LoRA on the raw backbone, one a task (papers.md 1.A)."""
+    """Pseudo-sample generator: a LoRA on the raw backbone, one a task (SAPT section 3.3)."""
 
-    pet: LoRAConfig = LoRAConfig(r=8, lora_alpha=32, lora_dropout=0.1)
-    learning_rate: float = Field(1e-3, gt=0)
-    batch_size: int = Field(16, ge=1)
-    micro_batch_size: int | None = Field(None, ge=1)
+    pet: LoRAConfig = Field(LoRAConfig(r=8, lora_alpha=32, lora_dropout=0.1), description="Its own LoRA.")
+    learning_rate: float = Field(1e-3, gt=0, description="AdamW's rate.")
+    batch_size: int = Field(16, ge=1, description="Rows in an optimizer step, over all workers.")
+    micro_batch_size: int | None = Field(None, ge=1, description="Rows in one forward of one worker; default: all.")
     epochs: float | None = Field(None, gt=0, description="Passes over the train rows; give this or steps.")
-    steps: int | None = Field(5000, ge=1)
+    steps: int | None = Field(5000, ge=1, description="Optimizer steps; give this or epochs.")
     content: Literal["inputs", "pairs"] = Field(
         "inputs",
         description="What it learns to write: inputs (paper; reflection reads no more), or inputs and answers.",
     )
     share: float = Field(0.02, gt=0, le=1, description="Kept pseudo-samples as a share of the train rows.")
-    min_samples: int = Field(1, ge=1)
+    min_samples: int = Field(1, ge=1, description="Kept pseudo-samples at least, however few the train rows.")
     max_attempts: int = Field(4, ge=1, description="Generations tried for each sample to keep.")
-    top_k: int = Field(20, ge=1)
-    repetition_penalty: float = Field(2.5, ge=1)
+    top_k: int = Field(20, ge=1, description="Likeliest tokens that the next one is drawn from.")
+    repetition_penalty: float = Field(2.5, ge=1, description="Divides the scores of tokens that are there already.")
     max_tokens: int = Field(
         512, ge=16, description="Longest text it learns and generates; over-long ones are cut as prompts are."
     )
@@ -252,25 +254,27 @@ class GeneratorConfig(Section):
 class TrainConfig(Section):
     """One task's training loop. Batches are counted over all workers."""
 
-    learning_rate: float = Field(3e-4, gt=0)
+    learning_rate: float = Field(3e-4, gt=0, description="AdamW's rate.")
     schedule: Literal["constant", "linear"] = Field(
         "constant", description="Paper: the rate stays; linear: it falls from the first step to zero after the last."
     )
-    weight_decay: float = Field(0.0, ge=0)
-    epochs: float = Field(10, gt=0)
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's.")
+    epochs: float = Field(10, gt=0, description="Passes over the train rows; may be a fraction.")
     batch_size: int = Field(32, ge=1, description="Rows in an optimizer step, over all workers.")
     micro_batch_size: int | None = Field(None, ge=1, description="Rows in one forward of one worker; default: all.")
-    max_grad_norm: float | None = Field(1.0, gt=0)
+    max_grad_norm: float | None = Field(1.0, gt=0, description="Longer gradients are cut to this norm; null: none are.")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
         description="auto: bfloat16 autocast where the device computes in it natively or the backbone's weights are in "
         "it; settled once, on the machine that a run is started from, for all nodes.",
     )
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(
+        False, description="Compute activations again in the backward: less memory, more time."
+    )
     eval_every_epochs: int | None = Field(
         None, ge=1, description="Score dev so often and keep the best weights; default: keep the last."
     )
-    checkpoint_every_steps: int = Field(200, ge=1)
+    checkpoint_every_steps: int = Field(200, ge=1, description="Steps that an interruption costs at most.")
 
 
 class EvaluationConfig(Section):
@@ -279,9 +283,11 @@ class EvaluationConfig(Section):
     split: Literal["test", "dev"] = Field(
         "test", description="Rows that scores are of: the test rows, or dev, to choose settings by."
     )
-    batch_size: int = Field(32, ge=1)
-    num_beams: int = Field(1, ge=1)
-    single_task: bool = Field(True, description="Learn every task alone too: the baseline of FWT.")
+    batch_size: int = Field(32, ge=1, description="Rows that are answered at once.")
+    num_beams: int = Field(1, ge=1, description="Beams of the search; 1 is greedy.")
+    single_task: bool = Field(
+        True, description="Learn every task alone too: the baseline of FWT, about as much training again."
+    )
 
 
 class DiagnosticsConfig(Section):
@@ -304,15 +310,15 @@ class ClusterConfig(Section):
         description="Ray Train workers of a training stage; 0 trains in the stage's own Ray task, which saves "
         "Ray Train's start (some ten seconds) where stages are short.",
     )
-    cpus_per_worker: float = Field(1, gt=0)
-    gpus_per_worker: float = Field(0, ge=0)
+    cpus_per_worker: float = Field(1, gt=0, description="CPUs of a worker, and of every other stage.")
+    gpus_per_worker: float = Field(0, ge=0, description="GPUs of a worker, and of a stage that scores.")
     max_failures: int = Field(2, ge=0, description="Restarts of a training stage whose worker died.")
 
 
 class StoreConfig(Section):
     """Where blobs and records live."""
 
-    uri: str = Field("runs/store", description="Folder, or s3://bucket/prefix.")
+    uri: str = Field("runs/store", description="Folder, file:///folder or s3://bucket/prefix.")
     endpoint_url: str | None = Field(None, description="S3 endpoint; default: the AWS environment's.")
 
     @field_validator("uri")
@@ -328,12 +334,12 @@ class TrackingConfig(Section):
     """MLflow."""
 
     uri: str = Field("sqlite:///runs/mlflow.db", description="Any MLflow tracking URI.")
-    experiment: str = Field("sapt", min_length=1)
+    experiment: str = Field("sapt", min_length=1, description="MLflow experiment that gets the runs.")
     model: str = Field("sapt", pattern=MODEL_NAME, description="Registered model that gets a version a task.")
 
 
 class PlacesConfig(Section):
     """Where versions of the pool are kept: all that reading one needs."""
 
-    store: StoreConfig = StoreConfig()
-    tracking: TrackingConfig = TrackingConfig()
+    store: StoreConfig = Field(StoreConfig(), description="Where blobs and records live.")
+    tracking: TrackingConfig = Field(TrackingConfig(), description="Where runs and versions are told of.")

@@ -43,7 +43,7 @@ class ComparisonConfig(Section):
     overrides: tuple[str, ...] = Field((), description="Dotted key=value over the base, for all rows.")
     orders: Orders | None = Field(None, description="Numbered task orders; default: the base's.")
     seeds: Seeds = Field((0,), description="Seeds of a row that names none.")
-    rows: tuple[Row, ...] = Field(min_length=1)
+    rows: tuple[Row, ...] = Field(min_length=1, description="Lines of the table.")
     results: Path = Field(description="Folder of the committed records, one JSON file a cell.")
     attention: bool = Field(False, description="Show each version's mean attention on every task it has learnt.")
 

@@ -14,6 +14,7 @@ SCRIPTS = {
     "evaluate": "evaluate",
     "predict": "predict",
     "pretrain": "pretrain_tiny",
+    "fields": "fields",
 }
 """The file in ``pipelines`` that each command of ``sapt`` is, in the order people need them."""
 

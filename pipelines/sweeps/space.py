@@ -33,10 +33,10 @@ DIRECTIONS: dict[str, Literal["maximize", "minimize"]] = {"ap": "maximize", "f_r
 class Dimension(Section):
     """The values of one field: a range of numbers, or a list."""
 
-    low: float | None = None
-    high: float | None = None
+    low: float | None = Field(None, description="Lower end of a range.")
+    high: float | None = Field(None, description="Upper end of a range.")
     log: bool = Field(False, description="Draw the logarithm evenly; of a range only.")
-    values: tuple[Scalar, ...] | None = Field(None, min_length=2)
+    values: tuple[Scalar, ...] | None = Field(None, min_length=2, description="The list, instead of a range.")
 
     @model_validator(mode="after")
     def _one_kind(self) -> Dimension:

@@ -41,7 +41,7 @@ class MultiTask(Rehearsal):
     """The ceiling of sequences: at every task a new block learns all tasks so far, all rows at once."""
 
     name: Literal["multi_task"] = "multi_task"
-    share: Literal[1] = 1
+    share: Literal[1] = Field(1, description="Of the rows of earlier tasks: all.")
 
     summary: ClassVar[str] = "a new block for all rows of all tasks so far: a ceiling, not a continual learner"
     pool: ClassVar[Literal["fresh block"]] = "fresh block"
