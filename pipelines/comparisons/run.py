@@ -18,7 +18,7 @@ from cluster.store import ArtifactStore
 from pipelines.comparisons.cells import Cell, Comparison
 from pipelines.comparisons.records import read_records, record_of, write_record
 from pipelines.comparisons.table import results
-from pipelines.running.monitor import Monitor
+from pipelines.running.monitor import Monitor, tell_alone
 from pipelines.running.sequence import inline_executor, ray_executor
 from pipelines.sequence.graph import SequenceGraph
 from sapt_core.errors import TrackingError
@@ -83,6 +83,8 @@ class ComparisonRun:
         for cell in self.cells:
             table.add_row(cell.place.name, *(str(states[cell, state]) for state in ("done", "to run", "unknown")))
         self._console.print(table)
+        left = [self._origin[stage] for stage, state in self.plan.items() if state != "done"]
+        tell_alone(self._console, sum(stage in cell.experiment.graph.alone for cell, stage in left), len(left))
 
     def run(
         self, executor: Executor[Any], publisher: Callable[[Cell], MLflowPublisher] | None = None

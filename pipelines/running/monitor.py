@@ -10,10 +10,12 @@ from functools import cached_property
 from statistics import fmean
 from typing import Any, Protocol
 
+from rich.console import Console
 from rich.table import Table
 
 from cluster.stages import Stage, StageEvent, StageRecord
 from cluster.store import ArtifactStore
+from pipelines.console.commands import pasted
 from pipelines.console.tables import wide_console
 from pipelines.reports.findings import Findings, collect, moved, read_curve, read_manifest, scored_versions
 from pipelines.sequence.experiment import Experiment
@@ -153,6 +155,9 @@ class Monitor:
         for group in dict.fromkeys(_group(stage) for stage in states):
             table.add_row(group, *(str(counts[group, state]) for state in ("done", "to run", "unknown")))
         self.console.print(table)
+        left = [stage for stage, state in states.items() if state != "done"]
+        alone = set(self.experiment.graph.alone)
+        tell_alone(self.console, sum(stage in alone for stage in left), len(left))
 
     def show_end(self) -> None:
         """Print the score matrix, its summaries and what to type next."""
@@ -181,20 +186,16 @@ class Monitor:
             version = self.versions[-1]
             self.console.print(f"registered: {config.tracking.model} version {version}")
             shown = config.tracking.uri == redacted(config.tracking.uri)  # a password is not for the console
-            uri = f" tracking.uri={config.tracking.uri}" if shown else ""
-            self.console.print(
-                f"next: python pipelines/predict.py --version {version} --task {matrix.tasks[0]} "
-                f"--input 'your text'{uri} tracking.model={config.tracking.model}",
-                soft_wrap=True,  # to be pasted as one line
-            )
+            uri = [f"tracking.uri={config.tracking.uri}"] if shown else []
+            told: list[object] = ["--version", version]
+            places = [*uri, f"tracking.model={config.tracking.model}"]
         else:
+            told = ["--snapshot", self.manifest(len(matrix.tasks) - 1).digest]
             endpoint = config.store.endpoint_url
-            endpoint = f" store.endpoint_url={redacted(without_user(endpoint))}" if endpoint else ""
-            self.console.print(
-                f"next: python pipelines/predict.py --snapshot {self.manifest(len(matrix.tasks) - 1).digest} "
-                f"--task {matrix.tasks[0]} --input 'your text' store.uri={config.store.uri}{endpoint}",
-                soft_wrap=True,
-            )
+            places = [f"store.uri={config.store.uri}", *([f"store.endpoint_url={redacted(without_user(endpoint))}"] if endpoint else [])]
+        line = pasted("predict", *told, "--task", matrix.tasks[0], "--input", "your text", *places)
+        # A line that is broken for the terminal's width cannot be pasted.
+        self.console.print(f"next: {line}", soft_wrap=True)
 
     def _show_transfer(self) -> None:
         graph = self.experiment.graph
@@ -247,6 +248,16 @@ class Monitor:
 
     def _say(self, text: str) -> None:
         self.console.print(f"{time.strftime('%H:%M:%S')} {self._label}{text}")
+
+
+def tell_alone(console: Console, alone: int, left: int) -> None:
+    """Say what FWT costs of what is left to run, and how to do without."""
+    if alone:
+        console.print(
+            f"{alone} of the {left} stages to run learn every task alone and score it, which FWT alone needs: "
+            "evaluation.single_task=false leaves them out",
+            markup=False,
+        )
 
 
 def _group(stage: Stage) -> str:

@@ -79,6 +79,11 @@ class SequenceGraph:
     cost: Stage
 
     @property
+    def alone(self) -> list[Stage]:
+        """What FWT alone needs: each task learnt by itself, and scored."""
+        return [stage for scored in self.single for stage in (scored.inputs["version"], scored)]
+
+    @property
     def by_version(self) -> list[Stage]:
         """What the scores of the versions need, each version's before the next is learnt."""
         return [stage for version, row in zip(self.train, self.evaluate, strict=True) for stage in (version, *row)]

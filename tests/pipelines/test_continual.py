@@ -6,6 +6,8 @@ import json
 import math
 import os
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from cluster.stages import StageContext, StageResult
-from pipelines import continual
+from pipelines import continual, predict
 from pipelines.sequence import bodies
 from pipelines.sequence.experiment import git_commit
 from sapt_core.errors import SaptError
@@ -220,7 +222,10 @@ def test_dry_run_writes_nothing(
         shown = call(continual.main, arguments)
         assert shown.code == 0, shown.err
         assert "16 stages" in shown.out
+        assert "4 of the 16 stages to run learn every task alone" in shown.out
+        assert "evaluation.single_task=false" in shown.out
         assert list(tmp_path.iterdir()) == []
+    assert "alone" not in call(continual.main, [*arguments, "evaluation.single_task=false"]).out
 
 
 def test_dry_run_shows_what_is_done(
@@ -230,6 +235,7 @@ def test_dry_run_shows_what_is_done(
     shown = call(continual.main, [*command(finished.store)[2:], "--dry-run", "evaluation.batch_size=3"])
     rows = {line.split("│")[1].strip(): line.split("│")[2:5] for line in shown.out.splitlines() if "│" in line}
     counts = {kind: [int(cell) for cell in cells] for kind, cells in rows.items()}
+    assert "2 of the 5 stages to run learn every task alone" in shown.out
     assert counts == {
         "prepare": [2, 0, 0],
         "train": [2, 0, 0],
@@ -241,6 +247,25 @@ def test_dry_run_shows_what_is_done(
         "cost": [1, 0, 0],
     }
     assert contents(finished.store) == before
+
+
+def test_the_next_command_can_be_pasted(
+    finished: Finished,
+    tmp_path: Path,
+    call: Callable[[Callable[[], None], list[str]], Outcome],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = tmp_path / "Tom & Ann's [1] #2"
+    shutil.copytree(finished.store, store)
+    monkeypatch.setenv("COLUMNS", "40")
+    again = call(continual.main, command(store)[2:])
+    assert again.code == 0, again.err
+    (line,) = [line for line in again.out.splitlines() if line.startswith("next: ")]
+    name, asked, *arguments = shlex.split(line.removeprefix("next: "))
+    assert (name, asked) == ("sapt", "predict")
+    answered = call(predict.main, arguments)
+    assert answered.code == 0, answered.err
+    assert "animal: " in answered.out
 
 
 def test_the_commit_is_that_of_the_code_and_not_of_the_working_directory(
