@@ -21,6 +21,7 @@ from sapt_core.errors import ConfigError, FaultsError, SaptError
 from sapt_core.hashing import canonical_hash
 from sapt_core.overrides import parsed
 from sapt_core.settings import Section
+from sapt_core.unused import keys_of, named, unused, warn_of_unused
 
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
 Orders = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
@@ -213,6 +214,10 @@ def load_comparison(path: Path, overrides: Sequence[str] = ()) -> Comparison:
         ]
     if faults:
         raise ConfigError(f"{path} is not a valid comparison:", faults)
+    for row in config.rows:  # what all rows share suits some of them and need not suit others
+        found = unused(comparison.experiment(comparison.places([row.name])[0]))
+        own = keys_of(row.overrides)
+        warn_of_unused([each for each in found if named(own, each.field)], own, f"rows.{row.name}: ")
     return comparison
 
 

@@ -22,6 +22,7 @@ from sapt_core.errors import FaultsError, SaptError
 from sapt_core.hashing import canonical_hash
 from sapt_core.preflight import check_backbone, settle_precision
 from sapt_core.settings import BackboneConfig, BenchmarkConfig
+from sapt_core.unused import keys_of, unused, warn_of_unused
 
 # Versions of stages that keys did not hold yet: left out, so that the records of that time stay valid.
 UNKEYED = {"pseudo_samples": 3, "train seekr": 2}
@@ -84,7 +85,9 @@ def load_experiment(path: Path, overrides: Sequence[str]) -> Experiment:
         ConfigError: with all faults of the config.
         SaptError: with all faults of the task files and of the backbone.
     """
-    return assemble(load_config(path, overrides), str(path))
+    config = load_config(path, overrides)
+    warn_of_unused(unused(config), keys_of(overrides))
+    return assemble(config, str(path))
 
 
 def assemble(

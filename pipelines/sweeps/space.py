@@ -19,6 +19,7 @@ from sapt_core.config import ExperimentConfig, load_config, merged, read_mapping
 from sapt_core.errors import ConfigError
 from sapt_core.overrides import parsed
 from sapt_core.settings import Section
+from sapt_core.unused import keys_of, unused, warn_of_unused
 
 Scalar: TypeAlias = bool | int | float | str
 Point: TypeAlias = dict[str, Scalar]
@@ -200,7 +201,8 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
             kinds[name] = _kind(base, name)
         except ValueError as error:
             faults.append(f"space.{name}: {error}")
-    clashes = {item.partition("=")[0] for item in (*config.overrides, *overrides)} & set(config.space)
+    given = keys_of((*config.overrides, *overrides))
+    clashes = given & set(config.space)
     faults += [f"overrides: {name} is swept: leave it out" for name in sorted(clashes)]
     laid = merged([mapping, *parsed(shared, ExperimentConfig)])
     raw: Any = OmegaConf.to_container(laid, resolve=True)
@@ -213,6 +215,10 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
                 faults += [f"at {_named(point, fault)}: {fault}" for fault in error.faults]
     if faults:
         raise ConfigError(f"{path} is not a valid sweep:", list(dict.fromkeys(faults)))
+    # In vain is what no point has a use for: a swept field may decide about others.
+    everywhere = [{each.field: each for each in unused(sweep.experiment(point))} for point in sweep.lattice()]
+    in_vain = [each for name, each in everywhere[0].items() if all(name in found for found in everywhere)]
+    warn_of_unused(in_vain, given | set(config.space))
     return sweep
 
 

@@ -22,6 +22,7 @@ from pipelines import compare
 from pipelines.comparisons.cells import Comparison, ComparisonConfig, Row, load_comparison
 from pipelines.comparisons.records import read_records
 from pipelines.console import cli
+from pipelines.running import sequence
 from pipelines.sequence import bodies
 from sapt_core.errors import ConfigError, SaptError
 from sapt_core.methods.base import known_methods
@@ -80,7 +81,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Compared:
             return super().wait(handles)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "InlineExecutor", Interrupted)
+        patch.setattr(sequence, "InlineExecutor", Interrupted)
         patch.setenv("GIT_COMMIT", "begun")
         interrupted = in_process(["--config", str(path), "--inline"])
     then = tuple(sorted(file.name for file in (folder / "results").glob("*.json")))
@@ -437,8 +438,9 @@ def test_what_is_refused_before_the_work(
     "shipped",
     [pytest.param(path, id=path.stem) for path in CONFIGS],
 )
-def test_what_ships_validates(shipped: Path) -> None:
+def test_what_ships_validates(shipped: Path, caplog: pytest.LogCaptureFixture) -> None:
     found = load_comparison(shipped)
+    assert caplog.messages == []  # nothing is set in vain
     assert str(found.config.results) == f"docs/results/{found.name}"
     head = shipped.read_text().splitlines()[1]
     assert head.startswith(f"# python pipelines/compare.py --config pipelines/configs/comparisons/{shipped.name}")
@@ -463,3 +465,9 @@ def test_a_base_counts_from_the_working_folder(tmp_path: Path, monkeypatch: pyte
         "base: base.yaml: no such file; relative paths count from the working folder, also those in "
         "apart/compare_tiny.yaml: give apart/base.yaml",
     )
+
+
+def test_a_row_is_told_what_it_sets_in_vain(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"name": "SAPT"}, {"name": "plain", "overrides": ["method.name=sequential", "reflection.weight=0"]}]
+    load_comparison(write(tmp_path, rows=rows))
+    assert caplog.messages == ["rows.plain: reflection.weight has no effect: method sequential has no shared attention"]

@@ -49,8 +49,9 @@ def kept(path: Path) -> list[TrialRecord]:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_sweep_config_is_valid(path: Path) -> None:
+def test_every_sweep_config_is_valid(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     sweep = load_sweep(path)
+    assert caplog.messages == []  # nothing is set in vain
     assert set(sweep.distributions) == set(sweep.config.space)
     planned = sweep.planned()
     assert planned is None or len(planned) == len({describe(point) for point in planned})
@@ -368,3 +369,8 @@ def test_a_record_is_named_by_its_sweep_and_point() -> None:
     assert len(names) == 4
     assert record(0.1, (1.0,), sweep="one").file in names
     assert record(0.1, (2.0, 3.0), sweep="one").file in names
+
+
+def test_what_is_swept_in_vain_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    load_sweep(written(tmp_path, space="\n  reflection.share: {values: [0.1, 0.2]}\n"))
+    assert caplog.messages == ["reflection.share has no effect: reflection.source is generated"]
