@@ -43,7 +43,7 @@ from sapt_core.settings import (
 )
 from sapt_core.training.generator import generate_pseudo_samples
 from sapt_core.training.reflection import GaussianQueries
-from sapt_core.versions.learning import learn_task
+from sapt_core.versions.learning import LearningSettings, Workplace, learn_task
 from sapt_core.versions.loading import load_pool
 from sapt_core.versions.manifest import Manifest
 from sapt_core.versions.size import trained_parameters
@@ -163,24 +163,22 @@ def train(context: StageContext) -> StageResult:
     parent = inputs.get("parent")
     kept = [kept_inputs(context.store, record) for record in numbered(inputs, "kept")]
     with progress(context.name, context.is_main) as on_step:
+        place = Workplace(model, tokenizer, _backbone(context), context.store, context.checkpoints, on_step)
         manifest, curve = learn_task(
-            model,
-            tokenizer,
+            place,
+            LearningSettings(
+                method=find_method(reads["method"]["name"])(**reads["method"]),
+                pet=PET_TYPES[reads["pet"]["type"]](**reads["pet"]),
+                attention=AttentionConfig(**reads["attention"]),
+                reflection=ReflectionConfig(**reads["reflection"]),
+                train=TrainConfig(**reads["train"], checkpoint_every_steps=context.told["checkpoint_every_steps"]),
+                evaluation=EvaluationConfig(**reads["evaluation"]),
+                seed=reads["seed"],
+            ),
             prepared_task(context.store, inputs["task"]),
             LearntTask(**reads["learnt"]),
-            None if parent is None else Manifest.from_bytes(context.store.get(parent.outputs["manifest"])),
-            kept,
-            ref=_backbone(context),
-            method=find_method(reads["method"]["name"])(**reads["method"]),
-            pet=PET_TYPES[reads["pet"]["type"]](**reads["pet"]),
-            attention=AttentionConfig(**reads["attention"]),
-            reflection=ReflectionConfig(**reads["reflection"]),
-            config=TrainConfig(**reads["train"], checkpoint_every_steps=context.told["checkpoint_every_steps"]),
-            evaluation=EvaluationConfig(**reads["evaluation"]),
-            seed=reads["seed"],
-            store=context.store,
-            checkpoints=context.checkpoints,
-            on_step=on_step,
+            parent=None if parent is None else Manifest.from_bytes(context.store.get(parent.outputs["manifest"])),
+            kept=kept,
         )
     outputs = {"manifest": manifest.digest, "block": manifest.blocks[-1]}
     if manifest.router is not None:

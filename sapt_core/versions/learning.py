@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,38 +28,68 @@ from sapt_core.versions.loading import empty_pool, load_blob, load_blocks, load_
 from sapt_core.versions.manifest import Manifest, require_backbone
 
 
-def learn_task(  # noqa: PLR0917 - the inputs, in the order they are named in the docstring
-    backbone: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+@dataclass(frozen=True)
+class LearningSettings:
+    """How a task is learnt.
+
+    Attributes:
+        method: how; the same one that learnt the version before.
+        pet: the new block.
+        attention: how blocks are mixed; looked at where the method has shared attention.
+        reflection: how earlier attention is held.
+        train: the loop.
+        evaluation: how dev rows are answered, where ``train`` asks for their scores.
+        seed: of the sequence; the task's place in it is mixed in, so that no two blocks and keys start alike.
+    """
+
+    method: Method
+    pet: PETConfig
+    attention: AttentionConfig
+    reflection: ReflectionConfig
+    train: TrainConfig
+    evaluation: EvaluationConfig
+    seed: int
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """What a task is learnt on, and where what comes of it is put.
+
+    Attributes:
+        backbone, tokenizer: loaded from ``ref``.
+        ref: the backbone by content.
+        store: receives the block, the router, the method's state and the manifest.
+        checkpoints: what an interrupted training goes on from.
+        on_step: called with the step and the number of steps.
+    """
+
+    backbone: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    ref: BackboneRef
+    store: BlobStore
+    checkpoints: Checkpoints
+    on_step: Callable[[int, int], None] | None = None
+
+
+def learn_task(
+    place: Workplace,
+    settings: LearningSettings,
     task: PreparedTask,
     learnt: LearntTask,
+    *,
     parent: Manifest | None,
     kept: Sequence[Kept],
-    *,
-    ref: BackboneRef,
-    method: Method,
-    pet: PETConfig,
-    attention: AttentionConfig,
-    reflection: ReflectionConfig,
-    config: TrainConfig,
-    evaluation: EvaluationConfig,
-    seed: int,
-    store: BlobStore,
-    checkpoints: Checkpoints,
-    on_step: Callable[[int, int], None] | None = None,
 ) -> tuple[Manifest, list[dict[str, float]]]:
     """Learn ``task`` on top of ``parent``, as the method says, and store the next version.
 
     Args:
-        backbone, tokenizer: loaded from ``ref``.
+        place: backbone and store.
+        settings: how.
         task: tokenised rows.
         learnt: what the manifest keeps of the task.
         parent: the version before; None for the first task.
         kept: what there is to reflect on of every earlier task, oldest first: inputs as text (none: the
             task is not reflected on) or the statistics of their pooled embeddings. Empty: no reflection.
-        method: how; the same one that learnt ``parent``.
-        seed: of the sequence; the task's place in it is mixed in, so that no two blocks and keys start alike.
-        store: receives the block, the router, the method's state and the manifest.
 
     Returns:
         The new version and the training curve (see ``sapt_core.training.trainer.train``).
@@ -66,20 +97,21 @@ def learn_task(  # noqa: PLR0917 - the inputs, in the order they are named in th
     Raises:
         SnapshotError: ``parent`` belongs to another backbone, method or kind of pool.
     """
-    shared_attention = attention if method.shared_attention else None
+    method, pet, store, tokenizer = settings.method, settings.pet, place.store, place.tokenizer
+    shared_attention = settings.attention if method.shared_attention else None
     if parent is not None:
-        require_backbone(parent, ref)
-        if parent.backbone.joined != ref.joined:
+        require_backbone(parent, place.ref)
+        if parent.backbone.joined != place.ref.joined:
             raise SnapshotError(
                 "The version before was learnt by an earlier release, which tokenised prompts and answers of a "
                 "decoder-only backbone apart: start the sequence anew"
             )
         _require_same_kind(parent, method, pet, shared_attention)
     index = 0 if parent is None else len(parent.tasks)
-    seed = step_seed(seed, "task", index)
+    seed = step_seed(settings.seed, "task", index)
     torch.manual_seed(step_seed(seed, "init"))
-    pool = _start(backbone, parent, method, pet, shared_attention, store)
-    model = SaptModel(backbone, pool)
+    pool = _start(place, settings, parent)
+    model = SaptModel(place.backbone, pool)
     lesson = Lesson(
         model=model,
         tokenizer=tokenizer,
@@ -91,8 +123,8 @@ def learn_task(  # noqa: PLR0917 - the inputs, in the order they are named in th
         routers=lambda: _routers(parent, store),
         kept=kept,
         attention=shared_attention,
-        reflection=reflection,
-        train=config,
+        reflection=settings.reflection,
+        train=settings.train,
         seed=seed,
         store=store,
     )
@@ -102,19 +134,19 @@ def learn_task(  # noqa: PLR0917 - the inputs, in the order they are named in th
             model,
             plan.rows,
             model.collator(tokenizer.pad_token_id),
-            config,
+            settings.train,
             seed=seed,
             objective=plan.objective,
-            checkpoints=checkpoints,
+            checkpoints=place.checkpoints,
             score_dev=lambda: _score_dev(
                 model,
                 tokenizer,
                 task,
                 max_new_tokens=learnt.max_target_tokens,
-                evaluation=evaluation,
-                precision=config.precision,
+                evaluation=settings.evaluation,
+                precision=settings.train.precision,
             ),
-            on_step=on_step,
+            on_step=place.on_step,
         )
         saved = {name: store.put(data) for name, data in method.end(lesson).items()}
         pool.cpu()
@@ -123,7 +155,7 @@ def learn_task(  # noqa: PLR0917 - the inputs, in the order they are named in th
         grows = method.pool == "block per task"
         manifest = Manifest(
             method=method,
-            backbone=ref,
+            backbone=place.ref,
             pet=pet,
             attention=shared_attention,
             tasks=(*(parent.tasks if parent else ()), learnt),
@@ -170,23 +202,18 @@ def _kind(method: Method, pet: PETConfig, attention: AttentionConfig | None) -> 
     return kind
 
 
-def _start(  # noqa: PLR0917
-    backbone: PreTrainedModel,
-    parent: Manifest | None,
-    method: Method,
-    pet: PETConfig,
-    attention: AttentionConfig | None,
-    store: BlobStore,
-) -> PETPool:
+def _start(place: Workplace, settings: LearningSettings, parent: Manifest | None) -> PETPool:
     """The pool with the block that is to be learnt, and the finished ones that take part."""
+    method = settings.method
     if parent is not None and method.pool == "block per task":
         index = len(parent.tasks)
-        pool = load_blocks(parent, store, backbone, [i for i in method.active(index) if i != index])
+        pool = load_blocks(parent, place.store, place.backbone, [i for i in method.active(index) if i != index])
     else:
-        pool = empty_pool(backbone, method, pet, attention)
+        attention = settings.attention if method.shared_attention else None
+        pool = empty_pool(place.backbone, method, settings.pet, attention)
     pool.add()
     if parent is not None and method.pool == "one block":
-        pool.blocks.load_current(load_blob(parent.blocks[-1], store))
+        pool.blocks.load_current(load_blob(parent.blocks[-1], place.store))
     return pool
 
 

@@ -9,7 +9,7 @@ from sapt_core.methods.base import Kept, Lesson, find_method
 from sapt_core.pool.model import SaptModel
 from sapt_core.pool.pool import new_pool
 from sapt_core.settings import AttentionConfig, EvaluationConfig, PETConfig, ReflectionConfig, TrainConfig
-from sapt_core.versions.learning import learn_task
+from sapt_core.versions.learning import LearningSettings, Workplace, learn_task
 from sapt_core.versions.manifest import Manifest
 from tests.core.tiny import (
     T5_NAMES,
@@ -43,26 +43,26 @@ def learn(
     task = tiny_task(number, is_encoder_decoder=name in T5_NAMES)
     if kept is None:
         kept = [[f"w{index} w7", "w9", f"w{index}"] for index in range(len(parent.tasks) if parent else 0)]
+    place = {"ref": tiny_ref(), "store": store, "checkpoints": KeptCheckpoints(), "on_step": None}
+    settings = {
+        "method": find_method(options["name"]).model_validate(options),
+        "pet": lora(name),
+        "attention": attention or AttentionConfig(bottleneck=5, temperature=0.2),
+        "reflection": ReflectionConfig(batch_size=2),
+        "train": TrainConfig(**{**TRAIN, **(train or {})}),
+        "evaluation": EvaluationConfig(batch_size=3),
+        "seed": 11,
+    }
+    assert set(changes) <= {*place, *settings}
+    place |= {field: value for field, value in changes.items() if field in place}
+    settings |= {field: value for field, value in changes.items() if field in settings}
     return learn_task(
-        tiny_backbone(name),
-        tiny_tokenizer(),
+        Workplace(tiny_backbone(name), tiny_tokenizer(), **place),
+        LearningSettings(**settings),
         task,
         learnt_task(task),
-        parent,
-        kept,
-        **{
-            "ref": tiny_ref(),
-            "method": find_method(options["name"]).model_validate(options),
-            "pet": lora(name),
-            "attention": attention or AttentionConfig(bottleneck=5, temperature=0.2),
-            "reflection": ReflectionConfig(batch_size=2),
-            "config": TrainConfig(**{**TRAIN, **(train or {})}),
-            "evaluation": EvaluationConfig(batch_size=3),
-            "seed": 11,
-            "store": store,
-            "checkpoints": KeptCheckpoints(),
-            **changes,
-        },
+        parent=parent,
+        kept=kept,
     )
 
 
