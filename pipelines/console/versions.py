@@ -1,4 +1,4 @@
-"""Versions that people name on a command line: a registered one, or a snapshot in a store."""
+"""Versions that people name: a registered one, or a snapshot in a store."""
 
 from __future__ import annotations
 
@@ -17,27 +17,41 @@ from sapt_core.versions.manifest import Manifest
 
 
 def open_version(arguments: Namespace, places: PlacesConfig) -> tuple[Manifest, ArtifactStore]:
-    """The manifest of the named version and the store that holds its blobs.
+    """The version that ``--version`` or ``--snapshot`` names; errors as of ``registered`` and ``snapshot``."""
+    if arguments.snapshot is not None:
+        return snapshot(arguments.snapshot, places)
+    return registered(arguments.version, places, arguments.overrides)
 
-    Of a registered version that is the one it was published with, unless the command line names another.
+
+def snapshot(digest: str, places: PlacesConfig) -> tuple[Manifest, ArtifactStore]:
+    """The manifest of a version by its digest, and the store, which holds its blobs.
+
+    Raises:
+        SnapshotError: the digest is none, or what it names is no pool, or was written by a newer release.
+        StoreError: the store cannot be read or has no such snapshot.
+    """
+    if not re.fullmatch(r"[0-9a-f]{64}", digest):
+        raise SnapshotError(f"snapshot {digest}: give the 64 hex digits that learning ended with")
+    store = open_store(places.store)
+    return Manifest.from_bytes(store.get(digest)), store
+
+
+def registered(
+    reference: str, places: PlacesConfig, overrides: Sequence[str] = ()
+) -> tuple[Manifest, ArtifactStore]:
+    """The manifest of a version that is registered in MLflow, and the store that holds its blobs.
+
+    That is the store it was published with, unless ``overrides``, the command line's, name another.
 
     Raises:
         SnapshotError: it is no pool, is damaged, or was written by a newer release.
         TrackingError: MLflow cannot be reached or has no such version.
-        StoreError: the store cannot be read or has no such snapshot.
     """
-    if arguments.snapshot is not None:
-        if not re.fullmatch(r"[0-9a-f]{64}", arguments.snapshot):
-            raise SnapshotError(
-                f"--snapshot {arguments.snapshot}: give the 64 hex digits that pipelines/continual.py ended with"
-            )
-        store = open_store(places.store)
-        return Manifest.from_bytes(store.get(arguments.snapshot)), store
     from cluster.tracking.registry import PoolRegistry  # noqa: PLC0415  MLflow only where it is asked for
     from cluster.tracking.runs import check_readable  # noqa: PLC0415
 
-    data, kept, _ = PoolRegistry(check_readable(places.tracking)).load_manifest(arguments.version)
-    return Manifest.from_bytes(data), open_store(_moved(kept, places.store, arguments.overrides))
+    data, kept, _ = PoolRegistry(check_readable(places.tracking)).load_manifest(reference)
+    return Manifest.from_bytes(data), open_store(_moved(kept, places.store, overrides))
 
 
 def _moved(kept: StoreConfig, asked: StoreConfig, overrides: Sequence[str]) -> StoreConfig:

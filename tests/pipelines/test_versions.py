@@ -116,7 +116,7 @@ def test_a_damaged_blob_is_named(copied: Finished, call: Call, which: str) -> No
 def test_a_snapshot_that_is_not_there(finished: Finished, call: Call) -> None:
     at = f"store.uri={finished.store}"
     refused(call(predict.main, ["--snapshot", "0" * 64, "--input", "x", at]), "is not in", code=3)
-    refused(call(predict.main, ["--snapshot", "v3", "--input", "x", at]), "--snapshot v3", "64 hex digits")
+    refused(call(predict.main, ["--snapshot", "v3", "--input", "x", at]), "snapshot v3", "64 hex digits")
 
 
 def test_one_text(asked: Callable[..., Outcome]) -> None:

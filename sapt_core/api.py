@@ -1,0 +1,215 @@
+"""What code that uses a pool needs: load a version, answer, see the weights, learn one more task, export a block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+
+from sapt_core.backbones.loading import load_backbone, store_backbone
+from sapt_core.backbones.reference import BackboneRef, identify
+from sapt_core.blobs import BlobStore
+from sapt_core.config import ExperimentConfig
+from sapt_core.data.prepare import prepare_task
+from sapt_core.data.task import Example, LearntTask, Task, dev_rows
+from sapt_core.errors import DataError, SaptError
+from sapt_core.training.trainer import step_seed
+from sapt_core.versions.export import export_block
+from sapt_core.versions.learning import LearningSettings, Workplace, learn_task
+from sapt_core.versions.manifest import Manifest
+from sapt_core.versions.predictor import Prediction, Predictor, find_task
+
+DEV_FRACTION = 0.1
+
+
+class Pool:
+    """One version of a pool. It never changes: to learn a task makes the next version.
+
+    Args:
+        manifest: the version.
+        store: holds its blobs and those of its backbone.
+    """
+
+    def __init__(self, manifest: Manifest, store: BlobStore) -> None:
+        self.manifest = manifest
+        self.store = store
+
+    def __repr__(self) -> str:
+        method, tasks = self.manifest.method.name, ", ".join(self.tasks)
+        return f"<Pool {self.digest[:12]} of {method} on {self.manifest.backbone.path}: {tasks}>"
+
+    @property
+    def digest(self) -> str:
+        """sha256 that names the version: ``load`` finds it by this."""
+        return self.manifest.digest
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks it has learnt, oldest first."""
+        return tuple(task.name for task in self.manifest.tasks)
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """What its blocks are called: by the tasks that made them, oldest first."""
+        return self.manifest.block_names
+
+    @cached_property
+    def _predictor(self) -> Predictor:
+        return Predictor.load(self.manifest.to_bytes(), self.store)
+
+    def generate(self, texts: Sequence[str], task: str | None = None) -> list[Prediction]:
+        """Answer texts.
+
+        Args:
+            texts: full prompts or, with ``task``, inputs.
+            task: a learnt task, whose definition and template are put around each text.
+
+        Returns:
+            A prediction a text: its ``text``, and ``weights``, how much of every block it was made with.
+
+        Raises:
+            SaptError: the version has not learnt the task, or its method answers only where one is named.
+        """
+        asked = None if task is None else find_task(self.manifest, task)
+        return self._predictor.predict(texts, [asked] * len(texts))
+
+    def weights(self, texts: Sequence[str], task: str | None = None) -> list[Mapping[str, float]]:
+        """How much of every block each text is answered with; arguments and errors as of ``generate``."""
+        return [prediction.weights for prediction in self.generate(texts, task)]
+
+    def learn(self, task: Task, config: ExperimentConfig, kept: Mapping[str, Sequence[str]] | None = None) -> Pool:
+        """Learn one more task, in this process.
+
+        Args:
+            task: its rows, see ``make_task`` and ``load_sequence``.
+            config: how: its sections ``train``, ``reflection`` and ``evaluation``, its lengths in ``benchmark`` and its
+                seed. ``method``, ``pet`` and ``attention`` must be those of this version; the backbone is this
+                version's own, whatever ``config`` names.
+            kept: inputs of earlier tasks to reflect on, by the tasks' names; tasks that are left out, all by default,
+                are not reflected on, so that nothing holds their attention.
+
+        Raises:
+            SnapshotError: the version was learnt with another method, other blocks or another attention.
+            SaptError: inputs are given of a task that it has not learnt, or the task was learnt before.
+        """
+        given = kept or {}
+        if unknown := sorted(set(given) - set(self.tasks)):
+            raise SaptError(f"kept names {', '.join(unknown)}; the version has learnt: {', '.join(self.tasks)}")
+        if task.name in self.tasks:
+            raise SaptError(f"the version has learnt {task.name} already: give the new task another name")
+        inputs = [list(given.get(name, ())) for name in self.tasks] if given else []
+        return _learn(task, config, self.store, ref=self.manifest.backbone, parent=self.manifest, kept=inputs)
+
+    def export(self, block: str, folder: Path | str) -> None:
+        """Write a block as a plain PEFT adapter folder.
+
+        Args:
+            block: its name, one of ``blocks``.
+            folder: is made; must be empty or not there yet.
+
+        Raises:
+            SnapshotError: PEFT has no kind for it, or the folder holds something.
+            SaptError: there is no such block.
+        """
+        if block not in self.blocks:
+            raise SaptError(f"there is no block {block!r}; there are: {', '.join(self.blocks)}")
+        export_block(self.manifest, self.blocks.index(block), self.store, Path(folder))
+
+
+def load(digest: str, store: BlobStore) -> Pool:
+    """A version by the sha256 of its manifest.
+
+    Raises:
+        StoreError: the store has no such blob, or it is damaged.
+        SnapshotError: it is no version of a pool, or was written by a newer release.
+    """
+    return Pool(Manifest.from_bytes(store.get(digest)), store)
+
+
+def learn_first(task: Task, config: ExperimentConfig, store: BlobStore) -> Pool:
+    """Begin a sequence: learn its first task, in this process.
+
+    Args:
+        task: its rows.
+        config: backbone, method, block, attention and training.
+        store: receives the backbone and the version.
+
+    Raises:
+        BackboneError: the backbone cannot be loaded or is no language model.
+    """
+    ref = identify(config.backbone)
+    store_backbone(config.backbone, ref, store)
+    return _learn(task, config, store, ref=ref, parent=None, kept=())
+
+
+def make_task(
+    name: str,
+    train: Sequence[tuple[str, str]],
+    test: Sequence[tuple[str, str]] = (),
+    *,
+    definition: str = "",
+    metric: str = "exact_match",
+) -> Task:
+    """A task from rows; a tenth of the train rows is split off as dev.
+
+    Args:
+        name: unique in a sequence.
+        train, test: inputs with their answers.
+        definition: the instruction that is put before every input.
+        metric: ``exact_match`` or ``rouge_l``.
+
+    Raises:
+        DataError: fewer than two train rows.
+    """
+    if len(train) < 2:
+        raise DataError(
+            "The task cannot be learnt:", [f"{name}: {len(train)} train rows; one for dev and one to learn"]
+        )
+    rows, tested = ([Example(text, (answer,)) for text, answer in given] for given in (train, test))
+    dev = dev_rows(len(rows), DEV_FRACTION, seed=0)
+    kept = tuple(row for index, row in enumerate(rows) if index not in dev)
+    return Task(name, definition, kept, tuple(rows[index] for index in sorted(dev)), tuple(tested), "superni", metric)
+
+
+class _NoCheckpoints:
+    """Of a training that starts anew after an interruption."""
+
+    def load(self) -> dict[str, bytes] | None:
+        return None
+
+    def save(self, files: dict[str, bytes]) -> None:
+        pass
+
+
+def _learn(
+    task: Task,
+    config: ExperimentConfig,
+    store: BlobStore,
+    *,
+    ref: BackboneRef,
+    parent: Manifest | None,
+    kept: Sequence[Sequence[str]],
+) -> Pool:
+    backbone, tokenizer = load_backbone(ref, store)
+    lengths = {
+        "max_source_tokens": config.benchmark.max_source_tokens,
+        "max_target_tokens": config.benchmark.max_target_tokens,
+    }
+    prepared = prepare_task(task, tokenizer, is_encoder_decoder=bool(backbone.config.is_encoder_decoder), **lengths)
+    manifest, _ = learn_task(
+        Workplace(backbone, tokenizer, ref, store, _NoCheckpoints()),
+        LearningSettings(
+            method=config.method,
+            pet=config.pet,
+            attention=config.attention,
+            reflection=config.reflection,
+            train=config.train,
+            evaluation=config.evaluation,
+            seed=step_seed(config.seed, task.name),
+        ),
+        prepared,
+        LearntTask(name=task.name, definition=task.definition, template=task.template, metric=task.metric, **lengths),
+        parent=parent,
+        kept=kept,
+    )
+    return Pool(manifest, store)
