@@ -215,9 +215,9 @@ def load_comparison(path: Path, overrides: Sequence[str] = ()) -> Comparison:
     if faults:
         raise ConfigError(f"{path} is not a valid comparison:", faults)
     for row in config.rows:  # what all rows share suits some of them and need not suit others
-        found = unused(comparison.experiment(comparison.places([row.name])[0]))
+        in_vain = unused(comparison.experiment(comparison.places([row.name])[0]))
         own = keys_of(row.overrides)
-        warn_of_unused([each for each in found if named(own, each.field)], own, f"rows.{row.name}: ")
+        warn_of_unused([each for each in in_vain if named(own, each.field)], own, f"rows.{row.name}: ")
     return comparison
 
 

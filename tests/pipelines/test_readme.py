@@ -19,7 +19,7 @@ import requests
 from cluster.store import open_store
 from cluster.tracking.registry import PoolRegistry
 from cluster.tracking.runs import Tracker
-from pipelines import compare, continual, evaluate, predict, report, sweep
+from pipelines import compare, continual, evaluate, predict, report, sapt, sweep
 from sapt_core.config import load_config
 from sapt_core.data.synthetic import synthetic_sequence
 from sapt_core.settings import BenchmarkConfig, StoreConfig, TrackingConfig
@@ -37,7 +37,7 @@ COMMANDS = [
     for line in block.replace("\\\n", " ").splitlines()
     if line.strip()
 ]
-RUNS = {"make", "mlflow", "python", "ray"}
+RUNS = {"make", "mlflow", "python", "ray", "sapt"}
 
 
 def commands(program: str, script: str = "") -> list[list[str]]:
@@ -49,13 +49,21 @@ def test_the_tests_below_see_every_command() -> None:
     scripts = [words[1] for words in said if words[0] == "python"]
     named = ("compare", "continual", "evaluate", "predict", "report", "sweep")
     assert sorted(scripts) == [f"pipelines/{name}.py" for name in named]
-    assert [len(commands(program)) for program in ("make", "mlflow", "ray")] == [2, 1, 1]
+    assert [len(commands(program)) for program in ("make", "mlflow", "ray", "sapt")] == [2, 1, 1, 1]
 
 
 @pytest.mark.parametrize("words", commands("make"), ids=" ".join)
 def test_make_targets_are_there(words: list[str]) -> None:
     # That they work is what runs this test, and the quickstart's own tests.
     subprocess.run([*words, "--dry-run"], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_the_command_plans(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (words,) = commands("sapt")
+    monkeypatch.chdir(tmp_path)
+    planned = call(sapt.main, words[1:])
+    assert planned.code == 0, planned.err
+    assert "Plan: 36 stages" in planned.out
 
 
 def test_own_tasks(call: Call, tmp_path: Path) -> None:
