@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from sapt_core.backbones.loading import load_backbone, store_backbone
 from sapt_core.backbones.reference import BackboneRef, identify
@@ -174,10 +175,10 @@ def make_task(
 class _NoCheckpoints:
     """Of a training that starts anew after an interruption."""
 
-    def load(self) -> dict[str, bytes] | None:
+    def load(self, read: Callable[[Path], Any]) -> None:
         return None
 
-    def save(self, files: dict[str, bytes]) -> None:
+    def save(self, write: Callable[[Path], None]) -> None:
         pass
 
 
@@ -191,7 +192,7 @@ def _learn(
     kept: Sequence[Sequence[str]],
 ) -> Pool:
     backbone, tokenizer = load_backbone(ref, store)
-    lengths = {
+    lengths: Any = {
         "max_source_tokens": config.benchmark.max_source_tokens,
         "max_target_tokens": config.benchmark.max_target_tokens,
     }

@@ -36,9 +36,7 @@ def snapshot(digest: str, places: PlacesConfig) -> tuple[Manifest, ArtifactStore
     return Manifest.from_bytes(store.get(digest)), store
 
 
-def registered(
-    reference: str, places: PlacesConfig, overrides: Sequence[str] = ()
-) -> tuple[Manifest, ArtifactStore]:
+def registered(reference: str, places: PlacesConfig, overrides: Sequence[str] = ()) -> tuple[Manifest, ArtifactStore]:
     """The manifest of a version that is registered in MLflow, and the store that holds its blobs.
 
     That is the store it was published with, unless ``overrides``, the command line's, name another.

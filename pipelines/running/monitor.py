@@ -192,7 +192,10 @@ class Monitor:
         else:
             told = ["--snapshot", self.manifest(len(matrix.tasks) - 1).digest]
             endpoint = config.store.endpoint_url
-            places = [f"store.uri={config.store.uri}", *([f"store.endpoint_url={redacted(without_user(endpoint))}"] if endpoint else [])]
+            places = [
+                f"store.uri={config.store.uri}",
+                *([f"store.endpoint_url={redacted(without_user(endpoint))}"] if endpoint else []),
+            ]
         line = pasted("predict", *told, "--task", matrix.tasks[0], "--input", "your text", *places)
         # A line that is broken for the terminal's width cannot be pasted.
         self.console.print(f"next: {line}", soft_wrap=True)
