@@ -27,7 +27,7 @@ def main() -> None:
     from cluster.stages import plan
     from cluster.store import open_store
     from pipelines.running.monitor import Monitor
-    from pipelines.running.sequence import inline_executor, publish_sequence, run
+    from pipelines.running.sequence import check_registry, inline_executor, publish_sequence, run
     from pipelines.sequence.experiment import load_experiment
 
     cli.check_output(arguments.summary)
@@ -38,6 +38,8 @@ def main() -> None:
     states = plan(experiment.graph.stages, store)
     Monitor(experiment, store, None).show_plan(states)
     if arguments.dry_run:
+        if not arguments.inline:
+            check_registry(experiment)
         return
     if arguments.inline:
         monitor = Monitor(experiment, store, None)

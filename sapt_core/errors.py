@@ -49,6 +49,10 @@ class SnapshotError(SaptError):
     """A pool snapshot is damaged, too new, or belongs to another backbone."""
 
 
+class LineageError(SaptError):
+    """The registered model holds a pool that the sequence does not go on from."""
+
+
 class ServiceError(SaptError):
     """A service the run needs cannot be used. Exit code 3: mend the surroundings, not the input."""
 

@@ -336,6 +336,11 @@ class TrackingConfig(Section):
     uri: str = Field("sqlite:///runs/mlflow.db", description="Any MLflow tracking URI.")
     experiment: str = Field("sapt", min_length=1, description="MLflow experiment that gets the runs.")
     model: str = Field("sapt", pattern=MODEL_NAME, description="Registered model that gets a version a task.")
+    replace: bool = Field(
+        False,
+        description="Publish even where the registered model holds a pool that this sequence does not go on from: its "
+        "versions stay, and `latest` becomes this sequence's.",
+    )
 
 
 class PlacesConfig(Section):

@@ -27,7 +27,7 @@ from pydantic import ValidationError
 
 from cluster.tracking.runs import MODEL, client_of, experiment_of, metric_name, reported, score_time
 from sapt_core.addresses import without_user
-from sapt_core.errors import SnapshotError, TrackingError
+from sapt_core.errors import LineageError, SnapshotError, TrackingError
 from sapt_core.settings import StoreConfig, TrackingConfig
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 SNAPSHOT = "sapt.snapshot"
+LINEAGE = "sapt.lineage"
+SWEEP = "sweep"
 MANIFEST_FILE = "manifest.json"
 POOL_FILE = "pool.json"
 POOL_SCHEMA = 1
@@ -70,6 +72,25 @@ class PoolVersion:
 
 
 @dataclass(frozen=True)
+class Lineage:
+    """Whose versions a sequence publishes.
+
+    Attributes:
+        asked: the sequence in words, for messages.
+        names: of its versions, oldest first, as known before they are learnt; an ancestor has the same name.
+        sweep: the sweep whose best trial it is: the next one may learn with other settings.
+    """
+
+    asked: str
+    names: tuple[str, ...]
+    sweep: str | None = None
+
+    def holds(self, tags: Mapping[str, str]) -> bool:
+        """Whether a version with these tags is one of the sequence's own, or of the sweep that it is of."""
+        return tags.get(LINEAGE) in self.names or (self.sweep is not None and tags.get(SWEEP) == self.sweep)
+
+
+@dataclass(frozen=True)
 class PoolRegistry:
     """Publishes and finds pools. Every method raises ``TrackingError`` when MLflow cannot be used.
 
@@ -79,11 +100,37 @@ class PoolRegistry:
 
     config: TrackingConfig
 
+    def check_continuation(self, lineage: Lineage) -> None:
+        """Refuse a sequence that would publish over a pool that it does not go on from.
+
+        It does where the newest version is one of its own or an ancestor, and where all of its versions are there
+        already. ``tracking.replace`` allows the rest.
+
+        Raises:
+            LineageError: with what is there, what is asked and what to do.
+        """
+        with reported(self.config.uri):
+            versions = {int(found.version): found for found in self._versions(self.config.model)}
+        if not versions or self.config.replace:
+            return
+        newest = versions[max(versions)]
+        known = {found.tags.get(LINEAGE) for found in versions.values()}
+        if lineage.holds(newest.tags) or (lineage.names and known.issuperset(lineage.names)):
+            return
+        learnt = newest.tags.get("tasks") or newest.tags.get("task", "not known")
+        raise LineageError(
+            f"tracking.model={self.config.model} holds another pool: its newest version, {newest.version}, is of "
+            f"method {newest.tags.get('method', 'not known')}, tasks {learnt}. Asked is {lineage.asked}, which does "
+            "not go on from it: other tasks, data, settings or another release. Give a tracking.model of its own, or "
+            "tracking.replace=true, which leaves the versions that are there and makes this sequence `latest`."
+        )
+
     def publish(
         self,
         manifest: bytes,
         store: StoreConfig,
         *,
+        lineage: Lineage,
         digest: str,
         index: int,
         run_id: str,
@@ -100,6 +147,7 @@ class PoolRegistry:
         Args:
             manifest: ``manifest.json`` of the snapshot, UTF-8 JSON.
             store: where its blobs are; a folder must be absolute.
+            lineage: of the sequence.
             digest: identity of the snapshot's content (hex).
             index: tasks learnt, from 1; the metrics' step and the tag ``index``.
             run_id: the sequence's run, which gets the metrics too.
@@ -108,10 +156,14 @@ class PoolRegistry:
 
         Returns:
             The version's number.
+
+        Raises:
+            LineageError: another sequence has published there meanwhile.
         """
         with reported(self.config.uri):
             if (there := self._with_digest(digest)) is not None:
                 return int(there.version)
+            self.check_continuation(lineage)
             client = client_of(self.config.uri)
             self._make_registered_model()
             model = self._logged_model(manifest, store, digest=digest, index=index, run_id=run_id, metrics=metrics)
@@ -121,7 +173,7 @@ class PoolRegistry:
                     source=model.model_uri,
                     run_id=run_id,
                     model_id=model.model_id,
-                    tags={**tags, "index": str(index), SNAPSHOT: digest},
+                    tags={**tags, "index": str(index), SNAPSHOT: digest, LINEAGE: lineage.names[index - 1]},
                 )
             first = self._with_digest(digest) or made
             if first.version != made.version:

@@ -45,7 +45,7 @@ _SERVER_ONLY = ("postgresql", "mysql", "mssql")
 _CREDENTIALS = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
 # Before a run an unreachable server is told of in seconds; during one MLflow's own patience is right.
 _IMPATIENT = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "0",
     "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER": "0",
@@ -104,6 +104,16 @@ def check(config: TrackingConfig) -> TrackingConfig:
     return config
 
 
+def is_there(config: TrackingConfig) -> bool:
+    """Whether MLflow can hold anything yet: it cannot where ``tracking.uri`` is a sqlite file still to be made.
+
+    Raises:
+        TrackingError: the URI is of a kind that cannot be used.
+    """
+    uri = resolved(config).uri
+    return _sqlite_folder(uri) is None or Path(uri.removeprefix("sqlite:///")).is_file()
+
+
 def check_readable(config: TrackingConfig) -> TrackingConfig:
     """Reach MLflow to read from it; nothing is made there.
 
@@ -114,7 +124,7 @@ def check_readable(config: TrackingConfig) -> TrackingConfig:
         TrackingError: MLflow cannot be reached within seconds, refuses the credentials, or the sqlite file is missing.
     """
     config = resolved(config)
-    if _sqlite_folder(config.uri) is not None and not Path(config.uri.removeprefix("sqlite:///")).is_file():
+    if not is_there(config):
         raise TrackingError(
             f"tracking.uri is {redacted(config.uri)}: there is no such file. "
             "Give the URI that pipelines/continual.py ran with."

@@ -9,13 +9,20 @@ from typing import Any
 
 from cluster.stages import StageRecord
 from cluster.store import resolved
-from cluster.tracking.registry import PoolRegistry
+from cluster.tracking.registry import SWEEP, Lineage, PoolRegistry
 from cluster.tracking.runs import Tracker, check_readable
 from pipelines.sequence.experiment import Experiment
 from sapt_core.addresses import redacted
 from sapt_core.errors import TrackingError
 from sapt_core.settings import TrackingConfig
 from sapt_core.versions.manifest import Manifest
+
+
+def lineage_of(experiment: Experiment, sweep: str | None = None) -> Lineage:
+    """What the registry compares with the pool that it holds."""
+    tasks = ", ".join(task.name for task in experiment.tasks)
+    asked = f"method {experiment.config.method.name}, tasks {tasks}"
+    return Lineage(asked if sweep is None else f"{asked} (the best trial of sweep {sweep})", experiment.lineage, sweep)
 
 
 @dataclass(frozen=True)
@@ -59,15 +66,23 @@ class MLflowPublisher:
         parent: run of the comparison that the sequence is part of. Its versions are scored and not registered:
             the registry is for what somebody may serve, and ``pipelines/continual.py`` puts it there.
         name: of the run; default: method, suite, tasks and seed.
+        sweep: whose best trial it is.
     """
 
     def __init__(
-        self, experiment: Experiment, tracking: TrackingConfig, *, parent: str | None = None, name: str | None = None
+        self,
+        experiment: Experiment,
+        tracking: TrackingConfig,
+        *,
+        parent: str | None = None,
+        name: str | None = None,
+        sweep: str | None = None,
     ) -> None:
         config = experiment.config
         self._experiment = experiment
         self._tracker = Tracker(tracking)
         self._registry = PoolRegistry(tracking) if parent is None else None
+        self._lineage = lineage_of(experiment, sweep)
         self._store = resolved(config.store)
         self._tags = {
             "method": config.method.name,
@@ -75,6 +90,7 @@ class MLflowPublisher:
             "config_hash": config.digest(),
             "data_digest": experiment.data_digest,
             "git_commit": experiment.commit,
+            **({} if sweep is None else {SWEEP: sweep}),
         }
         suite = f"{config.benchmark.suite} {len(experiment.tasks)} tasks"
         name = name or f"{config.method.name} {suite} seed {config.seed}"
@@ -113,10 +129,15 @@ class MLflowPublisher:
         return self._registry.publish(
             manifest.to_bytes(),
             self._store,
+            lineage=self._lineage,
             digest=manifest.digest,
             index=index + 1,
             run_id=self.run_id,
-            tags={"task": manifest.tasks[-1].name, **self._tags},
+            tags={
+                "task": manifest.tasks[-1].name,
+                "tasks": ", ".join(task.name for task in manifest.tasks),
+                **self._tags,
+            },
             metrics=metrics,
         )
 

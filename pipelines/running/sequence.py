@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from argparse import Namespace
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
@@ -19,16 +20,49 @@ from sapt_core.settings import StoreConfig
 if TYPE_CHECKING:
     from pipelines.running.publishing import MLflowPublisher
 
+log = logging.getLogger(__name__)
 
-def publish_sequence(experiment: Experiment, store: ArtifactStore, *, all_done: bool) -> Monitor:
-    """Run on Ray, unless nothing is left to run, and publish to MLflow."""
-    from cluster.tracking import runs  # noqa: PLC0415  not with --inline
-    from pipelines.running.publishing import MLflowPublisher  # noqa: PLC0415
+
+def check_registry(experiment: Experiment) -> None:
+    """Say before anything is started whether the sequence may be published; nothing is written.
+
+    Raises:
+        LineageError: the registered model holds a pool that the sequence does not go on from.
+    """
+    from cluster.tracking import registry, runs  # noqa: PLC0415  not with --inline
+    from pipelines.running.publishing import lineage_of  # noqa: PLC0415
+
+    try:
+        if runs.is_there(experiment.config.tracking):
+            readable = runs.check_readable(experiment.config.tracking)
+            registry.PoolRegistry(readable).check_continuation(lineage_of(experiment))
+    except TrackingError as error:
+        log.warning("Not checked whether tracking.model is free: %s", error)
+
+
+def publish_sequence(
+    experiment: Experiment, store: ArtifactStore, *, all_done: bool, sweep: str | None = None
+) -> Monitor:
+    """Run on Ray, unless nothing is left to run, and publish to MLflow.
+
+    Args:
+        experiment: the sequence.
+        store: holds what its stages give.
+        all_done: nothing is left to run.
+        sweep: whose best trial it is.
+
+    Raises:
+        LineageError: the registered model holds a pool that the sequence does not go on from.
+        ServiceError: MLflow, the store or Ray cannot be used.
+    """
+    from cluster.tracking import registry, runs  # noqa: PLC0415  not with --inline
+    from pipelines.running.publishing import MLflowPublisher, lineage_of  # noqa: PLC0415
 
     checked = runs.check(experiment.config.tracking)
+    registry.PoolRegistry(checked).check_continuation(lineage_of(experiment, sweep))
     with ExitStack() as stack:
         executor = InlineExecutor(store) if all_done else ray_executor(experiment.config, stack)
-        publisher = MLflowPublisher(experiment, checked)  # MLflow sees the run once nothing forbids it
+        publisher = MLflowPublisher(experiment, checked, sweep=sweep)  # MLflow sees the run once nothing forbids it
         monitor = Monitor(experiment, store, publisher)
         try:
             run(experiment, store, executor, monitor)

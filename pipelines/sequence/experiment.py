@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,27 @@ class Experiment:
         if self.backbone.joined:  # a backbone's digest is of earlier releases' too, which tokenised in two parts
             raised["joined"] = 1
         return canonical_hash([*what, raised] if raised else what)
+
+    @property
+    def lineage(self) -> tuple[str, ...]:
+        """A name of every version that is known before it is learnt: a hash of all that it will be learnt from.
+
+        Two sequences that begin with the same tasks, learnt alike, have the same first names.
+        """
+        names: list[str] = []
+        for task, stage in zip(self.tasks, self.graph.train, strict=True):
+            kept = {name: source for name, source in stage.inputs.items() if name not in {"task", "parent"}}
+            names.append(
+                canonical_hash(
+                    [
+                        names[-1:],
+                        [stage.kind, stage.version, dict(stage.reads)],
+                        {name: [source.kind, source.version, dict(source.reads)] for name, source in kept.items()},
+                        replace(task, test=()).digest,  # other test rows make no other version
+                    ]
+                )
+            )
+        return tuple(names)
 
     @property
     def data_digest(self) -> str:

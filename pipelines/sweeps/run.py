@@ -175,9 +175,13 @@ class SweepRun:
     def published(self) -> None:
         """Run on Ray Tune; the sweep is a parent run in MLflow, each trial a child."""
         from cluster.tracking import runs  # noqa: PLC0415  not with --inline
+        from cluster.tracking.registry import Lineage, PoolRegistry  # noqa: PLC0415
 
         config = self.sweep.config
         checked = runs.check(self._experiment.config.tracking)
+        if config.champion:  # refused before the trials, not after them
+            asked = Lineage(f"the best trial of sweep {self.sweep.name}", (), self.sweep.name)
+            PoolRegistry(checked).check_continuation(asked)
         self._tracker = runs.Tracker(checked)
         left = self.points.count(self.before)
         tags = {"sweep": self.sweep.name, "git_commit": self._experiment.commit}
@@ -236,7 +240,7 @@ class SweepRun:
             update={"evaluation": config.evaluation.model_copy(update={"split": "test"}), "tracking": checked}
         )
         experiment = replace(assemble(scored, "The best trial"), commit=self._experiment.commit)
-        monitor = publish_sequence(experiment, self.store, all_done=False)
+        monitor = publish_sequence(experiment, self.store, all_done=False, sweep=self.sweep.name)
         version = monitor.versions[-1]
         assert version is not None  # noqa: S101 - it was published
         PoolRegistry(checked).set_alias(CHAMPION, version)

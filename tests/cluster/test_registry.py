@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -18,15 +19,16 @@ from types import ModuleType
 import pytest
 
 from cluster.store import open_store
-from cluster.tracking.registry import PoolRegistry, PoolVersion, read_pool
+from cluster.tracking.registry import Lineage, PoolRegistry, PoolVersion, read_pool
 from cluster.tracking.runs import Tracker, client_of
 from sapt_core.blobs import BlobStore
-from sapt_core.errors import SnapshotError, TrackingError
+from sapt_core.errors import LineageError, SnapshotError, TrackingError
 from sapt_core.settings import StoreConfig, TrackingConfig
 
 pytest_plugins = ["tests.mlflow_servers"]
 
 TAGS = {"task": "task181", "method": "sapt", "backbone": "t5-mini", "config_hash": "c0", "data_digest": "d0"}
+LINE = Lineage("method sapt, tasks a, b, c", ("first", "second", "third"))
 
 
 @pytest.fixture
@@ -50,6 +52,7 @@ def manifest(number: int) -> bytes:
 
 def publish(registry: PoolRegistry, store: StoreConfig, run_id: str, number: int, **changes: object) -> int:
     values = {
+        "lineage": LINE,
         "digest": f"{number:064x}",
         "index": number,
         "run_id": run_id,
@@ -68,7 +71,7 @@ def test_version_carries_tags_metrics_and_lineage(registry: PoolRegistry, store:
     version = client.get_model_version("sapt", "1")
     assert version.status == "READY"
     assert version.run_id == run_id
-    assert dict(version.tags) == TAGS | {"index": "1", "sapt.snapshot": f"{1:064x}"}
+    assert dict(version.tags) == TAGS | {"index": "1", "sapt.snapshot": f"{1:064x}", "sapt.lineage": "first"}
     model = client.get_logged_model(version.source.removeprefix("models:/"))
     assert model.status == "READY"
     assert model.source_run_id == run_id
@@ -120,6 +123,26 @@ def test_no_secret_of_the_store_is_published(registry: PoolRegistry, run_id: str
     assert b"hunter2" not in everything
     _, found, _ = registry.load_manifest("1")
     assert found == StoreConfig(uri="s3://bucket/prefix", endpoint_url="http://127.0.0.1:9000/path")
+
+
+def test_what_another_sequence_published_meanwhile_is_not_published_over(
+    registry: PoolRegistry, store: StoreConfig, run_id: str
+) -> None:
+    other = Lineage("method ewc, tasks x", ("x",))
+    publish(registry, store, run_id, 1)
+    with pytest.raises(LineageError, match="newest version, 1, is of method sapt, tasks task181"):
+        publish(registry, store, run_id, 1, lineage=other, digest="f" * 64)
+    asked = PoolRegistry(registry.config.model_copy(update={"replace": True}))
+    assert publish(asked, store, run_id, 1, lineage=other, digest="f" * 64) == 2
+
+
+@pytest.mark.parametrize(("sweep", "goes_on"), [("daily", True), ("weekly", False), (None, False)])
+def test_the_best_trial_follows_the_best_of_the_same_sweep(
+    registry: PoolRegistry, store: StoreConfig, run_id: str, sweep: str | None, goes_on: bool
+) -> None:
+    publish(registry, store, run_id, 1, tags=TAGS | {"sweep": "daily"})
+    with nullcontext() if goes_on else pytest.raises(LineageError):
+        registry.check_continuation(Lineage("the best trial", (), sweep))
 
 
 def test_relative_store_is_not_published(registry: PoolRegistry, run_id: str) -> None:
@@ -210,7 +233,7 @@ def test_resolve(three: PoolRegistry, run_id: str) -> None:
         model="sapt",
         version=2,
         aliases=("champion",),
-        tags=TAGS | {"index": "2", "sapt.snapshot": f"{2:064x}"},
+        tags=TAGS | {"index": "2", "sapt.snapshot": f"{2:064x}", "sapt.lineage": "second"},
         run_id=run_id,
     )
     assert three.resolve("champion").uri == "models:/sapt/2"
@@ -334,7 +357,7 @@ def test_pyfunc_builds_the_pool_from_the_store(
     module.Predictor = ReadingPredictor  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "sapt_core.versions.predictor", module)
     content = json.dumps({"tasks": ["a", "b"], "block": open_store(store).put(b"bytes")}).encode()
-    registry.publish(content, store, digest="ab", index=2, run_id=run_id, tags=TAGS, metrics={})
+    registry.publish(content, store, lineage=LINE, digest="ab", index=2, run_id=run_id, tags=TAGS, metrics={})
     model = mlflow.pyfunc.load_model("models:/sapt@latest")
     answers = model.predict(pd.DataFrame({"prompt": ["one", "two"]}, index=[7, 9]))
     assert answers.to_dict() == {

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.tracking.registry import PoolRegistry
+from cluster.tracking.registry import Lineage, PoolRegistry
 from cluster.tracking.runs import Tracker, check, client_of
 from sapt_core.settings import StoreConfig, TrackingConfig
 
@@ -45,6 +45,7 @@ def run_sequence(config: TrackingConfig) -> tuple[str, list[str], list[int]]:
             registry.publish(
                 manifest(number),
                 STORE,
+                lineage=Lineage("sapt", ("first", "second")),
                 digest=f"{number:064x}",
                 index=number,
                 run_id=parent,

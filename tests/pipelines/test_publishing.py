@@ -1,0 +1,117 @@
+"""Publishing a finished sequence: what goes on from a registered pool, and what would take its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cluster.tracking.runs import client_of
+from pipelines import continual
+from sapt_core.settings import TrackingConfig
+from tests.pipelines.commands import Finished, Outcome, command
+
+pytest_plugins = ["tests.mlflow_servers"]
+
+Submit = Callable[..., Outcome]
+
+
+@pytest.fixture
+def submit(
+    finished: Finished,
+    sqlite_tracking: TrackingConfig,
+    call: Callable[[Callable[[], None], list[str]], Outcome],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> Submit:
+    """Run the finished sequence with MLflow; what asked for Ray would end with exit code 3."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    published = [argument for argument in command(finished.store)[2:] if argument != "--inline"]
+
+    def submitted(*arguments: str) -> Outcome:
+        return call(continual.main, [*published, f"tracking.uri={sqlite_tracking.uri}", *arguments])
+
+    return submitted
+
+
+def versions(tracking: TrackingConfig) -> list[dict[str, str]]:
+    """Tags of all versions, oldest first."""
+    found = client_of(tracking.uri).search_model_versions("name = 'quickstart'")
+    return [dict(each.tags) for each in sorted(found, key=lambda each: int(each.version))]
+
+
+@pytest.fixture
+def published(submit: Submit, sqlite_tracking: TrackingConfig) -> list[dict[str, str]]:
+    outcome = submit()
+    assert outcome.code == 0, outcome.err
+    found = versions(sqlite_tracking)
+    assert [each["tasks"] for each in found] == ["animal", "animal, basket"]
+    return found
+
+
+@pytest.mark.parametrize("given", [["benchmark.tasks=basket"], ["seed=1"], ["method.name=per_task"]])
+def test_another_pool_does_not_take_the_place_of_the_registered_one(
+    given: list[str], submit: Submit, published: list[dict[str, str]], sqlite_tracking: TrackingConfig
+) -> None:
+    for dry_run in ([], ["--dry-run"]):
+        refused = submit(*given, *dry_run)
+        assert refused.code == 2, refused.err
+        assert "Traceback" not in refused.err
+        for part in (
+            "tracking.model=quickstart holds another pool",
+            "newest version, 2, is of method sapt, tasks animal, basket.",
+            "Asked is method",
+            "tracking.replace=true",
+        ):
+            assert part in refused.err
+    assert versions(sqlite_tracking) == published
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["benchmark.tasks=animal,basket,loan"],
+        ["benchmark.test_rows=6"],
+        ["benchmark.tasks=basket", "tracking.replace=true"],
+        ["benchmark.tasks=basket", "tracking.model=another"],
+        ["benchmark.tasks=basket", "--inline"],
+    ],
+    ids=["longer", "other test rows", "replace", "another model", "inline"],
+)
+def test_what_may_be_published(given: list[str], submit: Submit, published: list[dict[str, str]]) -> None:
+    outcome = submit(*given, "--dry-run")
+    assert (outcome.code, outcome.err) == (0, "")
+
+
+def test_an_earlier_part_of_the_sequence_is_there_already(
+    submit: Submit, published: list[dict[str, str]], sqlite_tracking: TrackingConfig
+) -> None:
+    outcome = submit("benchmark.tasks=animal")
+    assert outcome.code == 0, outcome.err
+    assert "registered: quickstart version 1" in outcome.out
+    assert versions(sqlite_tracking) == published
+
+
+def test_going_on_after_another_took_the_place_is_asked_for_again(
+    submit: Submit, sqlite_tracking: TrackingConfig, tmp_path: Path
+) -> None:
+    assert submit("benchmark.tasks=animal").code == 0
+    (tmp_path / "foreign").mkdir()
+    client = client_of(sqlite_tracking.uri)
+    client.create_model_version("quickstart", str(tmp_path / "foreign"), tags={"method": "ewc", "task": "loan"})
+    refused = submit()
+    assert refused.code == 2
+    assert "newest version, 2, is of method ewc, tasks loan." in refused.err
+    assert submit("tracking.replace=true").code == 0
+    assert [each.get("tasks") for each in versions(sqlite_tracking)] == ["animal", None, "animal, basket"]
+
+
+def test_a_dry_run_goes_on_where_mlflow_cannot_be_reached(
+    submit: Submit, unused_port: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    outcome = submit("--dry-run", f"tracking.uri=http://127.0.0.1:{unused_port}")
+    assert outcome.code == 0
+    (told,) = caplog.messages
+    assert told.startswith(f"Not checked whether tracking.model is free: MLflow at http://127.0.0.1:{unused_port}")
