@@ -1,7 +1,8 @@
 """The model behind a registered pool, as MLflow runs it: this file is copied into every version.
 
 MLflow executes it when the model is loaded (models from code), so nothing is pickled. It finds the pool
-through ``manifest.json`` and ``pool.json`` beside it and needs the installed ``sapt-on-ray``.
+through ``manifest.json`` and ``pool.json`` beside it, with the code of the release that published it, which lies in
+the version too.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ class PoolModel(PythonModel):
     def load_context(self, context: PythonModelContext) -> None:
         """Read the manifest and build the model from the store's verified blobs."""
         from cluster.store import open_store  # noqa: PLC0415
-        from cluster.tracking.registry import read_pool  # noqa: PLC0415
+        from cluster.tracking.files import read_version  # noqa: PLC0415
         from sapt_core.versions.predictor import Predictor  # noqa: PLC0415
 
-        manifest, store = read_pool(Path(context.artifacts["manifest"]), Path(context.artifacts["pool"]))
+        files = Path(context.artifacts["manifest"]), Path(context.artifacts["pool"])
+        manifest, store = read_version(*files, endpoint=None)  # the server's own: AWS_ENDPOINT_URL_S3
         self.predictor = Predictor.load(manifest, open_store(store))
 
     def predict(

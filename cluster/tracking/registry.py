@@ -1,8 +1,7 @@
 """Versions of the PET pool in MLflow's registry.
 
-The bytes of a pool stay in the content-addressed store. A model version holds two small JSON files: the
-snapshot's ``manifest.json`` and a ``pool.json`` that says which store has its blobs. So version t+1 copies
-nothing of version t, and reading a version runs no code that lies in the registry.
+The bytes of a pool stay in the content-addressed store; a model version says where (``cluster.tracking.files``). So
+version t+1 copies nothing of version t, and reading a version runs no code that lies in the registry.
 
 MLflow itself resolves the alias ``latest`` to the newest version and refuses to have it set, so nothing
 is done for it here.
@@ -10,23 +9,20 @@ is done for it here.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import tempfile
 import threading
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
-from pydantic import ValidationError
-
+from cluster.tracking.files import MANIFEST_FILE, POOL_FILE, read_version, save_version
 from cluster.tracking.runs import MODEL, client_of, experiment_of, metric_name, reported, score_time
-from sapt_core.addresses import without_user
+from sapt_core.addresses import redacted
 from sapt_core.errors import LineageError, SnapshotError, TrackingError
 from sapt_core.settings import StoreConfig, TrackingConfig
 
@@ -37,13 +33,8 @@ if TYPE_CHECKING:
 SNAPSHOT = "sapt.snapshot"
 LINEAGE = "sapt.lineage"
 SWEEP = "sweep"
-MANIFEST_FILE = "manifest.json"
-POOL_FILE = "pool.json"
-POOL_SCHEMA = 1
 _AMBIENT = threading.Lock()
 
-# What a serving environment needs, at the versions the pool was made with.
-_PACKAGES = ("sapt-on-ray", "mlflow", "torch", "transformers", "safetensors")
 _REFERENCE = re.compile(r"""(?:models:/(?P<model>[^/@'"]+)[/@])?(?P<selector>[^/@:]+)""")
 
 
@@ -225,11 +216,16 @@ class PoolRegistry:
         with reported(self.config.uri):
             client_of(self.config.uri).set_registered_model_alias(self.config.model, alias, str(version))
 
-    def load_manifest(self, reference: str) -> tuple[bytes, StoreConfig, PoolVersion]:
+    def load_manifest(self, reference: str, endpoint: str | None) -> tuple[bytes, StoreConfig, PoolVersion]:
         """The manifest of a version, verified, and the store that has its blobs.
 
+        Args:
+            reference: as for ``resolve``.
+            endpoint: S3 endpoint of the reader, ``store.endpoint_url``; None is the AWS environment's.
+
         Raises:
-            SnapshotError: the version is no pool, is damaged, or was written by a newer release.
+            SnapshotError: the version is no pool, is damaged, was written by a newer release, or names a host that
+                is not the reader's own.
             TrackingError: there is no such version, or its files cannot be fetched.
         """
         from mlflow.artifacts import download_artifacts  # noqa: PLC0415
@@ -237,8 +233,9 @@ class PoolRegistry:
         found = self.resolve(reference)
         with reported(self.config.uri), tempfile.TemporaryDirectory() as folder:
             location = client_of(self.config.uri).get_model_version_download_uri(found.model, str(found.version))
+            _require_own_host(location, self.config.uri)
             local = download_artifacts(f"{location}/artifacts", dst_path=folder, tracking_uri=self.config.uri)
-            manifest, store = read_pool(Path(local, MANIFEST_FILE), Path(local, POOL_FILE))
+            manifest, store = read_version(Path(local, MANIFEST_FILE), Path(local, POOL_FILE), endpoint)
         return manifest, store, found
 
     def _versions(self, name: str, tag: str = "") -> Iterator[ModelVersion]:
@@ -296,7 +293,7 @@ class PoolRegistry:
         )
         with tempfile.TemporaryDirectory() as folder:
             saved = Path(folder, "model")
-            _save(saved, manifest, store, model_id=model.model_id, run_id=run_id)
+            save_version(saved, manifest, store, model_id=model.model_id, run_id=run_id)
             try:
                 client.log_model_artifacts(model.model_id, str(saved))
             except FileExistsError:
@@ -308,39 +305,6 @@ class PoolRegistry:
             client.log_batch(run_id, metrics=points)
         client.finalize_logged_model(model.model_id, "READY")
         return model
-
-
-def read_pool(manifest_path: Path, pool_path: Path) -> tuple[bytes, StoreConfig]:
-    """Manifest and store of a published pool, from the two files of its model version.
-
-    Raises:
-        SnapshotError: a file is missing or damaged, or written by a newer release.
-    """
-    try:
-        manifest = manifest_path.read_bytes()
-        pool = json.loads(pool_path.read_bytes())
-    except FileNotFoundError as error:
-        raise SnapshotError(
-            f"The model version holds no PET pool: {error.filename and Path(error.filename).name} is missing. "
-            "Give a version that pipelines/continual.py published."
-        ) from error
-    except (OSError, ValueError) as error:
-        raise SnapshotError(f"The model version's {POOL_FILE} cannot be read: {error}") from error
-    schema = pool.get("schema_version") if isinstance(pool, dict) else None
-    if schema != POOL_SCHEMA:
-        raise SnapshotError(
-            f"{POOL_FILE} has schema_version {schema!r}, and this release reads {POOL_SCHEMA}: "
-            "update sapt-on-ray, or publish the pool again."
-        )
-    found, stated = hashlib.sha256(manifest).hexdigest(), pool.get("manifest_sha256")
-    if found != stated:
-        raise SnapshotError(
-            f"{MANIFEST_FILE} is damaged: its sha256 is {found}, {POOL_FILE} states {stated}. Publish the pool again."
-        )
-    try:
-        return manifest, StoreConfig.model_validate(pool.get("store"))
-    except ValidationError as error:
-        raise SnapshotError(f"{POOL_FILE} names no usable store: {error.errors()[0]['msg']}") from error
 
 
 @contextmanager
@@ -362,54 +326,15 @@ def _ambient(uri: str) -> Iterator[None]:
             mlflow.set_tracking_uri(before)  # type: ignore[arg-type]  # None unsets it
 
 
-def _save(folder: Path, manifest: bytes, store: StoreConfig, *, model_id: str, run_id: str) -> None:
-    """Write the pyfunc model: the two files, and pool_model.py as code."""
-    import mlflow.pyfunc  # noqa: PLC0415
-    from mlflow.models import Model, ModelSignature  # noqa: PLC0415
-    from mlflow.types import ColSpec, Schema  # noqa: PLC0415
-
-    sources = folder.with_name("sources")
-    sources.mkdir()
-    (sources / MANIFEST_FILE).write_bytes(manifest)
-    pool = {
-        "schema_version": POOL_SCHEMA,
-        "manifest_sha256": hashlib.sha256(manifest).hexdigest(),
-        "store": _public(store),
-    }
-    (sources / POOL_FILE).write_text(json.dumps(pool, indent=1))
-    with warnings.catch_warnings():
-        # An example would make MLflow load and run the model here; the signature is stated instead.
-        warnings.filterwarnings("ignore", message=".*input example was not provided")
-        mlflow.pyfunc.save_model(
-            folder,
-            python_model=str(Path(__file__).with_name("pool_model.py")),
-            artifacts={"manifest": str(sources / MANIFEST_FILE), "pool": str(sources / POOL_FILE)},
-            signature=ModelSignature(
-                inputs=Schema([ColSpec("string", "prompt")]),
-                outputs=Schema([ColSpec("string", "answer"), ColSpec("string", "weights")]),
-            ),
-            # Stated, because MLflow would find them by loading the model in another process.
-            pip_requirements=_requirements(store),
-            mlflow_model=Model(model_id=model_id, run_id=run_id),
+def _require_own_host(location: str, uri: str) -> None:
+    """Refuse files at another host than the tracking server's: MLflow would send it the server's credentials."""
+    address, own = urlsplit(location), urlsplit(uri)
+    sends = address.scheme in {"http", "https", "mlflow-artifacts"} and bool(address.netloc)
+    if sends and (address.hostname, address.port) != (own.hostname, own.port):
+        raise SnapshotError(
+            f"The version's files are at {redacted(location)}, which is not MLflow at {redacted(uri)}: they are not "
+            "fetched, as that host would get the credentials for MLflow. Publish the pool again."
         )
-
-
-def _public(store: StoreConfig) -> dict[str, Any]:
-    """The store's address as anybody may read it: absolute, and without credentials."""
-    if "://" not in store.uri and not Path(store.uri).is_absolute():
-        raise ValueError(f"store.uri {store.uri!r} is relative: readers of the registry have another working directory")
-    return {"uri": store.uri, "endpoint_url": store.endpoint_url and without_user(store.endpoint_url)}
-
-
-def _requirements(store: StoreConfig) -> list[str]:
-    names = (*_PACKAGES, "boto3") if store.uri.startswith("s3://") else _PACKAGES
-    pinned = []
-    for name in names:
-        try:
-            pinned.append(f"{name}=={version(name)}")
-        except PackageNotFoundError:  # run from a checkout that is on the path but not installed
-            continue
-    return pinned
 
 
 def _inventory(name: str, versions: Mapping[int, Any], aliases: Mapping[str, int]) -> str:

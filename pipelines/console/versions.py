@@ -48,7 +48,8 @@ def registered(reference: str, places: PlacesConfig, overrides: Sequence[str] = 
     from cluster.tracking.registry import PoolRegistry  # noqa: PLC0415  MLflow only where it is asked for
     from cluster.tracking.runs import check_readable  # noqa: PLC0415
 
-    data, kept, _ = PoolRegistry(check_readable(places.tracking)).load_manifest(reference)
+    registry = PoolRegistry(check_readable(places.tracking))
+    data, kept, _ = registry.load_manifest(reference, places.store.endpoint_url)
     return Manifest.from_bytes(data), open_store(_moved(kept, places.store, overrides))
 
 

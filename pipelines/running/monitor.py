@@ -182,20 +182,18 @@ class Monitor:
             self._show_transfer()
         for diagnosis in self.findings.diagnoses:
             self.console.print(f"warning: {diagnosis}", style="yellow")
+        endpoint = config.store.endpoint_url
+        address = [f"store.endpoint_url={redacted(without_user(endpoint))}"] if endpoint else []
         if self._publisher is not None:
             version = self.versions[-1]
             self.console.print(f"registered: {config.tracking.model} version {version}")
             shown = config.tracking.uri == redacted(config.tracking.uri)  # a password is not for the console
             uri = [f"tracking.uri={config.tracking.uri}"] if shown else []
             told: list[object] = ["--version", version]
-            places = [*uri, f"tracking.model={config.tracking.model}"]
+            places = [*uri, f"tracking.model={config.tracking.model}", *address]
         else:
             told = ["--snapshot", self.manifest(len(matrix.tasks) - 1).digest]
-            endpoint = config.store.endpoint_url
-            places = [
-                f"store.uri={config.store.uri}",
-                *([f"store.endpoint_url={redacted(without_user(endpoint))}"] if endpoint else []),
-            ]
+            places = [f"store.uri={config.store.uri}", *address]
         line = pasted("predict", *told, "--task", matrix.tasks[0], "--input", "your text", *places)
         # A line that is broken for the terminal's width cannot be pasted.
         self.console.print(f"next: {line}", soft_wrap=True)

@@ -141,7 +141,7 @@ class Manifest(BaseModel):
         if isinstance(version, int) and version > SCHEMA_VERSION:
             raise SnapshotError(
                 f"The snapshot has schema version {version}; this release reads up to {SCHEMA_VERSION}. "
-                "Update sapt-on-ray to load it"
+                "Update SAPT on Ray to load it"
             )
         if isinstance(version, int) and version < 3 and isinstance(value.get("method"), str):
             value["method"] = {"name": value["method"]}  # methods had no options yet

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -12,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from hashlib import sha256
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from threading import Barrier
 from types import ModuleType
@@ -19,10 +22,11 @@ from types import ModuleType
 import pytest
 
 from cluster.store import open_store
-from cluster.tracking.registry import Lineage, PoolRegistry, PoolVersion, read_pool
+from cluster.tracking.files import read_version
+from cluster.tracking.registry import Lineage, PoolRegistry, PoolVersion
 from cluster.tracking.runs import Tracker, client_of
 from sapt_core.blobs import BlobStore
-from sapt_core.errors import LineageError, SnapshotError, TrackingError
+from sapt_core.errors import LineageError, SnapshotError, StoreError, TrackingError
 from sapt_core.settings import StoreConfig, TrackingConfig
 
 pytest_plugins = ["tests.mlflow_servers"]
@@ -107,22 +111,125 @@ def test_the_registry_holds_two_small_json_files_and_no_pickle(
     registry: PoolRegistry, store: StoreConfig, run_id: str, tmp_path: Path
 ) -> None:
     publish(registry, store, run_id, 1)
-    files = {path.name: path for path in (tmp_path / "mlflow" / "mlartifacts").rglob("*") if path.is_file()}
+    written = [path for path in (tmp_path / "mlflow" / "mlartifacts").rglob("*") if path.is_file()]
+    code = [path for path in written if "code" in path.parts]
+    files = {path.name: path for path in set(written) - set(code)}
     assert {"manifest.json", "pool.json", "pool_model.py", "MLmodel", "requirements.txt"} <= set(files)
+    assert {path.suffix for path in code} == {".py"}
     assert not [name for name in files if name.endswith((".pkl", ".pickle", ".bin", ".pt"))]
     assert sum(path.stat().st_size for path in files.values()) < 20_000
-    requirements = files["requirements.txt"].read_text().split()
-    assert {line.partition("==")[0] for line in requirements} >= {"mlflow", "torch", "transformers"}
-    assert all("==" in line for line in requirements)
 
 
+@pytest.mark.parametrize("uri", ["/data/store", "s3://bucket/prefix"])
+def test_a_version_requires_what_public_indexes_have(
+    uri: str, registry: PoolRegistry, run_id: str, tmp_path: Path
+) -> None:
+    """Not the project's own name, which anybody may take there, and no build of this machine's torch."""
+    publish(registry, StoreConfig(uri=uri), run_id, 1)
+    written = {path.name: path.read_text() for path in (tmp_path / "mlflow" / "mlartifacts").rglob("*.[ty]*")}
+    requirements = written["requirements.txt"].split()
+    names = {line.partition("==")[0] for line in requirements}
+    assert names >= {"mlflow", "torch", "transformers"}
+    assert ("boto3" in names) == uri.startswith("s3://")
+    assert all(re.fullmatch(r"[a-z0-9-]+==[0-9.]+", line) for line in requirements)
+    assert names.isdisjoint({*packages_distributions().get("sapt_core", ()), "sapt-on-ray"})
+    for name in ("conda.yaml", "python_env.yaml", "requirements.txt"):
+        assert "sapt" not in written[name]
+
+
+@pytest.mark.usefixtures("aws_environment")
 def test_no_secret_of_the_store_is_published(registry: PoolRegistry, run_id: str, tmp_path: Path) -> None:
     store = StoreConfig(uri="s3://bucket/prefix", endpoint_url="http://key:hunter2@127.0.0.1:9000/path")
     publish(registry, store, run_id, 1)
     everything = b"".join(path.read_bytes() for path in (tmp_path / "mlflow").rglob("*") if path.is_file())
     assert b"hunter2" not in everything
-    _, found, _ = registry.load_manifest("1")
-    assert found == StoreConfig(uri="s3://bucket/prefix", endpoint_url="http://127.0.0.1:9000/path")
+    written = json.loads(next((tmp_path / "mlflow").rglob("pool.json")).read_text())
+    assert written["store"] == {"uri": "s3://bucket/prefix", "endpoint_url": "http://127.0.0.1:9000/path"}
+    assert registry.load_manifest("1", store.endpoint_url)[1] == store
+
+
+@pytest.fixture
+def listener() -> Iterator[tuple[str, list[str]]]:
+    """A server on loopback that is nobody's store, and what it was asked."""
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.headers.get("Authorization", "nothing"))
+            self.send_error(404)
+
+        do_POST = do_PUT = do_HEAD = do_GET  # noqa: N815
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}", asked
+        server.shutdown()
+
+
+@pytest.mark.usefixtures("aws_environment", "ambient")
+@pytest.mark.parametrize("own", [None, "http://127.0.0.1:1"])
+def test_no_signed_request_goes_where_the_registry_says(
+    registry: PoolRegistry,
+    run_id: str,
+    own: str | None,
+    listener: tuple[str, list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import mlflow.pyfunc
+
+    address, asked = listener
+    publish(registry, StoreConfig(uri="s3://bucket/prefix", endpoint_url=address), run_id, 1)
+    with pytest.raises(SnapshotError, match=f"store.endpoint_url={address}, or .* AWS_ENDPOINT_URL_S3={address}"):
+        registry.load_manifest("1", own)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", own or "")
+    with pytest.raises(SnapshotError, match="they are not sent elsewhere"):
+        mlflow.pyfunc.load_model("models:/sapt/1")
+    assert asked == []
+
+
+@pytest.mark.usefixtures("aws_environment")
+def test_an_endpoint_is_the_readers_own_however_it_is_written(
+    registry: PoolRegistry, run_id: str, listener: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, asked = listener
+    publish(registry, StoreConfig(uri="s3://bucket/prefix", endpoint_url=address), run_id, 1)
+    assert registry.load_manifest("1", f"{address}/")[1].endpoint_url == f"{address}/"
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", address)
+    _, found, _ = registry.load_manifest("1", None)
+    with pytest.raises(StoreError):
+        open_store(found).get("ab" * 32)
+    assert len(asked) == 1
+
+
+@pytest.mark.usefixtures("aws_environment")
+def test_a_store_without_an_endpoint_is_read_at_the_readers(registry: PoolRegistry, run_id: str) -> None:
+    publish(registry, StoreConfig(uri="s3://bucket/prefix"), run_id, 1)
+    assert registry.load_manifest("1", "http://127.0.0.1:1")[1].endpoint_url == "http://127.0.0.1:1"
+    assert registry.load_manifest("1", None)[1].endpoint_url is None
+
+
+@pytest.mark.parametrize("scheme", ["mlflow-artifacts", "http"])
+def test_files_of_a_version_at_another_host_are_not_asked_for(
+    registry: PoolRegistry,
+    store: StoreConfig,
+    listener: tuple[str, list[str]],
+    scheme: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    address, asked = listener
+    elsewhere = f"{scheme}://{address.removeprefix('http://')}/files"
+    monkeypatch.setattr(
+        client_of(registry.config.uri), "get_model_version_download_uri", lambda name, version: elsewhere
+    )
+    run_id = Tracker(registry.config).start_sequence("sequence", key="a1", params={}, tags={})
+    publish(registry, store, run_id, 1)
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "of the reader")
+    with pytest.raises(SnapshotError, match="that host would get the credentials for MLflow"):
+        registry.load_manifest("1", None)
+    assert asked == []
 
 
 def test_what_another_sequence_published_meanwhile_is_not_published_over(
@@ -181,7 +288,7 @@ def test_publish_that_died_half_way_is_completed(
     (model,) = client.search_logged_models([experiment])
     assert model.status == "READY"
     assert len(client.get_metric_history(run_id, "AP")) == 1
-    assert registry.load_manifest("1")[0] == manifest(1)
+    assert registry.load_manifest("1", None)[0] == manifest(1)
 
 
 def together(call: Callable[..., object]) -> Callable[..., object]:
@@ -211,7 +318,7 @@ def test_two_publishers_at_once_leave_one_version(
     (model,) = client.search_logged_models([client.get_experiment_by_name("unit").experiment_id])
     assert client.get_model_version("sapt", "1").source == model.model_uri
     assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": "sapt", "version": "1"}]
-    assert registry.load_manifest("latest")[0] == manifest(1)
+    assert registry.load_manifest("latest", None)[0] == manifest(1)
 
 
 # --- resolve ------------------------------------------------------------------------------------------
@@ -269,7 +376,7 @@ def test_nonsense_reference(registry: PoolRegistry, reference: str) -> None:
 
 
 def test_load_manifest(three: PoolRegistry, store: StoreConfig) -> None:
-    found = three.load_manifest("champion")
+    found = three.load_manifest("champion", None)
     assert found[:2] == (manifest(2), store)
     assert found[2].version == 2
 
@@ -281,7 +388,7 @@ def test_version_that_is_no_pool(registry: PoolRegistry, run_id: str, tmp_path: 
     client.create_registered_model("sapt")
     client.create_model_version("sapt", str(tmp_path / "foreign"), run_id=run_id)
     with pytest.raises(SnapshotError, match=r"holds no PET pool: manifest\.json is missing"):
-        registry.load_manifest("1")
+        registry.load_manifest("1", None)
 
 
 def test_damaged_manifest_is_refused(three: PoolRegistry, tmp_path: Path) -> None:
@@ -292,7 +399,7 @@ def test_damaged_manifest_is_refused(three: PoolRegistry, tmp_path: Path) -> Non
             damaged += 1
     assert damaged == 1
     with pytest.raises(SnapshotError, match=r"manifest\.json is damaged"):
-        three.load_manifest("2")
+        three.load_manifest("2", None)
 
 
 @pytest.mark.parametrize(
@@ -310,7 +417,7 @@ def test_bad_pool_file(tmp_path: Path, pool: str, expected: str) -> None:
     (tmp_path / "manifest.json").write_bytes(manifest(1))
     (tmp_path / "pool.json").write_text(pool.replace("SHA", sha256(manifest(1)).hexdigest()))
     with pytest.raises(SnapshotError, match=expected):
-        read_pool(tmp_path / "manifest.json", tmp_path / "pool.json")
+        read_version(tmp_path / "manifest.json", tmp_path / "pool.json", None)
 
 
 # --- the model MLflow loads ---------------------------------------------------------------------------

@@ -87,8 +87,8 @@ def test_sequence_and_its_versions(
 
     client.set_registered_model_alias("sapt", "champion", "1")
     registry = PoolRegistry(config)
-    content, store, version = registry.load_manifest("models:/sapt@champion")
+    content, store, version = registry.load_manifest("models:/sapt@champion", STORE.endpoint_url)
     assert (content, store, version.version, version.aliases) == (manifest(1), STORE, 1, ("champion",))
-    assert registry.load_manifest("latest")[0] == manifest(2)
+    assert registry.load_manifest("latest", STORE.endpoint_url)[0] == manifest(2)
     assert {path.name for path in tmp_path.iterdir()} <= {"report.html", "plots"}
     assert sys.modules["mlflow"].is_tracking_uri_set() is False

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -15,10 +18,12 @@ import boto3
 import mlflow
 import pandas as pd
 import pytest
+import requests
 
 from cluster.tracking.registry import PoolRegistry
 from cluster.tracking.runs import client_of
 from sapt_core.settings import TrackingConfig
+from tests.conftest import free_port
 from tests.sequences import ROOT, TASKS, Cluster, Outcome, command, environment, read_summary, records, run
 
 pytest_plugins = ["tests.mlflow_servers", "tests.ray_cluster"]
@@ -116,6 +121,56 @@ def test_local_ray_with_sqlite(finished: Finished, predicting: None) -> None:
     answers = model.predict(pd.DataFrame({"prompt": ["ada saw a fox by the river"]}))
     assert list(answers.columns) == ["answer", "weights"]
     assert len(answers) == 1
+
+
+# The project is on no path, however it is installed.
+WITHOUT_PROJECT = """
+import sys
+from pathlib import Path
+
+sys.path[:] = [place for place in sys.path if not Path(place, "sapt_core").is_dir()]
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
+"""
+
+
+def test_served_where_the_project_is_not_installed(finished: Finished, tmp_path: Path) -> None:
+    (tmp_path / "without").mkdir()
+    (tmp_path / "without/sitecustomize.py").write_text(WITHOUT_PROJECT)
+    port = free_port()
+    serve = ["models", "serve", "--model-uri", "models:/quickstart/2", "--env-manager", "local", "--port", str(port)]
+    told = environment(
+        PYTHONPATH=str(tmp_path / "without"), MLFLOW_TRACKING_URI=finished.tracking, MLFLOW_DISABLE_TELEMETRY="true"
+    )
+    with (tmp_path / "log").open("wb") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", *serve],
+            cwd=tmp_path,
+            env={**told, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + 180
+        while not is_up(f"http://127.0.0.1:{port}/ping"):
+            assert server.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+            time.sleep(0.2)
+        rows = {"dataframe_records": [{"prompt": "ada saw a fox by the river"}]}
+        answer = requests.post(f"http://127.0.0.1:{port}/invocations", json=rows, timeout=60)
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait(10)
+    assert answer.ok, answer.text
+    (row,) = answer.json()["predictions"]
+    assert set(json.loads(row["weights"])) == set(TASKS)
+
+
+def is_up(address: str) -> bool:
+    try:
+        return requests.get(address, timeout=2).ok
+    except requests.RequestException:
+        return False
 
 
 def test_submitting_a_finished_run_again_does_no_work(finished: Finished) -> None:
@@ -217,7 +272,7 @@ def test_two_nodes_with_s3_and_postgresql(
     trained = {each.info.run_name: each for each in runs(mlflow_on_postgres)}["train[01 ticket]"]
     assert trained.data.tags["world_size"] == "2"  # of one CPU each, so one on each node
     registry = PoolRegistry(TrackingConfig(uri=mlflow_on_postgres, experiment="quickstart", model="quickstart"))
-    _, store, version = registry.load_manifest("latest")
+    _, store, version = registry.load_manifest("latest", s3_endpoint)
     assert (store.uri, store.endpoint_url, version.version) == ("s3://two-nodes/sapt", s3_endpoint, 2)
     assert version.tags["sapt.snapshot"] == read_summary(summary)["snapshot"]
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from cluster.tracking.runs import client_of
-from pipelines import continual
+from pipelines import continual, predict
 from sapt_core.settings import TrackingConfig
 from tests.pipelines.commands import Finished, Outcome, command
 
@@ -106,6 +110,69 @@ def test_going_on_after_another_took_the_place_is_asked_for_again(
     assert "newest version, 2, is of method ewc, tasks loan." in refused.err
     assert submit("tracking.replace=true").code == 0
     assert [each.get("tasks") for each in versions(sqlite_tracking)] == ["animal", None, "animal, basket"]
+
+
+# A process that has a version's requirements, what those require, and nothing else: no project, no other package.
+ALONE = """
+import importlib.metadata, json, sys
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+packages, model = sys.argv[1:]
+sys.path.append(packages)
+from packaging.requirements import Requirement
+
+needed, waiting = set(), Path(model, "requirements.txt").read_text().split()
+while waiting:
+    requirement = Requirement(waiting.pop())
+    if (requirement.marker is None or requirement.marker.evaluate({"extra": ""})) and requirement.name not in needed:
+        needed.add(requirement.name)
+        try:
+            waiting += importlib.metadata.requires(requirement.name) or []
+        except importlib.metadata.PackageNotFoundError:
+            pass  # of another platform or an extra
+named = {importlib.metadata.Prepared.normalize(name) for name in needed}
+owners = importlib.metadata.packages_distributions()
+
+class Needed(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        spec = super().find_spec(name, path, target)
+        installed = spec is not None and (spec.origin or "").startswith(packages)
+        owned = owners.get(name.partition(".")[0], ())
+        if installed and owned and named.isdisjoint(map(importlib.metadata.Prepared.normalize, owned)):
+            return None
+        return spec
+
+sys.meta_path[:] = [Needed if finder is PathFinder else finder for finder in sys.meta_path]
+import mlflow.pyfunc, pandas
+
+answers = mlflow.pyfunc.load_model(model).predict(pandas.DataFrame({"prompt": ["ada saw a fox by the river"]}))
+import sapt_core
+
+assert sapt_core.__file__.startswith(model), sapt_core.__file__
+print(json.dumps(answers.to_dict("records")))
+"""
+
+
+@pytest.mark.usefixtures("published")
+def test_a_version_answers_from_its_own_requirements_and_code(
+    sqlite_tracking: TrackingConfig, finished: Finished, tmp_path: Path, call: Callable[..., Outcome]
+) -> None:
+    client = client_of(sqlite_tracking.uri)
+    model = client.get_model_version_download_uri("quickstart", "2").removeprefix("file://")
+    ended = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", ALONE, sysconfig.get_path("purelib"), model],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    (answered,) = json.loads(ended.stdout)
+    given = ["--snapshot", finished.snapshot, f"store.uri={finished.store}", "--input", "ada saw a fox by the river"]
+    assert answered["answer"] == call(predict.main, given).out.split("\n")[0]
+    assert set(json.loads(answered["weights"])) == {"animal", "basket"}
 
 
 def test_a_dry_run_goes_on_where_mlflow_cannot_be_reached(

@@ -89,7 +89,7 @@ def test_a_newer_schema_is_refused(copied: Finished, call: Call) -> None:
     store = open_store(StoreConfig(uri=str(copied.store)))
     content = json.loads(store.get(copied.snapshot))
     newer = store.put(json.dumps({**content, "schema_version": 99, "unheard_of": 1}).encode())
-    parts = ("schema version 99", "Update sapt-on-ray")
+    parts = ("schema version 99", "Update SAPT on Ray")
     refused(call(evaluate.main, scoring(copied, "--snapshot", newer)), *parts)
     refused(call(predict.main, ["--snapshot", newer, "--input", "x", f"store.uri={copied.store}"]), *parts)
 

@@ -196,7 +196,7 @@ def test_damage_is_found_when_it_is_loaded(store: DictStore, tmp_path: Path) -> 
     with pytest.raises(SnapshotError, match="not JSON"):
         Predictor.load(manifest.to_bytes()[:-5], store)
     newer = json.dumps({**json.loads(manifest.to_bytes()), "schema_version": SCHEMA_VERSION + 1}).encode()
-    with pytest.raises(SnapshotError, match="Update sapt-on-ray"):
+    with pytest.raises(SnapshotError, match="Update SAPT on Ray"):
         Predictor.load(newer, store)
     store.blobs[manifest.blocks[1]] = b"no tensors"
     with pytest.raises(StoreError, match="missing or damaged"):
