@@ -31,10 +31,13 @@ POOL_SCHEMA = 1
 _PACKAGES = (
     "accelerate",
     "datasets",
+    "httpx2",
+    "huggingface-hub",
     "mlflow",
     "numpy",
     "pandas",
     "pydantic",
+    "regex",
     "safetensors",
     "scikit-learn",
     "torch",

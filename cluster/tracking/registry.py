@@ -125,6 +125,7 @@ class PoolRegistry:
         digest: str,
         index: int,
         run_id: str,
+        description: str,
         tags: Mapping[str, str],
         metrics: Mapping[str, float],
     ) -> int:
@@ -142,6 +143,7 @@ class PoolRegistry:
             digest: identity of the snapshot's content (hex).
             index: tasks learnt, from 1; the metrics' step and the tag ``index``.
             run_id: the sequence's run, which gets the metrics too.
+            description: of the version in the UI (Markdown), where a link to the run follows it.
             tags: task, method, backbone, config hash, data digest, git commit …
             metrics: scores so far by name, shown beside the version in the UI.
 
@@ -164,6 +166,7 @@ class PoolRegistry:
                     source=model.model_uri,
                     run_id=run_id,
                     model_id=model.model_id,
+                    description=f"{description} [Run](#/experiments/{model.experiment_id}/runs/{run_id})",
                     tags={**tags, "index": str(index), SNAPSHOT: digest, LINEAGE: lineage.names[index - 1]},
                 )
             first = self._with_digest(digest) or made

@@ -8,6 +8,7 @@ finished child is left as it is.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import re
@@ -40,6 +41,7 @@ _PARAMS_PER_BATCH = 100
 _MAX_KEY = 250
 _MAX_PARAM = 6000
 _MAX_TAG = 8000
+_MAX_DIGEST = 36
 
 _SERVER_ONLY = ("postgresql", "mysql", "mssql")
 _CREDENTIALS = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
@@ -226,6 +228,25 @@ def score_time(config: TrackingConfig, run_id: str, step: int) -> int:
 
 
 @dataclass(frozen=True)
+class LoggedDataset:
+    """What MLflow may know of a data set: never its text.
+
+    Attributes:
+        name: of the data set.
+        digest: sha256 (hex) of its content.
+        folder: where it was read from; None where it was generated.
+        rows: their number by split.
+        context: what for, as ``training``.
+    """
+
+    name: str
+    digest: str
+    folder: str | None
+    rows: Mapping[str, int]
+    context: str
+
+
+@dataclass(frozen=True)
 class Tracker:
     """Writes the runs of one experiment. Holds no connection, so it travels to Ray tasks.
 
@@ -331,6 +352,24 @@ class Tracker:
         with reported(self.config.uri):
             points = [(name, step, value) for name, value in metrics.items()]
             self._log(run_id, points, when=score_time(self.config, run_id, step))
+
+    def log_datasets(self, run_id: str, datasets: Sequence[LoggedDataset]) -> None:
+        """Say which data a run is of; one that is there already stays one."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag  # noqa: PLC0415
+
+        inputs = []
+        for each in datasets:
+            source = {"tags": {"sha256": each.digest}} if each.folder is None else {"uri": each.folder}
+            known = Dataset(
+                name=each.name,
+                digest=each.digest[:_MAX_DIGEST],
+                source_type="code" if each.folder is None else "local",
+                source=json.dumps(source),
+                profile=json.dumps(dict(each.rows)),
+            )
+            inputs.append(DatasetInput(known, [InputTag("mlflow.data.context", each.context)]))
+        with reported(self.config.uri):
+            client_of(self.config.uri).log_inputs(run_id, inputs)
 
     def log_artifacts(self, run_id: str, files: Mapping[str, str | bytes]) -> None:
         """Put files into the run, by relative path; one that is there is replaced."""

@@ -10,7 +10,7 @@ from typing import Any
 from cluster.stages import StageRecord
 from cluster.store import resolved
 from cluster.tracking.registry import SWEEP, Lineage, PoolRegistry
-from cluster.tracking.runs import Tracker, check_readable
+from cluster.tracking.runs import LoggedDataset, Tracker, check_readable
 from pipelines.sequence.experiment import Experiment
 from sapt_core.addresses import redacted
 from sapt_core.errors import TrackingError
@@ -98,6 +98,7 @@ class MLflowPublisher:
         self.run_id = self._tracker.start_sequence(
             name, key=experiment.key, params=params, tags=self._tags, parent=parent
         )
+        self._tracker.log_datasets(self.run_id, _datasets(experiment))
 
     def stage(self, record: StageRecord, curve: list[dict[str, float]] | None) -> None:
         """Log a stage as a child run, once."""
@@ -126,6 +127,7 @@ class MLflowPublisher:
         self._tracker.log_scores(self.run_id, index + 1, metrics)
         if self._registry is None:
             return None
+        tasks = ", ".join(task.name for task in manifest.tasks)
         return self._registry.publish(
             manifest.to_bytes(),
             self._store,
@@ -133,11 +135,9 @@ class MLflowPublisher:
             digest=manifest.digest,
             index=index + 1,
             run_id=self.run_id,
-            tags={
-                "task": manifest.tasks[-1].name,
-                "tasks": ", ".join(task.name for task in manifest.tasks),
-                **self._tags,
-            },
+            description=f"{manifest.method.name} after {len(manifest.tasks)} tasks ({tasks}): "
+            f"AP {metrics['ap']:.2f}, F.Ra {metrics['f_ra']:.2f}.",
+            tags={"task": manifest.tasks[-1].name, "tasks": tasks, **self._tags},
             metrics=metrics,
         )
 
@@ -158,6 +158,22 @@ class MLflowPublisher:
     def abandon(self, *, killed: bool) -> None:
         """Close the parent run of a sequence that failed or, ``killed``, that somebody stopped."""
         self._tracker.finish(self.run_id, "KILLED" if killed else "FAILED")
+
+
+def _datasets(experiment: Experiment) -> list[LoggedDataset]:
+    """The tasks that are learnt, and those that are scored alone."""
+    folder = experiment.config.benchmark.data_dir
+    return [
+        LoggedDataset(
+            name=task.name,
+            digest=task.digest,
+            folder=None if folder is None else str(folder.absolute() / task.name),
+            rows={split: len(getattr(task, split)) for split in ("train", "dev", "test")},
+            context=context,
+        )
+        for context, tasks in (("training", experiment.tasks), ("evaluation", experiment.unseen))
+        for task in tasks
+    ]
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

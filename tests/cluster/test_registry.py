@@ -54,16 +54,24 @@ def manifest(number: int) -> bytes:
     return json.dumps({"schema_version": 1, "tasks": [f"task{each}" for each in range(number)]}).encode()
 
 
-def publish(registry: PoolRegistry, store: StoreConfig, run_id: str, number: int, **changes: object) -> int:
+def publish(
+    registry: PoolRegistry,
+    store: StoreConfig,
+    run_id: str,
+    number: int,
+    content: bytes | None = None,
+    **changes: object,
+) -> int:
     values = {
         "lineage": LINE,
         "digest": f"{number:064x}",
         "index": number,
         "run_id": run_id,
+        "description": "sapt after 3 tasks.",
         "tags": TAGS,
         "metrics": {"AP": 50.0 + number},
     }
-    return registry.publish(manifest(number), store, **(values | changes))
+    return registry.publish(content or manifest(number), store, **(values | changes))
 
 
 # --- publish ------------------------------------------------------------------------------------------
@@ -75,6 +83,8 @@ def test_version_carries_tags_metrics_and_lineage(registry: PoolRegistry, store:
     version = client.get_model_version("sapt", "1")
     assert version.status == "READY"
     assert version.run_id == run_id
+    experiment = client.get_experiment_by_name("unit").experiment_id
+    assert version.description == f"sapt after 3 tasks. [Run](#/experiments/{experiment}/runs/{run_id})"
     assert dict(version.tags) == TAGS | {"index": "1", "sapt.snapshot": f"{1:064x}", "sapt.lineage": "first"}
     model = client.get_logged_model(version.source.removeprefix("models:/"))
     assert model.status == "READY"
@@ -464,7 +474,9 @@ def test_pyfunc_builds_the_pool_from_the_store(
     module.Predictor = ReadingPredictor  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "sapt_core.versions.predictor", module)
     content = json.dumps({"tasks": ["a", "b"], "block": open_store(store).put(b"bytes")}).encode()
-    registry.publish(content, store, lineage=LINE, digest="ab", index=2, run_id=run_id, tags=TAGS, metrics={})
+    registry.publish(
+        content, store, lineage=LINE, digest="ab", index=2, run_id=run_id, description="", tags=TAGS, metrics={}
+    )
     model = mlflow.pyfunc.load_model("models:/sapt@latest")
     answers = model.predict(pd.DataFrame({"prompt": ["one", "two"]}, index=[7, 9]))
     assert answers.to_dict() == {

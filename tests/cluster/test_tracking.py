@@ -21,7 +21,7 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
 from cluster.tracking import runs as tracking
-from cluster.tracking.runs import Tracker, check, client_of, metric_name, resolved
+from cluster.tracking.runs import LoggedDataset, Tracker, check, client_of, metric_name, resolved
 from sapt_core.errors import TrackingError
 from sapt_core.settings import TrackingConfig
 
@@ -200,6 +200,29 @@ def test_tags_are_replaced(tracker: Tracker, config: TrackingConfig) -> None:
     tracker.log_tags(run, {"warnings": "two"})
     tracker.log_tags(run, {"warnings": "none"})
     assert client_of(config.uri).get_run(run).data.tags["warnings"] == "none"
+
+
+def test_data_sets_are_inputs_of_the_run_once_and_without_their_text(tracker: Tracker, config: TrackingConfig) -> None:
+    run = start(tracker)
+    made = LoggedDataset("made", "ab" * 32, None, {"train": 3}, "training")
+    read = LoggedDataset("read", "cd" * 32, "/data/read", {"train": 4}, "evaluation")
+    for _ in range(2):
+        tracker.log_datasets(run, [made, read])
+    logged = client_of(config.uri).get_run(run).inputs.dataset_inputs
+    found = {each.dataset.name: (each.dataset.to_dictionary(), each.tags[0].value) for each in logged}
+    assert len(logged) == 2
+    assert found["made"] == (
+        {
+            "name": "made",
+            "digest": "ab" * 18,
+            "source_type": "code",
+            "source": '{"tags": {"sha256": "' + "ab" * 32 + '"}}',
+            "profile": '{"train": 3}',
+            "schema": None,
+        },
+        "training",
+    )
+    assert (found["read"][0]["source_type"], found["read"][0]["source"]) == ("local", '{"uri": "/data/read"}')
 
 
 # --- names --------------------------------------------------------------------------------------------

@@ -49,6 +49,7 @@ def run_sequence(config: TrackingConfig) -> tuple[str, list[str], list[int]]:
                 digest=f"{number:064x}",
                 index=number,
                 run_id=parent,
+                description=f"sapt after {number} tasks",
                 tags={"task": f"task{number}", "method": "sapt"},
                 metrics=scores,
             )

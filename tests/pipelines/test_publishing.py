@@ -55,6 +55,27 @@ def published(submit: Submit, sqlite_tracking: TrackingConfig) -> list[dict[str,
     return found
 
 
+@pytest.mark.usefixtures("published")
+def test_what_mlflow_says_of_a_version_and_its_data(finished: Finished, sqlite_tracking: TrackingConfig) -> None:
+    client = client_of(sqlite_tracking.uri)
+    version = client.get_model_version("quickstart", "2")
+    figures = finished.summary
+    run = client.get_run(version.run_id)
+    assert version.description == (
+        f"sapt after 2 tasks (animal, basket): AP {figures['ap']:.2f}, F.Ra {figures['f_ra']:.2f}. "
+        f"[Run](#/experiments/{run.info.experiment_id}/runs/{version.run_id})"
+    )
+    assert version.tags["tasks"] == "animal, basket"
+    model = client.get_logged_model(version.source.removeprefix("models:/"))
+    scores = {metric.key: metric.value for metric in model.metrics}
+    assert (scores["ap"], scores["score/animal"]) == (figures["ap"], figures["scores"][-1][0])
+    data = {each.dataset.name: each for each in run.inputs.dataset_inputs}
+    assert set(data) == {"animal", "basket"}
+    assert {each.tags[0].value for each in data.values()} == {"training"}
+    assert json.loads(data["animal"].dataset.profile) == {"train": 22, "dev": 2, "test": 12}
+    assert data["animal"].dataset.digest != data["basket"].dataset.digest
+
+
 @pytest.mark.parametrize("given", [["benchmark.tasks=basket"], ["seed=1"], ["method.name=per_task"]])
 def test_another_pool_does_not_take_the_place_of_the_registered_one(
     given: list[str], submit: Submit, published: list[dict[str, str]], sqlite_tracking: TrackingConfig
