@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import requests
 
-from cluster.tracking.runs import check
+from cluster.tracking.service import check
 from sapt_core.settings import TrackingConfig
 
 START_SECONDS = 180

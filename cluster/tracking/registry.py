@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from cluster.tracking.files import MANIFEST_FILE, POOL_FILE, read_version, save_version
-from cluster.tracking.runs import MODEL, client_of, experiment_of, metric_name, reported, score_time
+from cluster.tracking.runs import metric_name, score_time
+from cluster.tracking.service import MODEL, client_of, experiment_of, reported
 from sapt_core.addresses import redacted
 from sapt_core.errors import LineageError, SnapshotError, TrackingError
 from sapt_core.settings import StoreConfig, TrackingConfig
@@ -86,7 +87,7 @@ class PoolRegistry:
     """Publishes and finds pools. Every method raises ``TrackingError`` when MLflow cannot be used.
 
     Attributes:
-        config: as ``cluster.tracking.runs.check`` or ``resolved`` returned it.
+        config: as ``cluster.tracking.service.check`` or ``resolved`` returned it.
     """
 
     config: TrackingConfig

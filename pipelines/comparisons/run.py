@@ -164,11 +164,11 @@ def run_cells(running: ComparisonRun, arguments: argparse.Namespace) -> Mapping[
 
 def _run_published(running: ComparisonRun) -> Mapping[Cell, Exception]:
     """Run on Ray, unless the store has all of it, each sequence a child of the comparison's MLflow run."""
-    from cluster.tracking import runs  # noqa: PLC0415  not with --inline
+    from cluster.tracking import runs, service  # noqa: PLC0415  not with --inline
     from pipelines.running.publishing import MLflowPublisher  # noqa: PLC0415
 
     comparison, config = running.comparison, running.cells[0].experiment.config
-    checked = runs.check(config.tracking)
+    checked = service.check(config.tracking)
     tracker = runs.Tracker(checked)
     with ExitStack() as stack:
         all_done = set(running.plan.values()) == {"done"}

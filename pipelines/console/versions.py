@@ -46,7 +46,7 @@ def registered(reference: str, places: PlacesConfig, overrides: Sequence[str] = 
         TrackingError: MLflow cannot be reached or has no such version.
     """
     from cluster.tracking.registry import PoolRegistry  # noqa: PLC0415  MLflow only where it is asked for
-    from cluster.tracking.runs import check_readable  # noqa: PLC0415
+    from cluster.tracking.service import check_readable  # noqa: PLC0415
 
     registry = PoolRegistry(check_readable(places.tracking))
     data, kept, _ = registry.load_manifest(reference, places.store.endpoint_url)

@@ -10,7 +10,8 @@ from typing import Any
 from cluster.stages import StageRecord
 from cluster.store import resolved
 from cluster.tracking.registry import SWEEP, Lineage, PoolRegistry
-from cluster.tracking.runs import LoggedDataset, Tracker, check_readable
+from cluster.tracking.runs import LoggedDataset, Tracker
+from cluster.tracking.service import check_readable
 from pipelines.sequence.experiment import Experiment
 from sapt_core.addresses import redacted
 from sapt_core.errors import TrackingError
@@ -62,7 +63,7 @@ class MLflowPublisher:
 
     Args:
         experiment: the sequence.
-        tracking: as ``cluster.tracking.runs.check`` returned it.
+        tracking: as ``cluster.tracking.service.check`` returned it.
         parent: run of the comparison that the sequence is part of. Its versions are scored and not registered:
             the registry is for what somebody may serve, and ``pipelines/continual.py`` puts it there.
         name: of the run; default: method, suite, tasks and seed.

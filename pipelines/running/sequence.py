@@ -29,12 +29,12 @@ def check_registry(experiment: Experiment) -> None:
     Raises:
         LineageError: the registered model holds a pool that the sequence does not go on from.
     """
-    from cluster.tracking import registry, runs  # noqa: PLC0415  not with --inline
+    from cluster.tracking import registry, service  # noqa: PLC0415  not with --inline
     from pipelines.running.publishing import lineage_of  # noqa: PLC0415
 
     try:
-        if runs.is_there(experiment.config.tracking):
-            readable = runs.check_readable(experiment.config.tracking)
+        if service.is_there(experiment.config.tracking):
+            readable = service.check_readable(experiment.config.tracking)
             registry.PoolRegistry(readable).check_continuation(lineage_of(experiment))
     except TrackingError as error:
         log.warning("Not checked whether tracking.model is free: %s", error)
@@ -55,10 +55,10 @@ def publish_sequence(
         LineageError: the registered model holds a pool that the sequence does not go on from.
         ServiceError: MLflow, the store or Ray cannot be used.
     """
-    from cluster.tracking import registry, runs  # noqa: PLC0415  not with --inline
+    from cluster.tracking import registry, service  # noqa: PLC0415  not with --inline
     from pipelines.running.publishing import MLflowPublisher, lineage_of  # noqa: PLC0415
 
-    checked = runs.check(experiment.config.tracking)
+    checked = service.check(experiment.config.tracking)
     registry.PoolRegistry(checked).check_continuation(lineage_of(experiment, sweep))
     with ExitStack() as stack:
         executor = InlineExecutor(store) if all_done else ray_executor(experiment.config, stack)

@@ -174,11 +174,11 @@ class SweepRun:
 
     def published(self) -> None:
         """Run on Ray Tune; the sweep is a parent run in MLflow, each trial a child."""
-        from cluster.tracking import runs  # noqa: PLC0415  not with --inline
+        from cluster.tracking import runs, service  # noqa: PLC0415  not with --inline
         from cluster.tracking.registry import Lineage, PoolRegistry  # noqa: PLC0415
 
         config = self.sweep.config
-        checked = runs.check(self._experiment.config.tracking)
+        checked = service.check(self._experiment.config.tracking)
         if config.champion:  # refused before the trials, not after them
             asked = Lineage(f"the best trial of sweep {self.sweep.name}", (), self.sweep.name)
             PoolRegistry(checked).check_continuation(asked)

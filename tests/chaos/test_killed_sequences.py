@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.tracking.runs import client_of
+from cluster.tracking.service import client_of
 from tests.sequences import Cluster, command, environment, read_summary, read_until, records, run, start
 
 pytest_plugins = ["tests.mlflow_servers", "tests.ray_cluster"]

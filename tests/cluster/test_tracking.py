@@ -8,8 +8,9 @@ import shutil
 import signal
 import socket
 import sqlite3
+import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,8 +21,9 @@ from hypothesis import strategies as st
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
-from cluster.tracking import runs as tracking
-from cluster.tracking.runs import LoggedDataset, Tracker, check, client_of, metric_name, resolved
+from cluster.tracking import service
+from cluster.tracking.runs import LoggedDataset, Tracker, metric_name
+from cluster.tracking.service import check, check_readable, client_of, resolved
 from sapt_core.errors import TrackingError
 from sapt_core.settings import TrackingConfig
 
@@ -116,6 +118,46 @@ def test_file_that_is_no_database(tmp_path: Path) -> None:
     assert "SELECT" not in str(caught.value)
 
 
+@contextmanager
+def another_user() -> Iterator[None]:
+    """Root may write everywhere."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(("folder_mode", "file_mode"), [(0o777, 0o444), (0o555, 0o666)], ids=["file", "folder"])
+def test_read_only_sqlite_is_told_of_at_once_in_one_line(
+    folder_mode: int, file_mode: int, migrated_database: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own is closed to other users
+        shutil.copy(migrated_database, folder)
+        config = TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db")
+        Path(folder, "mlflow.db").chmod(file_mode)
+        Path(folder).chmod(folder_mode)
+        with another_user():
+            with pytest.raises(TrackingError, match="attempt to write a readonly database") as caught:
+                check(config)
+            assert check_readable(config).uri == config.uri  # versions may be read from there
+        Path(folder).chmod(0o700)
+    assert "\n" not in str(caught.value)
+    assert "in a folder that he can write to" in str(caught.value)
+    assert caplog.messages == []
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("reach", [check, check_readable])
+def test_sqlite_file_that_is_a_folder(reach: Callable[[TrackingConfig], TrackingConfig], tmp_path: Path) -> None:
+    with pytest.raises(TrackingError, match=r"unable to open database file|disk I/O error"):
+        reach(TrackingConfig(uri=f"sqlite:///{tmp_path}"))
+
+
 def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
     with pytest.raises(TrackingError, match="taken"):
@@ -138,7 +180,7 @@ def test_unreachable_server_is_told_of_at_once_and_without_its_password(unused_p
 
 @pytest.mark.timeout(30)
 def test_server_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(tracking._IMPATIENT, "MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setitem(service._IMPATIENT, "MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()

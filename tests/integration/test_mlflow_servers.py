@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from cluster.tracking.registry import Lineage, PoolRegistry
-from cluster.tracking.runs import Tracker, check, client_of
+from cluster.tracking.runs import Tracker
+from cluster.tracking.service import check, client_of
 from sapt_core.settings import StoreConfig, TrackingConfig
 
 pytest_plugins = ["tests.mlflow_servers"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import boto3
 import pytest
 
-from cluster.tracking.runs import client_of
+from cluster.tracking.service import client_of
 from pipelines import continual
 from pipelines.console import cli
 from tests.s3_faults import Refusal, faulty_s3

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from cluster.tracking.runs import PARENT, client_of
+from cluster.tracking.runs import PARENT
+from cluster.tracking.service import client_of
 from pipelines.sequence.experiment import assemble
 from pipelines.sweeps import trials
 from pipelines.sweeps.space import load_sweep

@@ -21,7 +21,7 @@ import pytest
 import requests
 
 from cluster.tracking.registry import PoolRegistry
-from cluster.tracking.runs import client_of
+from cluster.tracking.service import client_of
 from sapt_core.settings import TrackingConfig
 from tests.conftest import free_port
 from tests.sequences import ROOT, TASKS, Cluster, Outcome, command, environment, read_summary, records, run

@@ -17,7 +17,8 @@ import yaml
 
 from cluster import stages
 from cluster.stages import InlineExecutor, StageContext, StageResult
-from cluster.tracking.runs import PARENT, client_of
+from cluster.tracking.runs import PARENT
+from cluster.tracking.service import client_of
 from pipelines import compare
 from pipelines.comparisons.cells import Comparison, ComparisonConfig, Row, load_comparison
 from pipelines.comparisons.records import read_records

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.tracking.runs import client_of
+from cluster.tracking.service import client_of
 from pipelines import continual, predict
 from sapt_core.settings import TrackingConfig
 from tests.pipelines.commands import Finished, Outcome, command

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from cluster.store import open_store
-from cluster.tracking.runs import Tracker, client_of
+from cluster.tracking.runs import Tracker
+from cluster.tracking.service import client_of
 from pipelines import continual, report
 from pipelines.reports import findings as told
 from pipelines.reports import page as pages

@@ -11,7 +11,7 @@ import pytest
 
 from cluster.stages import StageEvent, StageRecord
 from cluster.store import open_store
-from cluster.tracking.runs import client_of
+from cluster.tracking.service import client_of
 from pipelines import continual
 from pipelines.running.monitor import Monitor
 from pipelines.running.publishing import MLflowPublisher
