@@ -81,7 +81,7 @@ def check(config: TrackingConfig) -> TrackingConfig:
         if (file := _sqlite_file(config.uri)) is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
             _try(file, config.uri, write=True)
-        with _environment(_IMPATIENT):
+        with environment_set(_IMPATIENT):
             client = client_of(config.uri)
             # A write, because a user may be let in to read only. It also says whose runs these are.
             client.set_experiment_tag(experiment_of(config), MODEL, config.model)
@@ -116,7 +116,7 @@ def check_readable(config: TrackingConfig) -> TrackingConfig:
         )
     if (file := _sqlite_file(config.uri)) is not None:
         _try(file, config.uri, write=False)
-    with reported(config.uri), _environment(_IMPATIENT):
+    with reported(config.uri), environment_set(_IMPATIENT):
         client_of(config.uri).search_registered_models(max_results=1)
     return config
 
@@ -216,7 +216,8 @@ def _try(file: Path, uri: str, *, write: bool) -> None:
 
 
 @contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
+def environment_set(values: Mapping[str, str]) -> Iterator[None]:
+    """Have environment variables set for a while, from which MLflow reads how patient it is to be."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

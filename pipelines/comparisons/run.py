@@ -165,6 +165,7 @@ def run_cells(running: ComparisonRun, arguments: argparse.Namespace) -> Mapping[
 def _run_published(running: ComparisonRun) -> Mapping[Cell, Exception]:
     """Run on Ray, unless the store has all of it, each sequence a child of the comparison's MLflow run."""
     from cluster.tracking import runs, service  # noqa: PLC0415  not with --inline
+    from cluster.tracking.outbox import Outbox  # noqa: PLC0415
     from pipelines.running.publishing import MLflowPublisher  # noqa: PLC0415
 
     comparison, config = running.comparison, running.cells[0].experiment.config
@@ -175,22 +176,29 @@ def _run_published(running: ComparisonRun) -> Mapping[Cell, Exception]:
         executor = InlineExecutor(running.store) if all_done else ray_executor(config, stack)
         key = canonical_hash(["comparison", comparison.name])
         tags = {"comparison": comparison.name, "git_commit": running.cells[0].experiment.commit}
+        outbox = stack.enter_context(Outbox())
         parent = tracker.start_sequence(f"compare {comparison.name}", key=key, params={}, tags=tags)
 
         def publisher(cell: Cell) -> MLflowPublisher:
-            return MLflowPublisher(cell.experiment, checked, parent=parent, name=cell.place.name)
+            return MLflowPublisher(cell.experiment, checked, outbox, parent=parent, name=cell.place.name)
 
         try:
             failed = running.run(executor, publisher)
+            made = results(comparison, read_records(comparison.config.results))
+            plot = made.plot()
+            told: dict[str, str | bytes] = {f"{comparison.name}.md": made.markdown()}
+            told |= {} if plot is None else {PLOT: plot}
+            outbox.put(lambda: tracker.log_artifacts(parent, told))
+            outbox.put(lambda: tracker.finish(parent, "FAILED" if failed else "FINISHED"))
+            outbox.flush()
         except BaseException as error:
-            with suppress(TrackingError):  # the first error is the one to tell
-                tracker.finish(parent, "FAILED" if isinstance(error, Exception) else "KILLED")
+            if isinstance(error, Exception):
+                outbox.put(lambda: tracker.finish(parent, "FAILED"))
+            else:
+                outbox.stop()
+                with suppress(TrackingError):  # the first error is the one to tell
+                    tracker.finish(parent, "KILLED")
             raise
-        made = results(comparison, read_records(comparison.config.results))
-        plot = made.plot()
-        plots = {} if plot is None else {PLOT: plot}
-        tracker.log_artifacts(parent, {f"{comparison.name}.md": made.markdown(), **plots})
-        tracker.finish(parent, "FAILED" if failed else "FINISHED")
     return failed
 
 

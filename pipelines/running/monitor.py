@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from statistics import fmean
@@ -34,14 +34,20 @@ UNTOLD = {
 
 
 class Publisher(Protocol):
-    """Where stages, scores and versions are published; ``pipelines.running.publishing`` does it in MLflow."""
+    """Where stages, scores and versions are published; ``pipelines.running.publishing`` does it in MLflow.
 
-    def stage(self, record: StageRecord, curve: list[dict[str, float]] | None) -> None:
-        """A finished stage with its training curve."""
+    Attributes:
+        versions: numbers of those that are published by now, None for one that gets none.
+    """
+
+    versions: list[int | None]
+
+    def stage(self, record: StageRecord, curve: Callable[[], list[dict[str, float]]]) -> None:
+        """A finished stage, and what reads its training curve."""
         ...
 
-    def version(self, manifest: Manifest, index: int, metrics: Mapping[str, float]) -> int | None:
-        """A version with its scores; returns its number, if it gets one. Publishing it again gives the same."""
+    def version(self, manifest: Manifest, index: int, metrics: Mapping[str, float]) -> None:
+        """A version with its scores."""
         ...
 
 
@@ -61,8 +67,8 @@ class Monitor:
         self.experiment = experiment
         self.console = wide_console()
         self.records: dict[Stage, StageRecord] = {}
-        self.versions: list[int | None] = []
         self.store = store
+        self._complete = 0
         self._publisher = publisher
         self._label = label
 
@@ -78,11 +84,18 @@ class Monitor:
         self.records[stage] = event.record
         if event.kind == "finished" and stage.kind not in UNTOLD:
             self._say(f"{stage.name} finished in {event.record.seconds:.0f} s")
-        if self._publisher is not None and "curve" in event.record.metrics:
-            self._publisher.stage(event.record, read_curve(event.record, self.store))
+        record = event.record
+        if self._publisher is not None and "curve" in record.metrics:
+            self._publisher.stage(record, lambda: read_curve(record, self.store))
         elif self._publisher is not None and stage.kind == "quality":
-            self._publisher.stage(event.record, None)
+            self._publisher.stage(record, list)
         self._publish_rows()
+
+    @property
+    def version(self) -> int | None:
+        """Number of the last version in the registry, as far as it is published."""
+        versions = self._publisher.versions if self._publisher is not None else []
+        return versions[-1] if versions else None
 
     def matrix(self) -> ScoreMatrix:
         """Scores so far: the rows that are complete, without gaps."""
@@ -115,7 +128,7 @@ class Monitor:
             "bwt": matrix.bwt(),
             "bwt_over_t": matrix.bwt_over_t(),
             "model": config.tracking.model if self._publisher is not None else None,
-            "version": self.versions[-1] if self.versions else None,
+            "version": self.version,
             "snapshot": self.manifest(len(matrix.tasks) - 1).digest,
             "method": config.method.name,
             "seed": config.seed,
@@ -185,7 +198,7 @@ class Monitor:
         endpoint = config.store.endpoint_url
         address = [f"store.endpoint_url={redacted(without_user(endpoint))}"] if endpoint else []
         if self._publisher is not None:
-            version = self.versions[-1]
+            version = self.version
             self.console.print(f"registered: {config.tracking.model} version {version}")
             shown = config.tracking.uri == redacted(config.tracking.uri)  # a password is not for the console
             uri = [f"tracking.uri={config.tracking.uri}"] if shown else []
@@ -213,15 +226,14 @@ class Monitor:
     def _publish_rows(self) -> None:
         """Publish every version whose scores are complete, in the order of the tasks."""
         graph = self.experiment.graph
-        while len(self.versions) < len(graph.tasks):
-            index = len(self.versions)
+        while self._complete < len(graph.tasks):
+            index = self._complete
             attend = graph.attend[index : index + 1]
             needed = (graph.train[index], *graph.evaluate[index], *graph.transfer[index], *attend)
             if not all(stage in self.records for stage in needed):
                 return
             matrix = self.matrix()
             row = matrix.rows[index]
-            version = None
             if self._publisher is not None:
                 scores = {f"score/{name}": score for name, score in zip(graph.tasks, row, strict=False)}
                 figures = {"ap": matrix.ap(index), "f_ra": matrix.f_ra(index), "bwt": matrix.bwt(index)}
@@ -229,11 +241,10 @@ class Monitor:
                 routing = self._routing(index, manifest) if attend else {}
                 transfer = dict(zip(graph.unseen, self._scores(graph.transfer[index]), strict=True))
                 unseen = {f"unseen/{name}": score for name, score in transfer.items()}
-                version = self._publisher.version(manifest, index, {**scores, **unseen, **figures, **routing})
-            self.versions.append(version)
-            name = "" if version is None else f"version {version}: "
+                self._publisher.version(manifest, index, {**scores, **unseen, **figures, **routing})
+            self._complete += 1
             self._say(
-                f"after {graph.tasks[index]}: {name}AP {matrix.ap(index):.1f}, F.Ra {matrix.f_ra(index):.1f} | "
+                f"after {graph.tasks[index]}: AP {matrix.ap(index):.1f}, F.Ra {matrix.f_ra(index):.1f} | "
                 + " ".join(f"{score:.1f}" for score in row)
             )
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from cluster.stages import StageRecord
 from cluster.store import resolved
+from cluster.tracking.outbox import Outbox
 from cluster.tracking.registry import SWEEP, Lineage, PoolRegistry
 from cluster.tracking.runs import LoggedDataset, Tracker
 from cluster.tracking.service import check_readable
@@ -59,11 +60,12 @@ class SequenceRun:
 
 
 class MLflowPublisher:
-    """Publishes one experiment; see ``pipelines.running.monitor.Publisher``.
+    """Publishes one experiment; see ``pipelines.running.monitor.Publisher``. No call of it waits for MLflow.
 
     Args:
         experiment: the sequence.
         tracking: as ``cluster.tracking.service.check`` returned it.
+        outbox: makes the calls.
         parent: run of the comparison that the sequence is part of. Its versions are scored and not registered:
             the registry is for what somebody may serve, and ``pipelines/continual.py`` puts it there.
         name: of the run; default: method, suite, tasks and seed.
@@ -74,13 +76,13 @@ class MLflowPublisher:
         self,
         experiment: Experiment,
         tracking: TrackingConfig,
+        outbox: Outbox,
         *,
         parent: str | None = None,
         name: str | None = None,
         sweep: str | None = None,
     ) -> None:
         config = experiment.config
-        self._experiment = experiment
         self._tracker = Tracker(tracking)
         self._registry = PoolRegistry(tracking) if parent is None else None
         self._lineage = lineage_of(experiment, sweep)
@@ -96,15 +98,31 @@ class MLflowPublisher:
         suite = f"{config.benchmark.suite} {len(experiment.tasks)} tasks"
         name = name or f"{config.method.name} {suite} seed {config.seed}"
         params = _flat(config.model_dump(mode="json", exclude={"store", "tracking", "cluster", "diagnostics"}))
-        self.run_id = self._tracker.start_sequence(
-            name, key=experiment.key, params=params, tags=self._tags, parent=parent
-        )
-        self._tracker.log_datasets(self.run_id, _datasets(experiment))
+        self.versions: list[int | None] = []
+        self._run: str | None = None
+        self._outbox = outbox
 
-    def stage(self, record: StageRecord, curve: list[dict[str, float]] | None) -> None:
+        def open_run() -> None:
+            self._run = self._tracker.start_sequence(
+                name, key=experiment.key, params=params, tags=self._tags, parent=parent
+            )
+            self._tracker.log_datasets(self.run_id, _datasets(experiment))
+
+        outbox.put(open_run)
+
+    @property
+    def run_id(self) -> str:
+        """Id of the sequence's run, which is opened before anything else is told."""
+        assert self._run is not None  # noqa: S101
+        return self._run
+
+    def stage(self, record: StageRecord, curve: Callable[[], list[dict[str, float]]]) -> None:
         """Log a stage as a child run, once."""
+        self._outbox.put(lambda: self._log_stage(record, curve()))
+
+    def _log_stage(self, record: StageRecord, curve: list[dict[str, float]]) -> None:
         curves: dict[str, list[tuple[int, float]]] = {}
-        for entry in curve or []:
+        for entry in curve:
             for name, value in entry.items():
                 if name != "step":
                     curves.setdefault(name, []).append((int(entry["step"]), value))
@@ -123,13 +141,17 @@ class MLflowPublisher:
             tags={"kind": record.kind, "world_size": str(record.world_size)},
         )
 
-    def version(self, manifest: Manifest, index: int, metrics: Mapping[str, float]) -> int | None:
+    def version(self, manifest: Manifest, index: int, metrics: Mapping[str, float]) -> None:
         """Log the scores and publish the version, once."""
+        self._outbox.put(lambda: self._publish(manifest, index, metrics))
+
+    def _publish(self, manifest: Manifest, index: int, metrics: Mapping[str, float]) -> None:
         self._tracker.log_scores(self.run_id, index + 1, metrics)
         if self._registry is None:
-            return None
+            self.versions.append(None)
+            return
         tasks = ", ".join(task.name for task in manifest.tasks)
-        return self._registry.publish(
+        number = self._registry.publish(
             manifest.to_bytes(),
             self._store,
             lineage=self._lineage,
@@ -141,9 +163,13 @@ class MLflowPublisher:
             tags={"task": manifest.tasks[-1].name, "tasks": tasks, **self._tags},
             metrics=metrics,
         )
+        self.versions.append(number)
 
     def finish(self, summary: Mapping[str, Any], report: Mapping[str, bytes]) -> None:
         """Close the parent run with the figures of the end, its warnings and its report."""
+        self._outbox.put(lambda: self._finish(summary, report))
+
+    def _finish(self, summary: Mapping[str, Any], report: Mapping[str, bytes]) -> None:
         figures = {name: summary[name] for name in ("ap", "f_ra", "fwt", "bwt") if summary[name] is not None}
         figures["warnings"] = len(summary["warnings"])
         # Step 0, where nothing is learnt, is the bare backbone's.
@@ -157,8 +183,17 @@ class MLflowPublisher:
         self._tracker.finish(self.run_id, "FINISHED")
 
     def abandon(self, *, killed: bool) -> None:
-        """Close the parent run of a sequence that failed or, ``killed``, that somebody stopped."""
-        self._tracker.finish(self.run_id, "KILLED" if killed else "FAILED")
+        """Close the parent run of a sequence that failed, behind all that waits, or now, if somebody ``killed`` it.
+
+        Raises:
+            TrackingError: it cannot be closed now.
+        """
+        if not killed:
+            self._outbox.put(lambda: self._tracker.finish(self.run_id, "FAILED"))
+            return
+        self._outbox.stop()
+        if self._run is not None:
+            self._tracker.finish(self._run, "KILLED")
 
 
 def _datasets(experiment: Experiment) -> list[LoggedDataset]:

@@ -56,17 +56,22 @@ def publish_sequence(
         ServiceError: MLflow, the store or Ray cannot be used.
     """
     from cluster.tracking import registry, service  # noqa: PLC0415  not with --inline
+    from cluster.tracking.outbox import Outbox  # noqa: PLC0415
     from pipelines.running.publishing import MLflowPublisher, lineage_of  # noqa: PLC0415
 
     checked = service.check(experiment.config.tracking)
     registry.PoolRegistry(checked).check_continuation(lineage_of(experiment, sweep))
     with ExitStack() as stack:
         executor = InlineExecutor(store) if all_done else ray_executor(experiment.config, stack)
-        publisher = MLflowPublisher(experiment, checked, sweep=sweep)  # MLflow sees the run once nothing forbids it
+        outbox = stack.enter_context(Outbox())
+        # MLflow sees the run once nothing forbids it.
+        publisher = MLflowPublisher(experiment, checked, outbox, sweep=sweep)
         monitor = Monitor(experiment, store, publisher)
         try:
             run(experiment, store, executor, monitor)
+            outbox.flush()  # the summary names the last version
             _report(monitor, publisher)
+            outbox.flush()
         except BaseException as error:
             with suppress(TrackingError):  # the first error is the one to tell
                 publisher.abandon(killed=not isinstance(error, Exception))

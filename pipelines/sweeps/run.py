@@ -28,6 +28,7 @@ from sapt_core.errors import SaptError, TrackingError
 from sapt_core.hashing import canonical_hash
 
 if TYPE_CHECKING:
+    from cluster.tracking.outbox import Outbox
     from cluster.tracking.runs import Tracker
 
 CHAMPION = "champion"
@@ -136,6 +137,7 @@ class SweepRun:
         self.shared = self.setup.shared(sweep.planned() or sweep.lattice())
         self.shared_seconds = 0.0
         self._tracker: Tracker | None = None
+        self._outbox: Outbox | None = None
         self._parent = ""
         self._open: dict[str, str] = {}
 
@@ -175,6 +177,7 @@ class SweepRun:
     def published(self) -> None:
         """Run on Ray Tune; the sweep is a parent run in MLflow, each trial a child."""
         from cluster.tracking import runs, service  # noqa: PLC0415  not with --inline
+        from cluster.tracking.outbox import Outbox  # noqa: PLC0415
         from cluster.tracking.registry import Lineage, PoolRegistry  # noqa: PLC0415
 
         config = self.sweep.config
@@ -182,7 +185,7 @@ class SweepRun:
         if config.champion:  # refused before the trials, not after them
             asked = Lineage(f"the best trial of sweep {self.sweep.name}", (), self.sweep.name)
             PoolRegistry(checked).check_continuation(asked)
-        self._tracker = runs.Tracker(checked)
+        tracker = self._tracker = runs.Tracker(checked)
         left = self.points.count(self.before)
         tags = {"sweep": self.sweep.name, "git_commit": self._experiment.commit}
         with ExitStack() as stack:
@@ -190,6 +193,7 @@ class SweepRun:
             from cluster.on_ray.tuning import check_room, run_trials  # noqa: PLC0415  Tune, once Ray is there
 
             check_room(self._experiment.config.cluster, config.concurrent)
+            outbox = self._outbox = stack.enter_context(Outbox())
             self._parent = self._tracker.start_sequence(f"sweep {self.sweep.name}", key=self.key, params={}, tags=tags)
             try:
                 self._experiment.upload(self.store)
@@ -206,17 +210,28 @@ class SweepRun:
                         tasks=len(self._experiment.tasks),
                         retries=self._experiment.config.cluster.max_failures,
                     )
-                self._tracker.log_artifacts(self._parent, {f"{self.sweep.name}.md": self.markdown(), **self.plots})
+                told: dict[str, str | bytes] = {f"{self.sweep.name}.md": self.markdown(), **self.plots}
+                outbox.put(lambda: tracker.log_artifacts(self._parent, told))
+                outbox.flush()
                 chosen = trials.best(self.after)
                 if config.champion and chosen is not None:
                     self._crown(chosen, checked)
+                outbox.put(lambda: self._close("FINISHED"))
+                outbox.flush()
             except BaseException as error:
-                state: Literal["FAILED", "KILLED"] = "FAILED" if isinstance(error, Exception) else "KILLED"
-                with suppress(TrackingError):  # the first error is the one to tell
-                    for opened in (*self._open.values(), self._parent):
-                        self._tracker.finish(opened, state)
+                if isinstance(error, Exception):
+                    outbox.put(lambda: self._close("FAILED"))
+                else:
+                    outbox.stop()
+                    with suppress(TrackingError):  # the first error is the one to tell
+                        self._close("KILLED")
                 raise
-            self._tracker.finish(self._parent, "FINISHED")
+
+    def _close(self, state: Literal["FAILED", "KILLED", "FINISHED"]) -> None:
+        """Close the runs of the sweep and of the trials that are still open."""
+        assert self._tracker is not None  # noqa: S101 - asked of a published sweep alone
+        for opened in (*self._open.values(), self._parent):
+            self._tracker.finish(opened, state)
 
     def _run_shared(self, executor: Executor[Any]) -> None:
         """Run what trials share, so that no two of them begin the same work."""
@@ -241,7 +256,7 @@ class SweepRun:
         )
         experiment = replace(assemble(scored, "The best trial"), commit=self._experiment.commit)
         monitor = publish_sequence(experiment, self.store, all_done=False, sweep=self.sweep.name)
-        version = monitor.versions[-1]
+        version = monitor.version
         assert version is not None  # noqa: S101 - it was published
         PoolRegistry(checked).set_alias(CHAMPION, version)
         self._console.print(f"{CHAMPION}: {checked.model} version {version}")
@@ -253,9 +268,9 @@ class SweepRun:
         self._console.print(
             f"{describe(point)}: after task {result['tasks']} AP {result['ap']:.2f}, F.Ra {result['f_ra']:.2f}",
         )
-        if self._tracker is not None:
-            run = self._run_of(point)
-            self._tracker.log_scores(run, result["tasks"], {name: result[name] for name in ("ap", "f_ra")})
+        if self._outbox is not None and self._tracker is not None:
+            tracker, scores = self._tracker, {name: result[name] for name in ("ap", "f_ra")}
+            self._outbox.put(lambda: tracker.log_scores(self._run_of(point), result["tasks"], scores))
 
     def ended(
         self, trial: str, point: Mapping[str, Any], results: Sequence[Mapping[str, Any]], error: str | None
@@ -282,9 +297,13 @@ class SweepRun:
         trials.write_trial(record, self.folder)
         said = f"{describe(point)}: {state}" + (f", {error}" if error else "")
         self._console.print(said)
-        if self._tracker is not None:
-            self._tracker.finish(self._run_of(point), "FAILED" if error is not None else "FINISHED")
-            del self._open[describe(point)]
+        if self._outbox is not None:
+            self._outbox.put(lambda: self._close_trial(point, "FAILED" if error is not None else "FINISHED"))
+
+    def _close_trial(self, point: Mapping[str, Any], state: Literal["FAILED", "FINISHED"]) -> None:
+        assert self._tracker is not None  # noqa: S101 - asked of a published sweep alone
+        self._tracker.finish(self._run_of(point), state)
+        del self._open[describe(point)]
 
     def _run_of(self, point: Mapping[str, Any]) -> str:
         assert self._tracker is not None  # noqa: S101 - asked of a published sweep alone

@@ -11,6 +11,7 @@ import pytest
 
 from cluster.stages import StageEvent, StageRecord
 from cluster.store import open_store
+from cluster.tracking.outbox import Outbox
 from cluster.tracking.service import client_of
 from pipelines import continual
 from pipelines.running.monitor import Monitor
@@ -127,10 +128,11 @@ def test_summary_by_hand(finished: Finished) -> None:
 
 def test_scores_are_metrics_of_every_version(finished: Finished, sqlite_tracking: TrackingConfig) -> None:
     given = experiment(UNSEEN, f"store.uri={finished.store}")
-    publisher = MLflowPublisher(given, sqlite_tracking)
-    monitor = Monitor(given, open_store(given.config.store), publisher)
-    finish(monitor, finished)
-    publisher.finish(monitor.summary(), {})
+    with Outbox() as outbox:
+        publisher = MLflowPublisher(given, sqlite_tracking, outbox)
+        monitor = Monitor(given, open_store(given.config.store), publisher)
+        finish(monitor, finished)
+        publisher.finish(monitor.summary(), {})
     client = client_of(sqlite_tracking.uri)
     points = client.get_metric_history(publisher.run_id, "unseen/stock")
     assert [(point.step, point.value) for point in sorted(points, key=lambda point: point.step)] == [
