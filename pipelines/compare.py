@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.console import cli
+from pipelines.console import cli, places
 from pipelines.console.commands import pasted
 from sapt_core.errors import FaultsError, SaptError
 
@@ -81,6 +81,8 @@ def _learn(comparison: Comparison, arguments: argparse.Namespace, console: Conso
     there = {record.place: record for record in read_records(folder)}
     keys = {place: record.key for place, record in there.items()}
     cells = comparison.cells(comparison.places(arguments.rows, arguments.seeds))
+    written = {"results": folder, "--markdown": arguments.markdown}
+    places.check_lasting(written, cells[0].experiment.config, inline=arguments.inline)
     cli.check_output(folder / cells[0].place.file)
     unrecorded = [cell for cell in cells if keys.get(cell.place) != cell.experiment.key]
     elsewhere = recorded_elsewhere(unrecorded, folder)

@@ -11,7 +11,7 @@ import json
 from contextlib import ExitStack
 from pathlib import Path
 
-from pipelines.console import cli
+from pipelines.console import cli, places
 from pipelines.console.commands import pasted
 
 
@@ -32,6 +32,7 @@ def main() -> None:
 
     cli.check_output(arguments.summary)
     experiment = load_experiment(arguments.config, arguments.overrides)
+    places.check_lasting({"--summary": arguments.summary}, experiment.config, inline=arguments.inline)
     store = open_store(experiment.config.store)
     if not arguments.dry_run:
         store.check()

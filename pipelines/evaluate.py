@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.console import cli
+from pipelines.console import cli, places
 from pipelines.console.commands import pasted
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ def main() -> None:
     cli.add_version(parser)
     parser.add_argument("--summary", type=Path, metavar="FILE", help="write the figures as JSON")
     arguments = cli.parse(parser)
+    places.check_lasting({"--summary": arguments.summary})
 
     from pipelines.console.versions import open_version
     from pipelines.sequence.experiment import load_experiment

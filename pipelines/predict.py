@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipelines.console import cli
 from pipelines.console.commands import pasted
+from pipelines.console.places import check_lasting
 from sapt_core.errors import DataError, SaptError
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def main() -> None:
 
     if arguments.output is not None and arguments.file is None:
         raise SaptError("--output goes with --file; without it the answers are printed")
+    check_lasting({"--output": arguments.output})
     cli.check_output(arguments.output)
     lines = None if arguments.file is None else _read_lines(arguments.file)
     config, overrides = arguments.config, arguments.overrides

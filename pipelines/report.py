@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipelines.console import cli
+from pipelines.console import cli, places
 from pipelines.console.commands import pasted
 
 
@@ -28,6 +28,7 @@ def main() -> None:
 
     experiment = load_experiment(arguments.config, arguments.overrides)
     folder = arguments.out or page.default_folder(experiment, arguments.version)
+    places.check_lasting({"--out": folder}, experiment.config, inline=arguments.inline)
     cli.check_output(folder / page.PAGE)
     findings = page.find(experiment, open_store(experiment.config.store), arguments.version)
     run = None

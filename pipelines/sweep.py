@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pipelines.console import cli
+from pipelines.console import cli, places
 from pipelines.console.commands import pasted
 from sapt_core.errors import SaptError
 
@@ -33,7 +33,9 @@ def main() -> None:
         check_markers(arguments.markdown, f"sweep:{sweep.name}")
     folder = sweep.config.results
     cli.check_output(folder / "trial.json")
-    experiment = assemble(sweep.experiment({}), str(arguments.config))
+    config = sweep.experiment({})
+    places.check_lasting({"results": folder, "--markdown": arguments.markdown}, config, inline=arguments.inline)
+    experiment = assemble(config, str(arguments.config))
     store = open_store(experiment.config.store)
     if not arguments.dry_run:
         store.check()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.processes import stage_processes
 from cluster.stages import Executor, InlineExecutor, run_graph
 from cluster.store import ArtifactStore, open_store
+from pipelines.console.places import is_passing
 from pipelines.reports import page
 from pipelines.running.monitor import Monitor
 from pipelines.sequence.experiment import Experiment
@@ -87,7 +88,10 @@ def _report(monitor: Monitor, publisher: MLflowPublisher) -> None:
     if files is None:
         files = page.build(monitor.findings)
         try:
-            page.write(folder, files)
+            if is_passing(folder):
+                where = f"in MLflow, run {publisher.run_id}"
+            else:
+                page.write(folder, files)
         except ServiceError as error:
             where = f"in MLflow alone, for {error}"
     publisher.finish(monitor.summary(), files)

@@ -247,6 +247,31 @@ def test_submitted_job(
     assert refused.returncode != 0
 
 
+def test_a_job_whose_results_would_go_with_the_cluster_is_refused(ray_cluster: Cluster, tmp_path: Path) -> None:
+    """Submitted from a checkout that has a finished store: the job has a copy of the checkout without it."""
+    script = command("runs/store", "sqlite:///runs/mlflow.db", "--summary", "summary.json")
+    submit = ["job", "submit", "--address", ray_cluster.dashboard, "--working-dir", ".", "--submission-id", "passing"]
+    job = subprocess.run(
+        [str(Path(sys.executable).with_name("ray")), *submit, "--", "python", *script],
+        cwd=ROOT,
+        env=ray_cluster.environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=480,
+    )
+    said = job.stdout + job.stderr
+    assert job.returncode != 0, said
+    for fault in (
+        "- store.uri=runs/store: give",
+        "- tracking.uri=sqlite:///runs/mlflow.db: give",
+        "- --summary summary",
+    ):
+        assert fault in said
+    assert "failed with exit code 2" in said
+    assert "Plan:" not in said
+
+
 def test_two_nodes_with_s3_and_postgresql(
     ray_cluster: Cluster, mlflow_on_postgres: str, s3_endpoint: str, aws_environment: None, tmp_path: Path
 ) -> None:
