@@ -36,7 +36,7 @@ class ProcessExecutor:
         self._store = store
         self._running: set[Running] = set()
 
-    def has_room(self, stage: Stage) -> bool:
+    def has_room(self, stage: Stage, ahead: Sequence[Stage] = ()) -> bool:
         return len(self._running) < self._processes
 
     def submit(self, stage: Stage, key: str, inputs: Mapping[str, StageRecord]) -> Running:

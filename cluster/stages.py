@@ -8,7 +8,6 @@ that ran again with equal results leaves everything after it valid.
 
 from __future__ import annotations
 
-import heapq
 import logging
 import time
 from collections import Counter
@@ -53,6 +52,7 @@ class Stage:
         workers: 0 is a plain task; 1 or more are that many training workers in one process group.
         cpus, gpus: what a plain task takes, or each worker.
         told: what the body is told beside what it reads: names and habits that change no result; in no key.
+        memory: bytes of main memory that it takes too, as far as known: the weights of a backbone that is loaded.
     """
 
     name: str
@@ -66,6 +66,7 @@ class Stage:
     cpus: float = 1
     gpus: float = 0
     told: Mapping[str, Json] = field(default_factory=dict)
+    memory: int = 0
 
 
 @dataclass(frozen=True)
@@ -149,8 +150,11 @@ Outcome: TypeAlias = StageRecord | Exception
 class Executor(Protocol[Handle]):
     """Runs stages somewhere."""
 
-    def has_room(self, stage: Stage) -> bool:
-        """Whether the stage would start at once. Always true while nothing runs."""
+    def has_room(self, stage: Stage, ahead: Sequence[Stage] = ()) -> bool:
+        """Whether the stage would start at once, and leave to those ahead of it what they wait for.
+
+        Always true while nothing runs.
+        """
         ...
 
     def submit(self, stage: Stage, key: str, inputs: Mapping[str, StageRecord]) -> Handle:
@@ -254,7 +258,7 @@ class InlineExecutor:
         self._store = store
         self._waiting: dict[str, tuple[Stage, Mapping[str, StageRecord]]] = {}
 
-    def has_room(self, stage: Stage) -> bool:
+    def has_room(self, stage: Stage, ahead: Sequence[Stage] = ()) -> bool:
         return not self._waiting
 
     def submit(self, stage: Stage, key: str, inputs: Mapping[str, StageRecord]) -> str:
@@ -278,8 +282,9 @@ def run_graph(
 ) -> dict[Stage, StageRecord]:
     """Run all stages and the stages they depend on, as wide as the executor allows, and skip what is done.
 
-    Of the stages that are ready, the first in the order of ``stages`` starts first, and none starts
-    before it, so that a chain put first never waits behind work that could wait itself. When one fails
+    Of the stages that are ready, the first in the order of ``stages`` starts first. While it has no room, a later one
+    may start that takes nothing of what it needs, so that a chain put first never waits behind work that could wait
+    itself, and waiting for a GPU holds up no work that needs none. When one fails
     nothing new starts; what is in flight finishes and keeps its records. An interrupt waits for nothing:
     what is in flight ends with the process or, on Ray, when the driver disconnects.
 
@@ -315,7 +320,7 @@ def run_graph(
             finish(stage, "cached", record)
             return
         to_do[key] = [stage]
-        heapq.heappush(ready, (order[stage], key))
+        ready.append((order[stage], key))
 
     while (graph.is_active() and failure is None) or in_flight:
         new = graph.get_ready() if failure is None else ()
@@ -323,8 +328,10 @@ def run_graph(
             admit(stage)
         if new:
             continue  # a stage that was done already makes others ready
-        if ready and failure is None and executor.has_room(to_do[ready[0][1]][0]):
-            _, key = heapq.heappop(ready)
+        chosen = _first_with_room(ready, to_do, executor) if failure is None else None
+        if chosen is not None:
+            ready.remove(chosen)
+            key = chosen[1]
             stage = to_do[key][0]
             on_event(StageEvent("started", stage, key))
             in_flight[executor.submit(stage, key, inputs_of(stage))] = key
@@ -379,6 +386,21 @@ def closure(stages: Sequence[Stage]) -> list[Stage]:
             found[stage] = None
             waiting.extend(stage.inputs.values())
     return list(found)
+
+
+def _first_with_room(
+    ready: Sequence[tuple[int, str]], to_do: Mapping[str, Sequence[Stage]], executor: Executor[Any]
+) -> tuple[int, str] | None:
+    """The first of the ready stages, by place and key, that has room; of those that ask alike one is asked about."""
+    ahead: dict[tuple[float, ...], Stage] = {}
+    for place, key in sorted(ready):
+        stage = to_do[key][0]
+        asks = (stage.workers, stage.cpus, stage.gpus, stage.memory)
+        if asks not in ahead:
+            if executor.has_room(stage, list(ahead.values())):
+                return place, key
+            ahead[asks] = stage
+    return None
 
 
 def _graph(stages: Sequence[Stage]) -> tuple[TopologicalSorter[Stage], dict[Stage, int]]:

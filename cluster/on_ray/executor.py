@@ -10,13 +10,16 @@ import ray
 from ray import cloudpickle
 from ray.exceptions import RayError, RayTaskError
 
-from cluster.on_ray.session import capacity
+from cluster.on_ray.session import capacity, largest
 from cluster.stages import Outcome, Stage, StageContext, StageRecord, StageResult, run_alone
 from cluster.store import open_store, resolved
 from cluster.store.lease import leased
 from cluster.store.patience import patiently
 from sapt_core.errors import ClusterError, SaptError
 from sapt_core.settings import ClusterConfig, StoreConfig
+
+LARGE = 2**30
+"""Bytes of weights from which a process that has loaded them is worth ending."""
 
 Ref: TypeAlias = "ray.ObjectRef[StageRecord]"
 
@@ -39,10 +42,11 @@ class RayExecutor:
         self._cluster = cluster
         self._running: dict[Ref, Stage] = {}
 
-    def has_room(self, stage: Stage) -> bool:
+    def has_room(self, stage: Stage, ahead: Sequence[Stage] = ()) -> bool:
         there = capacity()
+        together = [_needs(each) for each in (*self._running.values(), *ahead, stage)]
         return not self._running or all(
-            sum(_needs(each)[name] for each in (*self._running.values(), stage)) <= there[name] for name in there
+            sum(each[name] for each in together) <= there[name] for name, need in together[-1].items() if need
         )
 
     def submit(self, stage: Stage, key: str, inputs: Mapping[str, StageRecord]) -> Ref:
@@ -60,7 +64,10 @@ class RayExecutor:
             body = _Unopened(cloudpickle.dumps(stage.body))  # type: ignore[no-untyped-call]
             handle = train.remote(replace(alone, body=body), key, dict(inputs), self._store, self._cluster)
         else:
-            run = _run.options(**options, num_cpus=stage.cpus, num_gpus=stage.gpus)
+            task = _run_and_end if stage.gpus or stage.memory >= LARGE else _run
+            # No more memory than a node has: Ray would wait for a larger one for ever.
+            memory = min(stage.memory, int(largest("memory")))
+            run = task.options(**options, num_cpus=stage.cpus, num_gpus=stage.gpus, memory=memory or None)
             handle = run.remote(alone, key, dict(inputs), self._store)
         self._running[handle] = alone
         return handle
@@ -88,7 +95,7 @@ class RayExecutor:
 def _needs(stage: Stage) -> dict[str, float]:
     """What a stage takes of the cluster while it runs."""
     workers = max(stage.workers, 1)
-    return {"CPU": workers * stage.cpus, "GPU": workers * stage.gpus}
+    return {"CPU": workers * stage.cpus, "GPU": workers * stage.gpus, "memory": workers * stage.memory}
 
 
 @dataclass(frozen=True)
@@ -105,9 +112,15 @@ class _Unopened:
         return result
 
 
-@ray.remote
-def _run(stage: Stage, key: str, inputs: dict[str, StageRecord], store: StoreConfig) -> StageRecord:
+def _run_stage(stage: Stage, key: str, inputs: dict[str, StageRecord], store: StoreConfig) -> StageRecord:
     return run_alone(stage, key, inputs, open_store(store))
+
+
+_run = ray.remote(_run_stage)
+# Its process ends with it. One that stays keeps the backbone that it has loaded, on the GPU or in memory that nobody
+# accounts for, beside the stages that come; a new one costs seconds of imports. ``num_gpus`` ends a task's process
+# where it stands in the decorator, and does not where it is an option of the call (Ray 2.60).
+_run_and_end = ray.remote(max_calls=1)(_run_stage)
 
 
 @ray.remote

@@ -77,21 +77,21 @@ def check_resources(config: ClusterConfig) -> None:
     Raises:
         ClusterError: with what was asked and what is there.
     """
-    there, limits, nodes = capacity(), _limits(), _nodes()
+    there, limits = capacity(), _limits()
     faults = []
     for name, field, each in (
         ("CPU", "cpus_per_worker", config.cpus_per_worker),
         ("GPU", "gpus_per_worker", config.gpus_per_worker),
     ):
-        largest = max((node.get(name, 0) for node in nodes), default=0)
+        most = largest(name)
         asked = max(config.train_workers, 1) * each
         if asked > there[name]:
             faults.append(
                 f"cluster.train_workers={config.train_workers} with cluster.{field}={each:g} need "
                 f"{asked:g} {name}s, the cluster has {there[name]:g}"
             )
-        elif each > largest and not limits:
-            faults.append(f"cluster.{field}={each:g}, but no node has more than {largest:g} {name}s")
+        elif each > most and not limits:
+            faults.append(f"cluster.{field}={each:g}, but no node has more than {most:g} {name}s")
     if faults:
         grown = " even after autoscaling" if limits else ""
         raise ClusterError(
@@ -101,9 +101,15 @@ def check_resources(config: ClusterConfig) -> None:
 
 
 def capacity() -> dict[str, float]:
-    """CPUs and GPUs of the connected cluster; of one that autoscales, as many as it may grow to."""
+    """CPUs, GPUs and bytes of memory of the connected cluster; of one that autoscales, as many as it may grow to."""
     nodes, limits = _nodes(), _limits()
-    return {name: max(sum(node.get(name, 0) for node in nodes), limits.get(name, 0)) for name in ("CPU", "GPU")}
+    names = ("CPU", "GPU", "memory")
+    return {name: max(sum(node.get(name, 0) for node in nodes), limits.get(name, 0)) for name in names}
+
+
+def largest(name: str) -> float:
+    """The most that a node of the connected cluster has of a resource."""
+    return max((node.get(name, 0) for node in _nodes()), default=0)
 
 
 def _nodes() -> list[dict[str, float]]:

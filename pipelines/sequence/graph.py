@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 from cluster.stages import Stage, StageContext, StageResult
 from pipelines.sequence import bodies
-from sapt_core.backbones.reference import BackboneRef
+from sapt_core.backbones.reference import BackboneRef, weight_bytes
 from sapt_core.config import ExperimentConfig
 from sapt_core.data.task import LearntTask, Task
 from sapt_core.methods.base import Method
@@ -115,7 +115,7 @@ def build_graph(
         samples: for reflection source ``given``, the blob of every earlier task's inputs by its name.
     """
     labels = [f"{index:02d} {task.name}" for index, task in enumerate(tasks)]
-    learner = _Learner(config, ref, samples or {})
+    learner = _Learner(config, ref, samples or {}, weight_bytes(config.backbone))
     prepare = tuple(learner.preparation(f"prepare[{label}]", task) for label, task in zip(labels, tasks, strict=True))
     reflects = config.method.shared_attention and config.reflection.source != "none" and config.reflection.weight > 0
     kept = tuple(
@@ -212,6 +212,13 @@ class _Learner:
     config: ExperimentConfig
     ref: BackboneRef
     samples: Mapping[str, str]
+    memory: int
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """What a stage takes that loads the backbone."""
+        cluster = self.config.cluster
+        return {"cpus": cluster.cpus_per_worker, "gpus": cluster.gpus_per_worker, "memory": self.memory}
 
     @property
     def backbone(self) -> dict[str, Any]:
@@ -224,8 +231,7 @@ class _Learner:
 
     @property
     def workers(self) -> dict[str, Any]:
-        cluster = self.config.cluster
-        return {"workers": cluster.train_workers, "cpus": cluster.cpus_per_worker, "gpus": cluster.gpus_per_worker}
+        return {"workers": self.config.cluster.train_workers, **self.loading}
 
     def preparation(self, name: str, task: Task) -> Stage:
         config = self.config
@@ -351,8 +357,7 @@ class _Learner:
             body=bodies.cost,
             inputs={"version": version, "task": task},
             uses={"version": NAMED_BY, "task": KEPT_FROM},
-            cpus=self.config.cluster.cpus_per_worker,
-            gpus=self.config.cluster.gpus_per_worker,
+            **self.loading,
         )
 
     def _scoring(self, name: str, kind: str, body: Body, reads: dict[str, Any], inputs: dict[str, Stage]) -> Stage:
@@ -371,6 +376,5 @@ class _Learner:
             told=self.named,
             inputs=inputs,
             uses={"task": frozenset({f"{config.evaluation.split}.arrow", "meta.json"}), "version": NAMED_BY},
-            cpus=config.cluster.cpus_per_worker,
-            gpus=config.cluster.gpus_per_worker,
+            **self.loading,
         )

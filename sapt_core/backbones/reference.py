@@ -149,6 +149,12 @@ def identify(config: BackboneConfig) -> BackboneRef:
     return BackboneRef(path=name, revision=folder.name, **given)
 
 
+def weight_bytes(config: BackboneConfig) -> int:
+    """Size of a folder's weights, which is about what a process takes that has loaded them; 0 of what is not here."""
+    folder = located(config.path)
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder.is_dir() else 0
+
+
 def load_model_config(folder: Path, name: str) -> PretrainedConfig:
     """The model's configuration alone, without weights.
 

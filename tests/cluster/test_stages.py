@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -206,9 +206,33 @@ def test_equal_work_under_two_names_runs_once(graph: Graph) -> None:
 class TwoPlaces(InlineExecutor):
     """Room for two stages at once, or for one that is wide."""
 
-    def has_room(self, stage: Stage) -> bool:
+    def has_room(self, stage: Stage, ahead: Sequence[Stage] = ()) -> bool:
         taken = [self._waiting[key][0] for key in self._waiting]
-        return not taken or sum(max(each.workers, 1) for each in (*taken, stage)) <= 2
+        return not taken or sum(max(each.workers, 1) for each in (*taken, *ahead, stage)) <= 2
+
+
+class OneCard(InlineExecutor):
+    """Two processors and a GPU."""
+
+    def has_room(self, stage: Stage, ahead: Sequence[Stage] = ()) -> bool:
+        running = [each for each, _ in self._waiting.values()]
+        together = [*running, *ahead, stage]
+        fits = sum(each.cpus for each in together) <= 2 and (not stage.gpus or sum(each.gpus for each in together) <= 1)
+        return not running or fits
+
+
+def test_waiting_for_a_gpu_holds_up_no_work_that_needs_none(tmp_path: Path) -> None:
+    def nothing(context: StageContext) -> StageResult:
+        return StageResult()
+
+    cards = [Stage(f"card {number}", "card", nothing, {"n": number}, cpus=0.5, gpus=1) for number in range(2)]
+    others = [Stage(f"other {number}", "other", nothing, {"n": number}) for number in range(3)]
+    events: list[StageEvent] = []
+    store = LocalStore(tmp_path)
+    run_graph([*cards, *others], store, OneCard(store), events.append)
+    told = [event.stage.name for event in events if event.kind in {"started", "finished"}]
+    # One other beside the first card, and none that would take the processor that the second card waits with.
+    assert told[:4] == ["card 0", "other 0", "card 0", "card 1"]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 
 from cluster.on_ray.session import check_resources, connect
@@ -135,6 +136,41 @@ def test_two_drivers_at_one_stage_do_its_work_once(config: StoreConfig, tmp_path
     assert not Path(config.uri, "leases").exists()
 
 
+def where(context: StageContext) -> StageResult:
+    return StageResult(values={"process": os.getpid()})
+
+
+def is_alive(process: int) -> bool:
+    try:
+        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.parametrize("memory", [0, 2**30, 2**60], ids=["small", "large", "larger than any node"])
+def test_no_process_keeps_a_large_backbone(config: StoreConfig, memory: int) -> None:
+    """What it had loaded would lie beside the training that comes next."""
+    loading = [Stage(f"prepare {number}", "load", where, {"n": number}, memory=memory) for number in range(2)]
+    seen: list[bool] = []
+
+    def look(event: StageEvent) -> None:
+        if event.kind == "started" and event.stage.name == "train":
+            deadline = time.monotonic() + 10
+            while (left := any(map(is_alive, processes))) and time.monotonic() < deadline and memory:
+                time.sleep(0.1)
+            seen.append(left)
+        elif event.kind == "finished" and event.record is not None:
+            processes.append(event.record.values["process"])
+
+    processes: list[int] = []
+    from cluster.on_ray.executor import RayExecutor
+
+    training = Stage("train", "train", where, inputs={stage.name: stage for stage in loading})
+    run_graph([training, *loading], open_store(config), RayExecutor(config, CLUSTER), look)
+    assert len(processes) == 3
+    assert seen == [not memory]
+
+
 def refuse(context: StageContext) -> StageResult:
     raise DataError("Not these:", ["b.json"])
 
@@ -197,6 +233,20 @@ def test_more_workers_than_the_cluster_has() -> None:
         check_resources(ClusterConfig(train_workers=5))
     with pytest.raises(ClusterError, match=r"need 2 GPUs, the cluster has 0"):
         check_resources(ClusterConfig(train_workers=2, gpus_per_worker=1))
+
+
+def test_large_stages_wait_for_each_other_and_not_for_small_ones(config: StoreConfig) -> None:
+    from cluster.on_ray.executor import RayExecutor
+    from cluster.on_ray.session import capacity
+
+    executor = RayExecutor(config, CLUSTER)
+    memory = int(capacity()["memory"] * 0.6)
+    large = [Stage(f"large {number}", "load", slow, {"n": number}, memory=memory) for number in range(2)]
+    running = executor.submit(large[0], "ab" * 32, {})
+    assert not executor.has_room(large[1])
+    assert executor.has_room(Stage("small", "small", slow), [large[1]])
+    executor.wait([running])
+    assert executor.has_room(large[1])
 
 
 def test_nobody_answers() -> None:
