@@ -8,6 +8,8 @@ that ran again with equal results leaves everything after it valid.
 
 from __future__ import annotations
 
+import heapq
+import json
 import logging
 import time
 from collections import Counter
@@ -25,7 +27,7 @@ from cluster.store import ArtifactStore
 from cluster.store.lease import leased
 from cluster.store.patience import patiently
 from sapt_core.blobs import Checkpoints
-from sapt_core.errors import StoreError
+from sapt_core.errors import DivergenceError, StoreError
 from sapt_core.hashing import canonical_hash
 
 Json: TypeAlias = Any
@@ -200,7 +202,18 @@ def commit(
     seconds: float,
     world_size: int,
 ) -> StageRecord:
-    """Make a stage's result durable and return the record that counts, which is another's if that was first."""
+    """Make a stage's result durable and return the record that counts, which is another's if that was first.
+
+    Raises:
+        DivergenceError: a figure is no finite number. JSON has none for it, and what is made of it is none either.
+    """
+    faults = [name for name, value in {**result.values, **result.metrics}.items() if not _is_finite(value)]
+    if faults:
+        raise DivergenceError(
+            f"{stage.name} gave figures that are no finite numbers: {', '.join(faults)}. Nothing of it is recorded: "
+            "what it looked at has diverged in training, so lower the learning rate (train.learning_rate, "
+            "generator.learning_rate) and run again."
+        )
     record = StageRecord(
         kind=stage.kind,
         name=stage.name,
@@ -220,6 +233,14 @@ def commit(
 @cache
 def _libraries() -> dict[str, str]:
     return {name: version(name) for name in LIBRARIES}
+
+
+def _is_finite(value: Json) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        return False
+    return True
 
 
 def run_alone(stage: Stage, key: str, inputs: Mapping[str, StageRecord], store: ArtifactStore) -> StageRecord:

@@ -51,7 +51,7 @@ def main() -> None:
         monitor = publish_sequence(experiment, store, all_done=set(states.values()) == {"done"})
     monitor.show_end()
     if arguments.summary is not None:
-        cli.write_output(arguments.summary, json.dumps(monitor.summary(), indent=1))
+        cli.write_output(arguments.summary, json.dumps(monitor.summary(), indent=1, allow_nan=False))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def main() -> None:
     figures = evaluate(manifest, store, (*experiment.tasks, *experiment.unseen), experiment.config)
     _show(figures)
     if arguments.summary is not None:
-        cli.write_output(arguments.summary, json.dumps(figures, indent=1))
+        cli.write_output(arguments.summary, json.dumps(figures, indent=1, allow_nan=False))
 
 
 def evaluate(manifest: Manifest, store: BlobStore, tasks: Sequence[Task], config: ExperimentConfig) -> dict[str, Any]:

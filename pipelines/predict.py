@@ -179,7 +179,7 @@ def _answer_typed(predictor: Predictor, task: LearntTask | None) -> None:
 
 def _row(request: Request, prediction: Prediction) -> str:
     answered = {**request.given, "prediction": prediction.text, "weights": dict(prediction.weights)}
-    return json.dumps(answered) + "\n"
+    return json.dumps(answered, allow_nan=False) + "\n"
 
 
 def _show(prediction: Prediction) -> None:

@@ -53,6 +53,10 @@ class LineageError(SaptError):
     """The registered model holds a pool that the sequence does not go on from."""
 
 
+class DivergenceError(SaptError):
+    """Training, or what it made, gave a figure that is no finite number: its settings make it diverge."""
+
+
 class ServiceError(SaptError):
     """A service the run needs cannot be used. Exit code 3: mend the surroundings, not the input."""
 

@@ -34,7 +34,8 @@ NameList = Annotated[tuple[str, ...], BeforeValidator(_names, json_schema_input_
 class Section(BaseModel):
     """A frozen group of fields that refuses keys it does not know."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+    # A number that is none, or no bound on one, is never meant: a rate of .inf trains to nothing.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
 
 
 class BenchmarkConfig(Section):

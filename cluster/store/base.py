@@ -227,7 +227,7 @@ class ArtifactStore(ABC):
 
         Of several writers the first wins; all get the winner's record.
         """
-        data = json.dumps(record, indent=1, sort_keys=True).encode()
+        data = json.dumps(record, indent=1, sort_keys=True, allow_nan=False).encode()
         for _ in range(_CREATE_ATTEMPTS):
             if self._create(_record(key), data):
                 return json.loads(data)  # type: ignore[no-any-return]

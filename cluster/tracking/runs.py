@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import tempfile
 import time
@@ -17,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
 from cluster.tracking.service import client_of, experiment_of, reported
+from sapt_core.errors import DivergenceError
 from sapt_core.settings import TrackingConfig
 
 if TYPE_CHECKING:
@@ -153,7 +155,13 @@ class Tracker:
 
         Returns:
             The child's run id.
+
+        Raises:
+            DivergenceError: a figure is no finite number; nothing is written.
         """
+        points = [(label, step, value) for label, curve in (curves or {}).items() for step, value in curve]
+        points += [(label, 0, value) for label, value in {**metrics, "seconds": seconds}.items()]
+        _require_finite(name, points)
         now = _now()
         with reported(self.config.uri):
             client, experiment = client_of(self.config.uri), experiment_of(self.config)
@@ -167,8 +175,6 @@ class Tracker:
                 start_time=now - int(seconds * 1000),
                 tags={PARENT: parent, STAGE_KEY: key},
             )
-            points = [(label, step, value) for label, curve in (curves or {}).items() for step, value in curve]
-            points += [(label, 0, value) for label, value in {**metrics, "seconds": seconds}.items()]
             self._log(run.info.run_id, points, tags=tags or {})
             client.set_terminated(run.info.run_id, status="FINISHED", end_time=now)
             return str(run.info.run_id)
@@ -177,9 +183,13 @@ class Tracker:
         """Add one point to each metric; in a sequence ``step`` is the number of tasks learnt.
 
         The same point again, from here or from ``PoolRegistry.publish``, stays one.
+
+        Raises:
+            DivergenceError: one is no finite number; nothing is written.
         """
+        points = [(name, step, value) for name, value in metrics.items()]
+        _require_finite(f"step {step}", points)
         with reported(self.config.uri):
-            points = [(name, step, value) for name, value in metrics.items()]
             self._log(run_id, points, when=score_time(self.config, run_id, step))
 
     def log_datasets(self, run_id: str, datasets: Sequence[LoggedDataset]) -> None:
@@ -250,6 +260,17 @@ class Tracker:
             client.log_batch(run_id, params=chunk)
         if tags:
             client.log_batch(run_id, tags=[RunTag(name, _cut(value, _MAX_TAG)) for name, value in tags.items()])
+
+
+def _require_finite(what: str, points: Sequence[tuple[str, int, float]]) -> None:
+    """Refuse figures that neither MLflow's charts nor its comparisons of versions have a place for."""
+    faults = sorted({name for name, _, value in points if not math.isfinite(value)})
+    if faults:
+        raise DivergenceError(
+            f"Figures of {what} are no finite numbers, so they are not published: {', '.join(faults)}. What they are "
+            "of has diverged in training: lower the learning rate (train.learning_rate, generator.learning_rate) and "
+            "run again."
+        )
 
 
 def _cut(text: str, limit: int) -> str:

@@ -100,7 +100,7 @@ class Record(_Frozen):
     def to_text(self) -> str:
         """JSON, one field a line: what changed shows line by line."""
         fields = self.model_dump(mode="json")
-        lines = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items()]
+        lines = [f" {json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in fields.items()]
         return "\n".join(["{", ",\n".join(lines), "}", ""])
 
 

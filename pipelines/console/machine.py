@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from sapt_core.backbones.device import computes_bfloat16, default_device
+from sapt_core.backbones.device import computed_in, default_device
 from sapt_core.settings import TrainConfig
 
 
@@ -26,12 +26,11 @@ class Machine(BaseModel):
 
 def machine_of(config: TrainConfig) -> Machine:
     """The machine that this process runs on, and the numbers it trains in."""
-    auto = "bfloat16" if computes_bfloat16(default_device()) else "float32"
     return Machine(
         cpu=_cpu(),
         cores=os.cpu_count() or 1,
         gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        dtype=auto if config.precision == "auto" else config.precision,
+        dtype=computed_in(default_device(), config.precision),
     )
 
 

@@ -178,7 +178,7 @@ class MLflowPublisher:
         self._tracker.log_scores(self.run_id, len(summary["tasks"]), figures)
         said = "\n".join(warning["text"] for warning in summary["warnings"])
         self._tracker.log_tags(self.run_id, {"warnings": said or "none"})
-        self._tracker.log_artifacts(self.run_id, {"summary.json": json.dumps(summary, indent=1)})
+        self._tracker.log_artifacts(self.run_id, {"summary.json": json.dumps(summary, indent=1, allow_nan=False)})
         SequenceRun(self._tracker, self.run_id).log_report(report)
         self._tracker.finish(self.run_id, "FINISHED")
 

@@ -94,7 +94,9 @@ def pseudo_samples(context: StageContext) -> StageResult:
             checkpoints=context.checkpoints,
             on_step=on_step,
         )
-    if context.is_main and len(samples.inputs) < samples.wanted:
+    if not context.is_main:
+        return StageResult()
+    if len(samples.inputs) < samples.wanted:
         print(
             f"{context.name}: {len(samples.inputs)} of {samples.wanted} pseudo-samples, from {samples.generated} "
             f"generated texts ({samples.malformed} malformed, {samples.empty} empty, {samples.duplicate} duplicates)"
@@ -368,4 +370,4 @@ def _store_predictions(context: StageContext, predictions: list[dict[str, Any]])
 
 
 def _store_curve(context: StageContext, curve: list[dict[str, float]]) -> str:
-    return context.store.put(json.dumps(curve).encode())
+    return context.store.put(json.dumps(curve, allow_nan=False).encode())

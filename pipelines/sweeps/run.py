@@ -24,7 +24,7 @@ from pipelines.sequence.experiment import Experiment, assemble
 from pipelines.sweeps import trials
 from pipelines.sweeps.space import Scalar, Sweep, describe
 from pipelines.sweeps.trials import Setup, TrialRecord
-from sapt_core.errors import SaptError, TrackingError
+from sapt_core.errors import DivergenceError, SaptError, TrackingError
 from sapt_core.hashing import canonical_hash
 
 if TYPE_CHECKING:
@@ -244,7 +244,8 @@ class SweepRun:
                 said = f"shared by trials: {event.stage.name} in {event.record.seconds:.0f} s"
                 self._console.print(said)
 
-        run_graph(self.shared, self.store, executor, tell)
+        with suppress(DivergenceError):  # every trial that needs the stage meets it, and is recorded as failed
+            run_graph(self.shared, self.store, executor, tell)
 
     def _crown(self, chosen: TrialRecord, checked: Any) -> None:
         """Register the best trial's versions, scored on test rows as always, and give the last one the alias."""

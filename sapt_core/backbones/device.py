@@ -29,10 +29,16 @@ def default_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def computed_in(device: torch.device, precision: Precision) -> Literal["float32", "bfloat16"]:
+    """What ``precision`` comes to on ``device``: ``auto`` is bfloat16 where that is native."""
+    if precision == "auto":
+        return "bfloat16" if computes_bfloat16(device) else "float32"
+    return precision
+
+
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
-    """Autocast to bfloat16 where ``precision`` asks for it or, with ``auto``, where it is native."""
-    enabled = precision == "bfloat16" or (precision == "auto" and computes_bfloat16(device))
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+    """Autocast to bfloat16 where ``precision`` comes to that."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=computed_in(device, precision) == "bfloat16")
 
 
 def resolved_precision(precision: Precision, weights: torch.dtype, gpus: float) -> Precision:

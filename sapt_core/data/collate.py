@@ -52,6 +52,9 @@ class Collator:
     """Pads rows with ``prompt_ids`` and, for training, ``answer_ids``.
 
     Without ``definition_in_query`` the query sees a prompt from the row's ``query_start`` on.
+
+    Raises:
+        ValueError: the query sees no token of a row, so there is nothing to choose blocks by.
     """
 
     pad_token_id: int
@@ -88,6 +91,8 @@ class Collator:
     def _seen(self, row: Mapping[str, Any]) -> list[int]:
         """1 for each token of a prompt that the query may see."""
         hidden = 0 if self.definition_in_query else row["query_start"]
+        if hidden >= len(row["prompt_ids"]):
+            raise ValueError("every row needs at least one token that the query may see")
         return [0] * hidden + [1] * (len(row["prompt_ids"]) - hidden)
 
 

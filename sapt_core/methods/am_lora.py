@@ -19,7 +19,7 @@ from sapt_core.methods.base import Lesson, Method, Plan
 from sapt_core.pool.blocks.lora import LoRABlocks, LoRASite
 from sapt_core.pool.model import SaptModel
 from sapt_core.settings import LoRAConfig, PETConfig
-from sapt_core.training.trainer import Objective
+from sapt_core.training.objective import Objective
 
 
 class AMLoRA(Method):
@@ -156,7 +156,7 @@ class GatedBlocks(LoRABlocks):
 
 @dataclass(frozen=True)
 class Sparsity:
-    """``mean ‖g‖₁`` over positions and sites, without the zero LoRA's; a ``sapt_core.training.trainer.Penalty``."""
+    """``mean ‖g‖₁`` over positions and sites, without the zero LoRA's; a ``sapt_core.training.objective.Penalty``."""
 
     weight: float
     name = "sparsity"

@@ -17,6 +17,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 import torch
 from pydantic import BeforeValidator, SerializeAsAny
+from safetensors.torch import save as save_tensors
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -25,13 +26,14 @@ from sapt_core.blobs import BlobStore
 from sapt_core.data.collate import Batch
 from sapt_core.data.prepare import PreparedTask, PromptEncoder
 from sapt_core.data.task import LearntTask
+from sapt_core.errors import DivergenceError
 from sapt_core.judging.decoding import pooled_embeddings
 from sapt_core.pool.blocks.base import PETBlocks
 from sapt_core.pool.model import SaptModel
 from sapt_core.pool.pool import new_blocks
 from sapt_core.settings import AttentionConfig, PETConfig, ReflectionConfig, Section, TrainConfig
+from sapt_core.training.objective import Objective, Row
 from sapt_core.training.reflection import GaussianQueries, RecordedAttention
-from sapt_core.training.trainer import Objective, Row
 
 Kept: TypeAlias = Sequence[str] | GaussianQueries
 """What reflection has of an earlier task: inputs as text, or the statistics of their pooled embeddings."""
@@ -195,6 +197,21 @@ class Method(Section):
     def end(self, lesson: Lesson) -> Mapping[str, bytes]:
         """What to save beside the blocks, by name; what earlier tasks saved under other names stays."""
         return {}
+
+
+def packed(what: str, tensors: Mapping[str, Tensor]) -> bytes:
+    """Tensors as a method saves them.
+
+    Raises:
+        DivergenceError: a number among them is none, and every later version would inherit it.
+    """
+    faults = sorted(name for name, value in tensors.items() if not value.isfinite().all())
+    if faults:
+        raise DivergenceError(
+            f"{what} holds numbers that are not finite, in {len(faults)} of {len(tensors)} tensors, first {faults[0]}. "
+            "Nothing of it is recorded: lower train.learning_rate and run again."
+        )
+    return save_tensors({name: value.contiguous() for name, value in tensors.items()})
 
 
 DEFAULT = "sapt"

@@ -9,14 +9,14 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from sapt_core.backbones.device import autocast
-from sapt_core.methods.base import Lesson, Method, Plan
+from sapt_core.methods.base import Lesson, Method, Plan, packed
 from sapt_core.pool.model import SaptModel
+from sapt_core.training.objective import Objective
 from sapt_core.training.rehearsal import choose
-from sapt_core.training.trainer import Objective, step_seed
+from sapt_core.training.trainer import step_seed
 
 STATE = "fisher"
 
@@ -57,8 +57,8 @@ class EWC(Method):
             value = parameter.detach().cpu()
             for part, added in zip(PARTS, (fisher[name], fisher[name] * value), strict=True):
                 old = before.get(f"{part}/{name}", torch.zeros_like(added))
-                tensors[f"{part}/{name}"] = (old + added).contiguous()
-        return {STATE: save_tensors(tensors)}
+                tensors[f"{part}/{name}"] = old + added
+        return {STATE: packed("The Fisher information", tensors)}
 
 
 PARTS = ("stiffness", "pull")
@@ -78,6 +78,7 @@ class Springs:
     pull: Mapping[str, Tensor]
     name = "springs"
     per_micro_batch = False
+    runs_rows = False
 
     def draw(self, generator: torch.Generator) -> None:
         return None

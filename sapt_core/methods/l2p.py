@@ -17,7 +17,7 @@ from sapt_core.pool.attention import vocabulary_moments
 from sapt_core.pool.blocks.base import Handle, Mixture, PETBlocks, embedding_matrix
 from sapt_core.pool.model import SaptModel
 from sapt_core.settings import PETConfig, PromptConfig
-from sapt_core.training.trainer import Objective
+from sapt_core.training.objective import Objective
 
 
 class L2P(Method):
@@ -125,7 +125,7 @@ class KeyedPrompts(PETBlocks):
 
 @dataclass(frozen=True)
 class Pull:
-    """``mean_{picked} (1 − cos(q, k))``; a ``sapt_core.training.trainer.Penalty``."""
+    """``mean_{picked} (1 − cos(q, k))``; a ``sapt_core.training.objective.Penalty``."""
 
     weight: float
     name = "pull"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple, Self
 
 import torch
 from pydantic import Field
@@ -12,14 +12,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sapt_core.backbones.device import default_device
-from sapt_core.data.collate import Collator
+from sapt_core.data.collate import Batch, Collator
 from sapt_core.data.task import LearntTask
 from sapt_core.data.templates import ANSWER_MARKER, INPUT_MARKER, PromptPieces
 from sapt_core.methods.base import Lesson, Method, Plan
 from sapt_core.pool.model import SaptModel
 from sapt_core.settings import GeneratorConfig
 from sapt_core.training.generator import SOURCE, sample
-from sapt_core.training.trainer import Objective, Row, step_seed
+from sapt_core.training.objective import Objective, Row
+from sapt_core.training.trainer import step_seed
+from sapt_core.training.workers import shared
 
 
 class LFPT5(Method):
@@ -32,6 +34,7 @@ class LFPT5(Method):
 
     name: Literal["lfpt5"] = "lfpt5"
 
+    version: ClassVar[int] = 2
     summary: ClassVar[str] = "one block that writes the samples it replays (LFPT5, arXiv 2110.07298)"
 
     share: float = Field(
@@ -48,7 +51,8 @@ class LFPT5(Method):
         lesson.model.to(default_device()).eval()
         writer = _Writer(lesson, self)
         earlier = lesson.earlier
-        pseudo = [each for index, task in enumerate(earlier) for each in writer.samples(task, index)]
+        texts = shared(len(earlier), lambda index: writer.texts(earlier[index], index))
+        pseudo = [each for task, found in zip(earlier, texts, strict=True) for each in writer.samples(task, found)]
         terms: list[WritingTerm | ConsistencyTerm] = []
         collator = lesson.model.collator(lesson.tokenizer.pad_token_id)
         size = lesson.train.batch_size
@@ -94,8 +98,8 @@ class _Writer:
         answers = self.lesson.tokenizer.batch_decode(list(train["answer_ids"]), skip_special_tokens=True)
         return self.written(self.lesson.learnt, list(zip(map(str, train["input"]), answers, strict=True)))
 
-    def samples(self, task: LearntTask, index: int) -> list[_Sample]:
-        """Clean samples of an earlier task, as many as its share of the new task's rows or fewer."""
+    def texts(self, task: LearntTask, index: int) -> dict[str, str]:
+        """Clean inputs of an earlier task with their answers, as many as its share of the new task's rows or fewer."""
         method, model = self.method, self.lesson.model
         config = GeneratorConfig(
             content="pairs",
@@ -115,6 +119,10 @@ class _Writer:
             config=config,
             precision=self.lesson.train.precision,
         )
+        return found
+
+    def samples(self, task: LearntTask, found: Mapping[str, str]) -> list[_Sample]:
+        """What was written of a task, as rows."""
         if not found:
             return []
         pairs = list(found.items())
@@ -124,22 +132,35 @@ class _Writer:
 
 @dataclass(frozen=True)
 class _OfRows:
-    """A ``sapt_core.training.trainer.Term`` on at most ``batch_size`` random rows a step."""
+    """A ``sapt_core.training.objective.Term`` on at most ``batch_size`` random rows a step."""
 
     weight: float
     rows: tuple[Row, ...]
     collator: Collator
     batch_size: int
     per_micro_batch = False
+    runs_rows = True
 
-    def draw(self, generator: torch.Generator) -> list[int]:
-        return torch.randperm(len(self.rows), generator=generator)[: self.batch_size].tolist()
+    def draw(self, generator: torch.Generator) -> list[_Chosen]:
+        rows = torch.randperm(len(self.rows), generator=generator)[: self.batch_size].tolist()
+        tokens = sum(len(self.rows[row]["answer_ids"]) for row in rows)
+        return [_Chosen(row, tokens) for row in rows]
 
-    def seen(self, model: SaptModel, drawn: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Logits (B, P, V) and labels (B, P) of the drawn rows."""
-        batch = self.collator([self.rows[index] for index in drawn]).to(next(model.backbone.parameters()).device)
-        assert batch.labels is not None  # noqa: S101 - a training batch has labels
-        return model(batch), batch.labels
+    def seen(self, model: SaptModel, drawn: Sequence[_Chosen]) -> tuple[Tensor, Batch]:
+        """Logits (B, P, V) of the drawn rows, and the batch that they are, on the CPU."""
+        batch = self.collator([self.rows[each.row] for each in drawn])
+        return model(batch.to(next(model.backbone.parameters()).device)), batch
+
+    def to(self, device: torch.device) -> Self:
+        """Itself: only what is drawn is moved."""
+        return self
+
+
+class _Chosen(NamedTuple):
+    """A row of a term's by its index, drawn for a step in which the answers of all drawn rows have so many tokens."""
+
+    row: int
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -148,28 +169,30 @@ class WritingTerm(_OfRows):
 
     name = "writing"
 
-    def value(self, model: SaptModel, drawn: Sequence[int]) -> Tensor:
-        return model.token_loss(*self.seen(model, drawn)) / sum(len(self.rows[i]["answer_ids"]) for i in drawn)
-
-    def to(self, device: torch.device) -> WritingTerm:
-        return self
+    def value(self, model: SaptModel, drawn: Sequence[_Chosen]) -> Tensor:
+        logits, batch = self.seen(model, drawn)
+        assert batch.labels is not None  # noqa: S101 - a training batch has labels
+        return model.token_loss(logits, batch.labels.to(logits.device)) / drawn[0].tokens
 
 
 @dataclass(frozen=True)
 class ConsistencyTerm(_OfRows):
-    """``KL(p_before ‖ p_now)``, mean over the answer tokens of pseudo-samples."""
+    """``KL(p_before ‖ p_now)``, mean over the answer tokens of pseudo-samples.
+
+    Attributes:
+        before: logits (L, V) of every row's answer, in float32 on the CPU: all of them would fill a GPU.
+    """
 
     before: tuple[Tensor, ...]
     name = "consistency"
 
-    def value(self, model: SaptModel, drawn: Sequence[int]) -> Tensor:
-        logits, labels = self.seen(model, drawn)
-        parts, tokens = [], 0
-        for place, index in enumerate(drawn):
-            now = model.answer_logits(logits[place], labels[place])
-            parts.append(F.kl_div(now.log_softmax(-1), self.before[index].softmax(-1), reduction="sum"))
-            tokens += len(now)
-        return torch.stack(parts).sum() / tokens
-
-    def to(self, device: torch.device) -> ConsistencyTerm:
-        return replace(self, before=tuple(each.to(device) for each in self.before))
+    def value(self, model: SaptModel, drawn: Sequence[_Chosen]) -> Tensor:
+        logits, batch = self.seen(model, drawn)
+        assert batch.labels is not None  # noqa: S101 - a training batch has labels
+        parts = []
+        for place, each in enumerate(drawn):
+            # Labels on the CPU say where the answer is without waiting for the device.
+            now = model.answer_logits(logits[place], batch.labels[place])
+            before = self.before[each.row].to(now.device)
+            parts.append(F.kl_div(now.log_softmax(-1), before.softmax(-1), reduction="sum"))
+        return torch.stack(parts).sum() / drawn[0].tokens

@@ -12,7 +12,7 @@ from torch import Tensor
 from sapt_core.methods.base import Lesson, Method, Plan
 from sapt_core.pool.blocks.lora import LoRABlocks
 from sapt_core.pool.model import SaptModel
-from sapt_core.training.trainer import Objective
+from sapt_core.training.objective import Objective
 
 
 class OLoRA(Method):
@@ -40,6 +40,7 @@ class Orthogonality:
     weight: float
     name = "orthogonality"
     per_micro_batch = False
+    runs_rows = False
 
     def draw(self, generator: torch.Generator) -> None:
         return None

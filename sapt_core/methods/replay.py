@@ -8,8 +8,9 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from sapt_core.methods.base import Lesson, Method, Plan
+from sapt_core.training.objective import Row
 from sapt_core.training.rehearsal import choose, pack, unpack
-from sapt_core.training.trainer import Row, step_seed
+from sapt_core.training.trainer import step_seed
 
 
 class Rehearsal(Method):

@@ -11,8 +11,8 @@ from torch import Tensor
 from sapt_core.judging.decoding import pooled_embeddings
 from sapt_core.methods.base import Lesson, Method, Plan
 from sapt_core.pool.blocks.base import embedding_matrix
+from sapt_core.training.objective import Objective
 from sapt_core.training.reflection import GaussianQueries, Memory, RecordedAttention, Reflection, StoredQueries
-from sapt_core.training.trainer import Objective
 
 
 class SharedAttentiveLearning(Method):

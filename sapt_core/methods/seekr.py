@@ -14,7 +14,6 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PretrainedConfig
@@ -22,11 +21,12 @@ from transformers import PretrainedConfig
 from sapt_core.backbones.device import autocast, default_device
 from sapt_core.data.collate import Batch, Collator
 from sapt_core.errors import BackboneError
-from sapt_core.methods.base import Lesson, Method, Plan
+from sapt_core.methods.base import Lesson, Method, Plan, packed
 from sapt_core.methods.replay import memory_name, remembered
 from sapt_core.pool.model import SaptModel
+from sapt_core.training.objective import Objective, Row
 from sapt_core.training.rehearsal import choose, pack
-from sapt_core.training.trainer import Objective, Row, step_seed
+from sapt_core.training.trainer import step_seed
 
 IMPORTANCE = "importance"
 EAGER = "eager"  # the only kind of attention that keeps its maps
@@ -41,7 +41,7 @@ class Seekr(Method):
 
     name: Literal["seekr"] = "seekr"
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     summary: ClassVar[str] = "replay that distils logits and selected attention heads (SEEKR, arXiv 2411.06171)"
     pet_types: ClassVar[tuple[str, ...]] = ("lora", "full")
 
@@ -113,8 +113,8 @@ class Seekr(Method):
         lesson.model.backbone.set_attn_implementation(lesson.notes["usual"])
         return {
             memory_name(lesson.index): pack(rows),
-            teacher_name(lesson.index): save_tensors({name: value.contiguous() for name, value in teacher.items()}),
-            IMPORTANCE: save_tensors(sums),
+            teacher_name(lesson.index): packed("What the model answered", teacher),
+            IMPORTANCE: packed("The heads' importance", sums),
         }
 
 
@@ -234,6 +234,8 @@ class _Taught:
         row: token ids.
         logits: (L, V) at the places of the answer's tokens.
         maps: by layer: heads (h), query positions (q) and attention (h, q, K).
+
+    On the CPU in half precision, as they are saved: on a GPU the teachers of some tasks are gigabytes.
     """
 
     row: Row
@@ -244,19 +246,23 @@ class _Taught:
     def read(cls, row: Row, tensors: Mapping[str, Tensor], index: int) -> _Taught:
         """The ``index``-th row of a task, with what was saved of the task's teacher."""
         maps = {
-            layer: (heads, tensors[f"{index}/queries {layer}"], tensors[f"{index}/map {layer}"].float())
+            layer: (heads, tensors[f"{index}/queries {layer}"], tensors[f"{index}/map {layer}"])
             for layer, heads in by_layer(tensors["heads"]).items()
         }
-        return cls(row, tensors[f"{index}/logits"].float(), maps)
+        return cls(row, tensors[f"{index}/logits"], maps)
 
     def to(self, device: torch.device) -> _Taught:
-        maps = {layer: (heads, at.to(device), kept.to(device)) for layer, (heads, at, kept) in self.maps.items()}
-        return replace(self, logits=self.logits.to(device), maps=maps)
+        """The same there and in float32, which holds every half to the last bit, so that sums lose nothing."""
+        maps = {
+            layer: (heads, at.to(device), kept.to(device, torch.float32))
+            for layer, (heads, at, kept) in self.maps.items()
+        }
+        return replace(self, logits=self.logits.to(device, torch.float32), maps=maps)
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """What a step adds for the rows of memory that it draws; a ``sapt_core.training.trainer.Term``.
+    """What a step adds for the rows of memory that it draws; a ``sapt_core.training.objective.Term``.
 
     Attributes:
         taught: all rows of memory.
@@ -277,6 +283,7 @@ class Distillation:
     weight: float = 1.0
     name = "seekr"
     per_micro_batch = False
+    runs_rows = True
 
     def draw(self, generator: torch.Generator) -> list[int]:
         """Different rows; a fraction of a row is one row so often."""
@@ -286,11 +293,9 @@ class Distillation:
 
     def value(self, model: SaptModel, drawn: Sequence[int]) -> Tensor:
         device = next(model.backbone.parameters()).device
-        if not drawn:
-            return torch.zeros((), device=device)
-        rows = [self.taught[index] for index in drawn]
-        batch = self.collator([each.row for each in rows]).to(device)
-        logits, maps = model.attend(batch)
+        rows = [self.taught[index].to(device) for index in drawn]
+        batch = self.collator([each.row for each in rows])
+        logits, maps = model.attend(batch.to(device))
         parts = self.parts(model, batch, logits, maps, rows)
         answers = self.replay * parts["replay"] + (1 - self.replay) * parts["logits"]
         # By tokens, as in the trainer's batches: by rows, long answers count for too little beside a task of labels.
@@ -301,7 +306,10 @@ class Distillation:
     def parts(
         self, model: SaptModel, batch: Batch, logits: Tensor, maps: Sequence[Tensor], rows: Sequence[_Taught]
     ) -> dict[str, Tensor]:
-        """The three terms: means over tokens, and over rows, layers, heads and query positions."""
+        """The three terms: means over tokens, and over rows, layers, heads and query positions.
+
+        The batch is on the CPU, where its labels say where the answers are without waiting for the device.
+        """
         assert batch.labels is not None  # noqa: S101 - a training batch has labels
         tokens = sum(len(each.logits) for each in rows)
         soft, held = [], []
@@ -313,10 +321,11 @@ class Distillation:
                 divergence = torch.xlogy(kept, kept) - kept * now.clamp_min(torch.finfo(now.dtype).tiny).log()
                 held.append(divergence.sum(dim=-1).mean() / len(each.maps))
         return {
-            "replay": model.token_loss(logits, batch.labels) / tokens,
+            "replay": model.token_loss(logits, batch.labels.to(logits.device)) / tokens,
             "logits": torch.stack(soft).sum() / tokens,
             "attention": torch.stack(held).sum() / len(rows),
         }
 
     def to(self, device: torch.device) -> Distillation:
-        return replace(self, taught=tuple(each.to(device) for each in self.taught))
+        """Itself: only what is drawn is moved."""
+        return self

@@ -21,7 +21,9 @@ from sapt_core.data.templates import ANSWER_MARKER, INPUT_MARKER, PromptPieces
 from sapt_core.pool.model import SaptModel
 from sapt_core.pool.pool import new_pool
 from sapt_core.settings import GeneratorConfig, TrainConfig
-from sapt_core.training.trainer import Objective, step_seed, train
+from sapt_core.training.objective import Objective
+from sapt_core.training.trainer import step_seed, train
+from sapt_core.training.workers import shared
 
 SOURCE = "__gen__"
 
@@ -94,10 +96,13 @@ def generate_pseudo_samples(
             objective=Objective(),
             checkpoints=checkpoints,
             on_step=on_step,
+            section="generator",
         )
         wanted = max(config.min_samples, round(config.share * len(rows)))
         torch.manual_seed(step_seed(seed, "sample"))
-        kept, counts = sample(model, tokenizer, source, wanted=wanted, config=config, precision=precision)
+        ((kept, counts),) = shared(
+            1, lambda _: sample(model, tokenizer, source, wanted=wanted, config=config, precision=precision)
+        )
     finally:
         model.detach()
     known = set(answers)

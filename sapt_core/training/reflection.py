@@ -129,9 +129,10 @@ class Drawn(NamedTuple):
 
 
 class Reflection:
-    """The KL term over all earlier tasks; a ``sapt_core.training.trainer.Term``."""
+    """The KL term over all earlier tasks; a ``sapt_core.training.objective.Term``."""
 
     name = "kl"
+    runs_rows = False
 
     def __init__(
         self, memories: Sequence[Memory], batch_size: int, weight: float, *, per_micro_batch: bool = False

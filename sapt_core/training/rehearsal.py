@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from sapt_core.training.trainer import Row
+from sapt_core.training.objective import Row
 
 COLUMNS = ("prompt_ids", "answer_ids", "query_start")
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sapt_core.backbones.device import Precision
@@ -15,7 +15,7 @@ from sapt_core.backbones.reference import BackboneRef
 from sapt_core.blobs import BlobStore, Checkpoints
 from sapt_core.data.prepare import PreparedTask
 from sapt_core.data.task import LearntTask
-from sapt_core.errors import SnapshotError
+from sapt_core.errors import DivergenceError, SnapshotError
 from sapt_core.judging import metrics
 from sapt_core.judging.decoding import answer
 from sapt_core.methods.base import Kept, Lesson, Method
@@ -24,6 +24,7 @@ from sapt_core.pool.pool import PETPool
 from sapt_core.settings import AttentionConfig, EvaluationConfig, PETConfig, ReflectionConfig, TrainConfig
 from sapt_core.training.reflection import RecordedAttention
 from sapt_core.training.trainer import step_seed, train
+from sapt_core.training.workers import gathered, place
 from sapt_core.versions.loading import empty_pool, load_blob, load_blocks, load_router, store_block, store_router
 from sapt_core.versions.manifest import Manifest, require_backbone
 
@@ -96,6 +97,7 @@ def learn_task(
 
     Raises:
         SnapshotError: ``parent`` belongs to another backbone, method or kind of pool.
+        DivergenceError: a figure of the training, or of what it made, is no finite number.
     """
     method, pet, store, tokenizer = settings.method, settings.pet, place.store, place.tokenizer
     shared_attention = settings.attention if method.shared_attention else None
@@ -151,6 +153,11 @@ def learn_task(
         saved = {name: store.put(data) for name, data in method.end(lesson).items()}
         pool.cpu()
         target = method.mixture(lesson)
+        if not all(map(math.isfinite, target)):
+            raise DivergenceError(
+                f"After {task.name} the attention over the blocks is no number any more: {target}. Nothing of it is "
+                "recorded: lower train.learning_rate or attention.learning_rate_ratio, and run again."
+            )
         block = store_block(pool, store)
         grows = method.pool == "block per task"
         manifest = Manifest(
@@ -227,15 +234,11 @@ def _score_dev(
     precision: Precision,
 ) -> float:
     """Dev score, each worker answering its share of the rows."""
-    spread = dist.is_available() and dist.is_initialized()
-    rank, world = (dist.get_rank(), dist.get_world_size()) if spread else (0, 1)
+    rank, world = place()
     rows: list[dict[str, Any]] = list(task.dev)[rank::world]
     texts: list[str] = []
     if rows:
         texts, _ = answer(model, tokenizer, rows, evaluation, max_new_tokens=max_new_tokens, precision=precision)
     pairs = [(text, row["references"]) for text, row in zip(texts, rows, strict=True)]
-    if spread:
-        gathered: list[list[tuple[str, list[str]]]] = [[] for _ in range(world)]
-        dist.all_gather_object(gathered, pairs)
-        pairs = [pair for part in gathered for pair in part]
+    pairs = [pair for part in gathered(pairs) for pair in part]
     return metrics.score(task.metric, [text for text, _ in pairs], [references for _, references in pairs])

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, FiniteFloat, PrivateAttr, ValidationError, model_validator
 
 from sapt_core.backbones.reference import BackboneRef
 from sapt_core.data.task import LearntTask
@@ -50,7 +50,7 @@ class Manifest(BaseModel):
     tasks: tuple[LearntTask, ...]
     blocks: tuple[Digest, ...]
     router: Digest | None
-    targets: tuple[tuple[float, ...], ...]
+    targets: tuple[tuple[FiniteFloat, ...], ...]
     state: dict[str, Digest] = {}
     parent: Digest | None
 
@@ -87,7 +87,10 @@ class Manifest(BaseModel):
 
     def to_bytes(self) -> bytes:
         """Canonical JSON; of a manifest that an earlier release wrote, the very bytes."""
-        return self._written or json.dumps(self.model_dump(mode="json"), sort_keys=True, indent=1).encode()
+        return (
+            self._written
+            or json.dumps(self.model_dump(mode="json"), sort_keys=True, indent=1, allow_nan=False).encode()
+        )
 
     @property
     def digest(self) -> str:
@@ -134,7 +137,7 @@ class Manifest(BaseModel):
             SnapshotError: not a manifest, or written by a newer release.
         """
         try:
-            value: Any = json.loads(data)
+            value: Any = json.loads(data, parse_constant=_refuse)
         except ValueError as error:
             raise SnapshotError(f"The snapshot's manifest is not JSON: {error}") from error
         version = value.get("schema_version") if isinstance(value, dict) else None
@@ -156,6 +159,10 @@ class Manifest(BaseModel):
         if version != SCHEMA_VERSION:
             manifest._written = data
         return manifest
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"it holds {constant}, so its training diverged; learn it anew with a lower train.learning_rate")
 
 
 def require_backbone(manifest: Manifest, ref: BackboneRef) -> None:

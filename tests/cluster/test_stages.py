@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from cluster.stages import (
     stage_key,
 )
 from cluster.store import LocalStore, patience
-from sapt_core.errors import DataError, StoreError, StoreUnavailableError
+from sapt_core.errors import DataError, DivergenceError, StoreError, StoreUnavailableError
 from tests.states import load, save
 
 
@@ -184,6 +185,19 @@ def test_failure_keeps_finished_work_and_starts_nothing_new(graph: Graph) -> Non
     graph.errors.clear()
     graph.run()
     assert graph.ran == ["right", "both", "top"]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, [[1.0], [math.nan]], {"kl": -math.inf}])
+def test_a_figure_that_is_no_number_is_never_recorded(graph: Graph, value: object) -> None:
+    """A record is JSON, which has no such number: a reader would meet null, and in another place."""
+    stage = Stage("attend[v01]", "attend", lambda _: StageResult(metrics={"rows": 3, "weights": value}))
+    with pytest.raises(
+        DivergenceError, match=r"attend\[v01\] gave figures that are no finite numbers: weights\. Nothing"
+    ):
+        run_graph([stage], graph.store, InlineExecutor(graph.store))
+    assert graph.store.read_record(stage_key(stage, {})) is None
+    with pytest.raises(ValueError, match="Out of range float"):
+        graph.store.commit_record("f00d" * 16, {"weights": value})
 
 
 def test_interrupt_travels(graph: Graph) -> None:

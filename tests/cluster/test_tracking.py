@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import shutil
@@ -24,7 +25,7 @@ from sqlalchemy.engine import Engine
 from cluster.tracking import service
 from cluster.tracking.runs import LoggedDataset, Tracker, metric_name
 from cluster.tracking.service import check, check_readable, client_of, resolved
-from sapt_core.errors import TrackingError
+from sapt_core.errors import DivergenceError, TrackingError
 from sapt_core.settings import TrackingConfig
 
 pytest_plugins = ["tests.mlflow_servers"]
@@ -338,6 +339,29 @@ def test_stage_is_a_finished_child_with_its_curves(tracker: Tracker, config: Tra
     assert run.data.metrics["loss"] == 0.25
     assert run.data.metrics["seconds"] == 90.0
     assert [(point.step, point.value) for point in client.get_metric_history(run_id, "train/loss")] == curve
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_figure_that_is_no_number_is_told_and_nothing_is_written(
+    tracker: Tracker, config: TrackingConfig, value: float
+) -> None:
+    parent = start(tracker)
+    said = (
+        r"Figures of train\[01 b\] are no finite numbers, so they are not published: kl, loss\. .*train\.learning_rate"
+    )
+    with pytest.raises(DivergenceError, match=said):
+        tracker.log_stage(
+            parent,
+            "train[01 b]",
+            key="f00d",
+            metrics={"kl": value, "rows": 3},
+            curves={"loss": [(1, value)]},
+            seconds=1,
+        )
+    with pytest.raises(DivergenceError, match="Figures of step 2 are no finite numbers.*: ap"):
+        tracker.log_scores(parent, 2, {"ap": value, "f_ra": 0.0})
+    (run,) = runs(config)
+    assert run.data.metrics == {}
 
 
 def test_stage_is_written_once_under_each_parent(tracker: Tracker, config: TrackingConfig) -> None:

@@ -81,6 +81,14 @@ def test_all_faults_of_a_config_at_once(refuse: Refuse) -> None:
     assert "'synthetic'" in found["benchmark.suite"]
 
 
+def test_a_number_that_is_none(refuse: Refuse) -> None:
+    found = faults(
+        refuse("train.learning_rate=.inf", "train.epochs=.inf", "reflection.weight=.nan", "pet.lora_alpha=.inf")
+    )
+    assert len(found) == 4
+    assert all("finite number" in fault for fault in found)
+
+
 def test_overrides_without_a_value(refuse: Refuse) -> None:
     message = refuse("train.epochs", "=3", "seed=[1")
     assert [fault.partition(":")[0] for fault in faults(message)] == ["'train.epochs'", "'=3'", "seed"]

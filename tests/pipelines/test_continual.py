@@ -129,6 +129,36 @@ def test_a_blob_that_is_gone_is_made_again(
     assert blob.is_file()
 
 
+def test_a_rate_that_diverges_is_told_and_leaves_no_version(
+    copied: Finished, call: Callable[[Callable[[], None], list[str]], Outcome]
+) -> None:
+    """The same command with a lower rate then goes on, and what does not hang on the rate is not done again."""
+    known = records(copied.store)
+    given = [*command(copied.store)[2:], "evaluation.single_task=false"]
+    ended = call(continual.main, [*given, "train.learning_rate=1e30"])
+    assert ended.code == 2, ended.err
+    assert ended.err.startswith("error: Training has diverged at step 2 of 24: loss is nan, gradient norm is nan.")
+    assert "at a learning rate of 1e+30" in ended.err
+    assert "lower train.learning_rate" in ended.err
+    assert "train[00 animal] failed" in ended.out
+    assert records(copied.store) == known
+    assert all(b"NaN" not in path.read_bytes() for path in copied.store.rglob("*.json"))
+    lower = call(continual.main, [*given, "train.learning_rate=0.004"])
+    assert lower.code == 0, lower.err
+    added = {name for name, _ in (records(copied.store)[key] for key in records(copied.store).keys() - known.keys())}
+    assert {"train[00 animal]", "train[01 basket]"} <= added
+    assert not [name for name in added if name.startswith(("prepare", "pseudo_samples"))]
+
+
+def test_a_generator_that_diverges_is_told_with_its_own_rate(
+    copied: Finished, call: Callable[[Callable[[], None], list[str]], Outcome]
+) -> None:
+    ended = call(continual.main, [*command(copied.store)[2:], "generator.learning_rate=1e30", "generator.steps=3"])
+    assert ended.code == 2, ended.err
+    assert "Training has diverged at step 2 of 3" in ended.err
+    assert "lower generator.learning_rate" in ended.err
+
+
 def test_another_weight_of_reflection_shares_what_it_does_not_reach(
     copied: Finished, call: Callable[[Callable[[], None], list[str]], Outcome]
 ) -> None:

@@ -243,6 +243,17 @@ def test_a_trial_that_fails_is_shown_and_the_others_go_on(
     assert [each.state for each in kept(written(tmp_path))] == ["finished"] * 4
 
 
+def test_a_rate_that_diverges_fails_its_trials_and_not_the_sweep(tmp_path: Path, call: Call) -> None:
+    """Although both trials of that rate share the stage that diverges, which runs before the first trial."""
+    space = "\n  train.learning_rate: {values: [1.0e+30, 0.003]}\n  reflection.weight: {values: [0.1, 2.0]}"
+    path = written(tmp_path, space=space)
+    ended = call(command.main, ["--config", str(path), "--inline"])
+    assert ended.code == 0, ended.err
+    assert {each.state for each in kept(path) if each.point["train.learning_rate"] > 1} == {"failed"}
+    assert [each.state for each in kept(path) if each.point["train.learning_rate"] < 1] == ["finished", "finished"]
+    assert "Training has diverged at step 2" in " ".join(ended.out.split())
+
+
 def test_no_trial_to_the_end(tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(*_: Any) -> None:
         raise SaptError("never")

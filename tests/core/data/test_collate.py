@@ -59,6 +59,20 @@ def test_prompts_are_padded_for_generation(is_encoder_decoder: bool, second: lis
     assert torch.equal(batch.query_mask, batch.attention_mask.bool())
 
 
+@pytest.mark.parametrize("is_encoder_decoder", [True, False])
+def test_a_row_of_which_the_query_sees_nothing_is_refused(is_encoder_decoder: bool) -> None:
+    """Where the mask is made: to look at it on a GPU would be a wait in every forward."""
+    hidden = {"prompt_ids": [5, 6], "answer_ids": [1], "query_start": 2}
+    empty = {"prompt_ids": [], "answer_ids": [1], "query_start": 0}
+    collator = Collator(0, is_encoder_decoder, definition_in_query=False)
+    for row, made in ((hidden, collator), (empty, Collator(0, is_encoder_decoder))):
+        with pytest.raises(ValueError, match="at least one token that the query may see"):
+            made([ROWS[0], row])
+        with pytest.raises(ValueError, match="at least one token that the query may see"):
+            made.prompts([ROWS[0], row])
+    assert Collator(0, is_encoder_decoder)([hidden]).query_mask.sum() == 2
+
+
 @given(
     st.lists(
         st.tuples(st.lists(st.integers(2, 99), min_size=1, max_size=9), st.lists(st.integers(2, 99), max_size=5)),

@@ -15,7 +15,7 @@ from sapt_core.errors import SnapshotError
 from sapt_core.methods.base import Lesson, Method, Plan, find_method, known_methods
 from sapt_core.pool.model import SaptModel
 from sapt_core.settings import FullConfig, PETConfig, PromptConfig
-from sapt_core.training.trainer import Objective
+from sapt_core.training.objective import Objective
 from sapt_core.versions.loading import load_pool
 from sapt_core.versions.manifest import Manifest
 from tests.core.lessons import learn, sequence
@@ -99,6 +99,7 @@ class Toy(Method):
 class Shrink:
     name = "shrink"
     per_micro_batch = False
+    runs_rows = False
 
     def __init__(self, weight: float) -> None:
         self.weight = weight

@@ -100,7 +100,9 @@ def test_lfpt5_replays_what_its_block_writes(monkeypatch: pytest.MonkeyPatch) ->
     assert isinstance(consistency, lfpt5.ConsistencyTerm)
     assert len(writing.rows) == 12
     assert writing.rows[-1]["prompt_ids"] == asked[0]
-    assert consistency.value(taught.model.eval(), [0, 1]).item() == pytest.approx(0, abs=1e-5)
+    drawn = consistency.draw(torch.Generator())
+    assert {each.row for each in drawn} == {0, 1}
+    assert consistency.value(taught.model.eval(), drawn).item() == pytest.approx(0, abs=1e-5)
     pool = taught.model.pool
     pool.blocks.load_current({name: value + 0.1 for name, value in pool.blocks.current_state().items()})
     expected, tokens = 0.0, 0
@@ -113,7 +115,7 @@ def test_lfpt5_replays_what_its_block_writes(monkeypatch: pytest.MonkeyPatch) ->
                     sum(a * (math.log(a) - math.log(b)) for a, b in zip(p.tolist(), q.tolist(), strict=True))
                 )
                 tokens += 1
-    assert consistency.value(taught.model, [0, 1]).item() == pytest.approx(expected / tokens, rel=1e-3)
+    assert consistency.value(taught.model, drawn).item() == pytest.approx(expected / tokens, rel=1e-3)
 
 
 def test_lfpt5_goes_on_after_a_sample_of_any_length(monkeypatch: pytest.MonkeyPatch) -> None:

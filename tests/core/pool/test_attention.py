@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sapt_core.pool.attention import SharedAttention, max_pool, vocabulary_moments
 from sapt_core.pool.pool import PETPool, new_pool
@@ -140,9 +142,38 @@ def test_the_pool_takes_the_largest_visible_value(batch: int, length: int, width
             assert pooled[b, d].item() == max(embeddings[b, s, d].item() for s in range(length) if mask[b][s])
 
 
-def test_a_row_without_tokens_is_refused() -> None:
-    with pytest.raises(ValueError, match="at least one token"):
-        max_pool(torch.zeros(2, 3, 4), torch.tensor([[1, 0, 0], [0, 0, 0]]))
+def test_pooling_makes_no_copy_of_all_embeddings_in_float32() -> None:
+    """Of half as many bytes the maximum is the same to the last bit, and only it is cast."""
+    embeddings, mask = torch.randn(4, 64, 32).bfloat16(), torch.rand(4, 64) < 0.5
+    widest = 0
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal widest
+            made = function(*args, **(kwargs or {}))
+            if made.dtype == torch.float32:
+                widest = max(widest, made.numel())
+            return made
+
+    with Watched():
+        pooled = max_pool(embeddings, mask)
+    assert widest == 4 * 32
+    before = embeddings.float().masked_fill(~mask.unsqueeze(-1), -math.inf).amax(dim=1)
+    assert pooled.dtype == torch.float32
+    assert torch.equal(pooled, before)
+
+
+def test_the_moments_are_those_of_draws_one_by_one() -> None:
+    embedding = torch.randn(50, 6).bfloat16()
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for _ in range(150):
+        tokens = torch.randint(len(embedding), (7,), generator=generator)
+        rows.append(embedding[tokens].float().amax(dim=0))
+    pooled = torch.stack(rows)
+    mean, deviation = vocabulary_moments(embedding, draws=150, length=7)
+    assert torch.equal(mean, pooled.mean(dim=0))
+    assert torch.equal(deviation, pooled.std(dim=0, correction=0))
 
 
 def test_attention_stays_in_float32_under_autocast() -> None:

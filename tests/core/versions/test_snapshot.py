@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,12 @@ def edited(**changes: Any) -> bytes:
     return json.dumps(json.loads(manifest.to_bytes()) | changes).encode()
 
 
+def test_no_manifest_holds_a_weight_that_is_no_number() -> None:
+    manifest, _ = stored("t5", DictStore())
+    with pytest.raises(ValueError, match="finite number"):
+        Manifest(**{**dict(manifest), "targets": ((1.0,), (0.5, math.inf), (0.2, 0.3, 0.5))})
+
+
 def test_a_manifest_that_cannot_be_understood_is_refused() -> None:
     for data, message in (
         (b"\xff\xfe", "not JSON"),
@@ -182,6 +189,7 @@ def test_a_manifest_that_cannot_be_understood_is_refused() -> None:
         (edited(blocks=["0" * 64]), "3 tasks, 1 blocks"),
         (edited(targets=[[1.0]]), "do not belong together"),
         (edited(tasks=[]), "do not belong together"),
+        (edited(targets=[[1.0], [0.5, math.nan], [0.2, 0.3, 0.5]]), "it holds NaN, so its training diverged; learn it"),
     ):
         with pytest.raises(SnapshotError, match=message):
             Manifest.from_bytes(data)
