@@ -358,7 +358,7 @@ def test_a_figure_that_is_no_number_is_told_and_nothing_is_written(
             curves={"loss": [(1, value)]},
             seconds=1,
         )
-    with pytest.raises(DivergenceError, match="Figures of step 2 are no finite numbers.*: ap"):
+    with pytest.raises(DivergenceError, match=r"Figures of step 2 are no finite numbers.*: ap"):
         tracker.log_scores(parent, 2, {"ap": value, "f_ra": 0.0})
     (run,) = runs(config)
     assert run.data.metrics == {}
@@ -463,7 +463,7 @@ def test_a_sequence_that_is_interrupted_while_it_is_opened_is_closed(
 def test_scores_are_points_over_the_tasks_learnt(tracker: Tracker, config: TrackingConfig) -> None:
     run_id = start(tracker)
     tracker.log_scores(run_id, 1, {"AP": 90.0, "score/a+b": 90.0})
-    tracker.log_scores(run_id, 2, {"AP": 80.0, "F.Ra": float("nan")})
+    tracker.log_scores(run_id, 2, {"AP": 80.0, "F.Ra": 2.5})
     history = client_of(config.uri).get_metric_history(run_id, "AP")
     assert [(point.step, point.value) for point in history] == [(1, 90.0), (2, 80.0)]
     assert set(client_of(config.uri).get_run(run_id).data.metrics) == {"AP", "F.Ra", metric_name("score/a+b")}
