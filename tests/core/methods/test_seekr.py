@@ -151,6 +151,21 @@ def test_kept_answers_weigh_by_their_tokens_what_they_would_in_a_batch() -> None
     assert plan.rows == second.rows  # memory is no part of the epoch
 
 
+def test_teachers_stay_on_the_cpu_in_half_precision_until_they_are_drawn() -> None:
+    store = DictStore()
+    first, _ = learn(store, 0, None, method=SEEKR)
+    (term,) = Seekr.model_validate(SEEKR).begin(lesson(first, 1, store)).objective.terms
+    kept = term.to(torch.device("meta"))  # a device that would hold no number
+    assert isinstance(kept, Distillation)
+    saved = load_tensors(store.get(first.state["teacher 00"]))
+    for index, each in enumerate(kept.taught):
+        assert torch.equal(each.logits, saved[f"{index}/logits"])
+        assert {each.logits.dtype, *(maps.dtype for _, _, maps in each.maps.values())} == {torch.float16}
+        drawn = each.to(torch.device("cpu"))
+        assert drawn.logits.dtype == torch.float32
+        assert torch.equal(drawn.logits.half(), each.logits)
+
+
 def test_rows_are_drawn_in_proportion() -> None:
     backbone = tiny_backbone("t5")
     backbone.set_attn_implementation("eager")
