@@ -8,7 +8,6 @@ that ran again with equal results leaves everything after it valid.
 
 from __future__ import annotations
 
-import heapq
 import json
 import logging
 import time

@@ -40,7 +40,7 @@ def vocabulary_moments(embedding: Tensor, *, draws: int = 2048, length: int = 12
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(len(embedding), (draws, length), generator=generator).to(embedding.device)
     # In parts: the embeddings of all draws at once are gigabytes.
-    pooled = torch.cat([embedding[part].amax(dim=1) for part in tokens.split(64)]).float().cpu()
+    pooled = torch.cat([embedding[part].amax(dim=1) for part in torch.split(tokens, 64)]).float().cpu()
     return pooled.mean(dim=0), pooled.std(dim=0, correction=0)
 
 

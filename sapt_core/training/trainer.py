@@ -103,8 +103,7 @@ def train(
         model.backbone.disable_input_require_grads()  # type: ignore[no-untyped-call]
     trainable = {name: parameter for name, parameter in model.pool.named_parameters() if parameter.requires_grad}
     optimizer = _optimizer(trainable, config, objective)
-    restored = checkpoints.load(lambda folder: _restore(folder, trainable, optimizer))
-    position, best = restored or (_Position(), {})
+    position, best = checkpoints.load(lambda folder: _restore(folder, trainable, optimizer)) or (_Position(), {})
     step_module = accelerator.prepare(StepLoss(model, terms, objective.penalties))
 
     steps_an_epoch = math.ceil(len(rows) / config.batch_size)
