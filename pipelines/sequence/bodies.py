@@ -324,10 +324,7 @@ def _score(
     max_target_tokens: int,
 ) -> tuple[float, Tensor, list[dict[str, Any]]]:
     rows: list[dict[str, Any]] = list(getattr(task, config.split))
-    try:
-        texts, weights = answer(model, tokenizer, rows, config, max_new_tokens=max_target_tokens, precision=precision)
-    finally:
-        model.detach()
+    texts, weights = answer(model, tokenizer, rows, config, max_new_tokens=max_target_tokens, precision=precision)
     references = [list(row["references"]) for row in rows]
     predictions = [
         {"input": row["input"], "prediction": text, "references": accepted}

@@ -43,25 +43,23 @@ def answer(
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]["prompt_ids"]))
     texts = [""] * len(rows)
     weights: list[Tensor] = [torch.empty(0)] * len(rows)
-    model.eval()
-    for start in range(0, len(order), config.batch_size):
-        indices = order[start : start + config.batch_size]
-        batch = collator.prompts([rows[index] for index in indices]).to(device)
-        with autocast(device, precision):
-            generated = model.generate(
-                batch,
-                max_new_tokens=max_new_tokens,
-                num_beams=config.num_beams,
-                do_sample=False,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        mixture = model.weights
-        assert mixture is not None  # noqa: S101 - set by generate
-        for index, text, row in zip(
-            indices, tokenizer.batch_decode(generated, skip_special_tokens=True), mixture.cpu(), strict=True
-        ):
-            texts[index] = text.strip()
-            weights[index] = row
+    with model.mode(training=False):
+        for start in range(0, len(order), config.batch_size):
+            indices = order[start : start + config.batch_size]
+            batch = collator.prompts([rows[index] for index in indices]).to(device)
+            with autocast(device, precision):
+                generated, mixture = model.generate(
+                    batch,
+                    max_new_tokens=max_new_tokens,
+                    num_beams=config.num_beams,
+                    do_sample=False,
+                    pad_token_id=tokenizer.pad_token_id,
+                )
+            for index, text, row in zip(
+                indices, tokenizer.batch_decode(generated, skip_special_tokens=True), mixture.cpu(), strict=True
+            ):
+                texts[index] = text.strip()
+                weights[index] = row
     return texts, torch.stack(weights)
 
 

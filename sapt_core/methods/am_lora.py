@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from sapt_core.methods.base import Lesson, Method, Plan
 from sapt_core.pool.blocks.lora import LoRABlocks, LoRASite
+from sapt_core.pool.calls import Call
 from sapt_core.pool.model import SaptModel
 from sapt_core.settings import LoRAConfig, PETConfig
 from sapt_core.training.objective import Objective
@@ -72,8 +73,6 @@ class GatedSite(LoRASite):
         self.register_buffer("frozen_bias", torch.empty(0))
         self.register_parameter("selector_weight", None)
         self.register_parameter("selector_bias", None)
-        # Gates of each row, mean over its positions (B·k, T), in the first pass since this was None.
-        self.opened: Tensor | None = None
 
     def add(self) -> None:
         """Start a block that changes nothing yet, whose score is 0 wherever it does not."""
@@ -102,8 +101,11 @@ class GatedSite(LoRASite):
         super().drop()
         self.selector_weight = self.selector_bias = None
 
-    def forward(self, x: Tensor, weights: Tensor, used: Tensor) -> Tensor:
-        """The gated update (B·k, S, out) for inputs (B·k, S, in); the pool's weights, all 1, play no part."""
+    def forward(self, x: Tensor, call: Call) -> Tensor:
+        """The gated update (B·k, S, out) for inputs (B·k, S, in); the pool's weights, all 1, play no part.
+
+        Notes the gates of each row (B·k, T), mean over its positions, in the first pass of the call.
+        """
         B, weight, bias = self.frozen_B, self.frozen_weight, self.frozen_bias
         if self.lora_B is not None and self.selector_weight is not None and self.selector_bias is not None:
             B = torch.cat([B, self.lora_B], dim=1)
@@ -115,8 +117,8 @@ class GatedSite(LoRASite):
         readers = torch.einsum("otr,to->tr", B.reshape(B.shape[0], -1, self.r), weight)
         scores = F.leaky_relu(torch.einsum("...tr,tr->...t", by_block, readers.to(by_block.dtype)).float() + bias, 0.2)
         gates = self._gates(scores)
-        if self.opened is None:
-            self.opened = gates.mean(dim=-2)
+        if self not in call.noted:
+            call.noted[self] = gates.mean(dim=-2)
         gated = (by_block * gates.unsqueeze(-1).to(by_block.dtype)).flatten(-2)
         return F.linear(gated, B.to(gated.dtype))
 
@@ -137,18 +139,12 @@ class GatedBlocks(LoRABlocks):
         for site in self._gated():
             site.gates = gates
 
-    def prompts(self, weights: Tensor, pooled: Tensor) -> None:
-        """None; a new batch begins, so the gates of the last one are forgotten."""
-        for site in self._gated():
-            site.opened = None
-
-    def mixed(self, weights: Tensor) -> Tensor:
+    def mixed(self, call: Call) -> Tensor:
         """Gates of the LoRAs (B, T), mean over sites and positions, as the prompt was read; no row adds up to 1."""
-        rows = weights.shape[0]
-        opened = [site.opened for site in self._gated()]
+        rows = call.weights.shape[0]
+        opened = [call.noted[site] for site in self._gated() if site in call.noted]
         # A decoder's linears see every beam of a row.
-        parts = [gates.reshape(rows, -1, gates.shape[-1]).mean(dim=1) for gates in opened if gates is not None]
-        return torch.stack(parts).mean(dim=0)
+        return torch.stack([gates.reshape(rows, -1, gates.shape[-1]).mean(dim=1) for gates in opened]).mean(dim=0)
 
     def _gated(self) -> list[GatedSite]:
         return [site for site in self.sites if isinstance(site, GatedSite)]
@@ -161,6 +157,5 @@ class Sparsity:
     weight: float
     name = "sparsity"
 
-    def per_row(self, model: SaptModel) -> Tensor:
-        assert model.weights is not None  # noqa: S101 - there since the forward that the penalty is of
-        return model.weights.sum(dim=-1)
+    def per_row(self, model: SaptModel, call: Call) -> Tensor:
+        return model.pool.blocks.mixed(call).sum(dim=-1)

@@ -8,6 +8,7 @@ its class variables say what it needs, and its hooks run when a task begins and 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache, cached_property
@@ -59,6 +60,7 @@ class Lesson:
         seed: of this task in this sequence.
         store: holds the version's blobs.
         notes: what a method's ``begin`` leaves for its ``end``.
+        until_end: puts back what the method changes of the backbone, which others share, however the lesson ends.
     """
 
     model: SaptModel
@@ -76,6 +78,7 @@ class Lesson:
     seed: int
     store: BlobStore
     notes: dict[str, Any] = field(default_factory=dict)
+    until_end: ExitStack = field(default_factory=ExitStack)
 
     @property
     def index(self) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -14,7 +15,8 @@ from transformers import PreTrainedModel
 
 from sapt_core.methods.base import Lesson, Method, Plan
 from sapt_core.pool.attention import vocabulary_moments
-from sapt_core.pool.blocks.base import Handle, Mixture, PETBlocks, embedding_matrix
+from sapt_core.pool.blocks.base import PETBlocks, embedding_matrix
+from sapt_core.pool.calls import Call
 from sapt_core.pool.model import SaptModel
 from sapt_core.settings import PETConfig, PromptConfig
 from sapt_core.training.objective import Objective
@@ -66,8 +68,6 @@ class KeyedPrompts(PETBlocks):
         self._learning = False
         self.tensors = nn.ParameterDict()
         self.register_buffer("centre", vocabulary_moments(vocabulary().detach())[0])
-        # Cosine distance (B) of the picked keys from each query of the last batch, mean over the picked.
-        self.distance: Tensor | None = None
 
     @property
     def learning(self) -> bool:
@@ -78,15 +78,18 @@ class KeyedPrompts(PETBlocks):
         width = len(self.centre)
         return {"prompt_embeddings": (self.size, self.length, width), "prompt_keys": (self.size, width)}
 
-    def attach(self, backbone: PreTrainedModel, mixture: Mixture) -> Sequence[Handle]:
-        return []
+    def _on(self, backbone: PreTrainedModel) -> AbstractContextManager[None]:
+        return nullcontext()
 
-    def prompts(self, weights: Tensor, pooled: Tensor) -> Tensor:
-        """The picked prompts (B, N·l, D), the nearest key's first."""
+    def prompts(self, call: Call, pooled: Tensor) -> Tensor:
+        """The picked prompts (B, N·l, D), the nearest key's first.
+
+        Notes the cosine distance (B) of the picked keys from each query, mean over the picked.
+        """
         with torch.autocast(pooled.device.type, enabled=False):
             query = F.normalize(pooled.float() - self.centre, dim=-1)
             near = (query @ F.normalize(self.tensors["prompt_keys"], dim=-1).T).topk(self.picked, dim=-1)
-            self.distance = (1 - near.values).mean(dim=-1)
+            call.noted[self] = (1 - near.values).mean(dim=-1)
             picked: Tensor = self.tensors["prompt_embeddings"][near.indices]
             return picked.flatten(1, 2)
 
@@ -130,8 +133,5 @@ class Pull:
     weight: float
     name = "pull"
 
-    def per_row(self, model: SaptModel) -> Tensor:
-        blocks = model.pool.blocks
-        assert isinstance(blocks, KeyedPrompts)  # noqa: S101 - the method makes no other kind
-        assert blocks.distance is not None  # noqa: S101 - set by the forward
-        return blocks.distance
+    def per_row(self, model: SaptModel, call: Call) -> Tensor:
+        return call.noted[model.pool.blocks]

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from sapt_core.methods.base import Method
 from sapt_core.pool.blocks.base import embedding_matrix
 from sapt_core.pool.blocks.prompt import PromptBlocks
+from sapt_core.pool.calls import Call
 from sapt_core.settings import PETConfig, PromptConfig
 
 
@@ -44,6 +45,6 @@ class ProgPrompt(Method):
 class ProgressiveBlocks(PromptBlocks):
     """Prompts in a row, the newest first."""
 
-    def prompts(self, weights: Tensor, pooled: Tensor) -> Tensor:
+    def prompts(self, call: Call, pooled: Tensor) -> Tensor:
         """All prompts (B, T·l, D) in float32; weights and inputs play no part."""
-        return self.stacked.flip(0).flatten(0, 1).expand(len(weights), -1, -1)
+        return self.stacked.flip(0).flatten(0, 1).expand(len(pooled), -1, -1)

@@ -7,7 +7,8 @@ the attention of the heads that matter most, at some query positions.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -16,7 +17,7 @@ from pydantic import Field
 from safetensors.torch import load as load_tensors
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from sapt_core.backbones.device import autocast, default_device
 from sapt_core.data.collate import Batch, Collator
@@ -67,11 +68,11 @@ class Seekr(Method):
     def begin(self, lesson: Lesson) -> Plan:
         """Choose the task's own memory, note its attention before, and replay that of the earlier ones."""
         lesson.model.to(default_device())
-        lesson.notes["usual"] = lesson.model.backbone.config._attn_implementation
-        lesson.model.backbone.set_attn_implementation(EAGER)
+        lesson.until_end.enter_context(eager_attention(lesson.model.backbone))
         rows = choose(lesson.rows, self.share, step_seed(lesson.seed, "memory"))
         queries = torch.Generator().manual_seed(step_seed(lesson.seed, "queries"))
-        views = [_View.first(lesson, row, self.queries, queries) for row in rows]
+        with lesson.model.mode(training=False):
+            views = [_View.first(lesson, row, self.queries, queries) for row in rows]
         lesson.notes.update(rows=rows, views=views)
         taught: list[_Taught] = []
         for task, kept in enumerate(remembered(lesson)):
@@ -110,12 +111,22 @@ class Seekr(Method):
             for layer, heads in by_layer(chosen).items():
                 teacher[f"{index}/queries {layer}"] = view.queries[layer]
                 teacher[f"{index}/map {layer}"] = maps[layer][heads].half()
-        lesson.model.backbone.set_attn_implementation(lesson.notes["usual"])
         return {
             memory_name(lesson.index): pack(rows),
             teacher_name(lesson.index): packed("What the model answered", teacher),
             IMPORTANCE: packed("The heads' importance", sums),
         }
+
+
+@contextmanager
+def eager_attention(backbone: PreTrainedModel) -> Iterator[None]:
+    """Have the backbone compute its attention maps for a while."""
+    usual = backbone.config._attn_implementation
+    backbone.set_attn_implementation(EAGER)
+    try:
+        yield
+    finally:
+        backbone.set_attn_implementation(usual)
 
 
 def teacher_name(task: int) -> str:

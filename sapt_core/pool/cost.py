@@ -27,13 +27,12 @@ def forward_cost(model: SaptModel, batch: Batch) -> float:
     cost nothing.
 
     Args:
-        model: a version on its backbone; is taken off it.
+        model: a version on its backbone.
         batch: rows with labels.
     """
     counts = []
     for each in (model, bare_model(model.backbone)):
-        with FlopCounterMode(display=False) as counter:
-            each.eval()(batch)
-        each.detach()
+        with each.mode(training=False), FlopCounterMode(display=False) as counter:
+            each(batch)
         counts.append(counter.get_total_flops())
     return float(counts[0] / counts[1])

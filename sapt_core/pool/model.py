@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,10 +13,8 @@ from transformers import PreTrainedModel
 
 from sapt_core.data.collate import Batch, Collator
 from sapt_core.pool.attention import max_pool
-from sapt_core.pool.blocks.base import Handle
+from sapt_core.pool.calls import Call, During, recomputed
 from sapt_core.pool.pool import PETPool
-
-_HANDLES = "_pet_pool_handles"
 
 
 class SaptModel(nn.Module):
@@ -23,6 +22,8 @@ class SaptModel(nn.Module):
 
     Weights are computed once an input from the frozen embeddings of the tokens the query may see,
     before the first layer, and reused in every layer and every decoding step.
+
+    The backbone is bare but while it runs: models that share it and threads that share a model take turns.
     """
 
     def __init__(self, backbone: PreTrainedModel, pool: PETPool) -> None:
@@ -30,31 +31,28 @@ class SaptModel(nn.Module):
         self.backbone = backbone.requires_grad_(False)
         self.pool = pool
         self.is_encoder_decoder = bool(backbone.config.is_encoder_decoder)
-        # Not cleared after a forward: activation checkpointing asks for it again during backward.
-        self._weights: Tensor | None = None
-        self._used: Tensor | None = None
-        self._handles: Sequence[Handle] = ()
 
-    def detach(self) -> PreTrainedModel:
-        """Take the pool off and give the bare backbone back."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = ()
-        return self.backbone
+    @contextmanager
+    def mode(self, *, training: bool) -> Iterator[None]:
+        """Dropout on or off for a while; then again as the backbone, which others share, had it."""
+        before = self.backbone.training
+        self.train(training)
+        try:
+            yield
+        finally:
+            self.train(before)
 
-    def _attach(self) -> None:
-        """Put the pool on the backbone, in place of another model's that shares it.
-
-        A loaded backbone serves several models in turn, such as two versions that are compared, or the
-        next stage after one that failed with its pool still on.
-        """
-        attached: Sequence[Handle] = getattr(self.backbone, _HANDLES, ())
-        if self._handles and attached is self._handles:
-            return
-        for handle in attached:
-            handle.remove()
-        self._handles = self.pool.blocks.attach(self.backbone, self._mixture)
-        setattr(self.backbone, _HANDLES, self._handles)
+    @contextmanager
+    def checkpointing(self) -> Iterator[None]:
+        """Keep no layer's activations: backward, which must lie within, runs it again. The pool stays on for it."""
+        with self.pool.blocks.on(self.backbone):
+            self.backbone.activation_checkpointing_enable({"use_reentrant": False, "context_fn": recomputed})
+            try:
+                # Needed by re-entrant checkpointing alone; left on the embeddings it would cost every later task.
+                self.backbone.disable_input_require_grads()  # type: ignore[no-untyped-call]
+                yield
+            finally:
+                self.backbone.activation_checkpointing_disable()  # type: ignore[no-untyped-call]
 
     def collator(self, pad_token_id: int) -> Collator:
         """Makes batches for this model, with the tokens its query may see."""
@@ -67,24 +65,30 @@ class SaptModel(nn.Module):
         mask = batch.query_mask
         if self.pool.attention is not None and self.pool.attention.config.pool_padding:
             mask = mask | (batch.attention_mask == 0)
-        with torch.no_grad():
+        with torch.no_grad(), self.pool.blocks.on(self.backbone):
             return max_pool(self._embed(batch.input_ids), mask)
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits (B, L, V) of a training batch, one a label (of a decoder-only model each predicts the next label)."""
-        return self._run(batch)[0]
+        return self.run(batch)[0]
 
-    def _run(self, batch: Batch, **options: Any) -> tuple[Tensor, Any]:
+    def run(self, batch: Batch) -> tuple[Tensor, Call]:
+        """Logits as of ``forward``, and the call they were made in."""
+        outputs, call = self._run(batch)
+        return outputs.logits, call
+
+    def _run(self, batch: Batch, **options: Any) -> tuple[Any, Call]:
         assert batch.labels is not None  # noqa: S101 - a training batch has labels
-        self._attach()
-        pooled = self.pooled(batch)
-        inputs = self._inputs(batch, self.pool.mixture(pooled), pooled)
         if self.is_encoder_decoder:
             options["decoder_input_ids"] = self.backbone.prepare_decoder_input_ids_from_labels(batch.labels)  # type: ignore[operator]
         else:
             options["logits_to_keep"] = batch.labels.shape[1]
-        outputs = self.backbone(**inputs, use_cache=False, **options)
-        return outputs.logits, outputs
+        with self.pool.blocks.on(self.backbone):
+            pooled = self.pooled(batch)
+            call = self._call(self.pool.mixture(pooled))
+            inputs = self._inputs(batch, call, pooled)
+            with During(call):
+                return self.backbone(**inputs, use_cache=False, **options), call
 
     def attend(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
         """Logits as of ``forward``, and the attention maps (B, H, Q, K) of every layer.
@@ -92,10 +96,11 @@ class SaptModel(nn.Module):
         An encoder-decoder has the encoder's layers first, then the decoder's self-attention, then its
         cross-attention. The backbone must be in ``eager`` attention, the only one that keeps its maps.
         """
-        logits, outputs = self._run(batch, output_attentions=True)
+        outputs, _ = self._run(batch, output_attentions=True)
         if self.is_encoder_decoder:
-            return logits, [*outputs.encoder_attentions, *outputs.decoder_attentions, *outputs.cross_attentions]
-        return logits, list(outputs.attentions)
+            maps = [*outputs.encoder_attentions, *outputs.decoder_attentions, *outputs.cross_attentions]
+            return outputs.logits, maps
+        return outputs.logits, list(outputs.attentions)
 
     def token_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy summed over the label tokens (a scalar, in nats, float32)."""
@@ -110,29 +115,38 @@ class SaptModel(nn.Module):
         return logits[labels >= 0].float()
 
     @torch.no_grad()
-    def generate(self, batch: Batch, **options: Any) -> Tensor:
-        """New tokens (B·k, L) by ``transformers``' generate; k beams share their input's weights.
+    def generate(self, batch: Batch, **options: Any) -> tuple[Tensor, Tensor]:
+        """Answers by ``transformers``' generate; k beams share their input's weights.
 
         Args:
             batch: prompts, left-padded for a decoder-only model.
             options: generation settings, such as ``max_new_tokens``, ``num_beams``, ``do_sample``.
-        """
-        self._attach()
-        pooled = self.pooled(batch)
-        inputs = self._inputs(batch, self.pool.select(pooled), pooled)
-        sequences: Tensor = self.backbone.generate(**inputs, **options)  # type: ignore[operator]
-        if self.is_encoder_decoder:
-            return sequences[:, 1:]
-        # Of a decoder-only model's prompt ids come back in front of the new ones, embeddings do not.
-        return sequences[:, batch.input_ids.shape[1] :] if "input_ids" in inputs else sequences
 
-    def _inputs(self, batch: Batch, weights: Tensor, pooled: Tensor) -> dict[str, Tensor]:
+        Returns:
+            New tokens (B·k, L) and the mixture (B, T) they were made with.
+        """
+        with self.pool.blocks.on(self.backbone):
+            pooled = self.pooled(batch)
+            call = self._call(self.pool.select(pooled))
+            inputs = self._inputs(batch, call, pooled)
+            with During(call):
+                sequences: Tensor = self.backbone.generate(**inputs, **options)  # type: ignore[operator]
+        if self.is_encoder_decoder:
+            sequences = sequences[:, 1:]
+        elif "input_ids" in inputs:
+            # Of a decoder-only model's prompt ids come back in front of the new ones, embeddings do not.
+            sequences = sequences[:, batch.input_ids.shape[1] :]
+        return sequences, self.pool.blocks.mixed(call)
+
+    def _call(self, weights: Tensor) -> Call:
+        return Call(weights, self.pool.in_use(weights))
+
+    def _inputs(self, batch: Batch, call: Call, pooled: Tensor) -> dict[str, Tensor]:
         """What the backbone reads, soft tokens in front.
 
         In front of left padding too: attention skips the padding, and positions are counted without it.
         """
-        self._weights, self._used = weights, self.pool.in_use(weights)
-        prompts = self.pool.blocks.prompts(weights, pooled)
+        prompts = self.pool.blocks.prompts(call, pooled)
         if prompts is None:
             return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         embedded = self._embed(batch.input_ids)
@@ -145,13 +159,3 @@ class SaptModel(nn.Module):
     def _embed(self, input_ids: Tensor) -> Tensor:
         embedded: Tensor = self.backbone.get_input_embeddings()(input_ids)
         return embedded
-
-    @property
-    def weights(self) -> Tensor | None:
-        """Mixture (B, T) of the last forward or generate."""
-        return None if self._weights is None else self.pool.blocks.mixed(self._weights)
-
-    def _mixture(self) -> tuple[Tensor, Tensor]:
-        if self._weights is None or self._used is None:
-            raise RuntimeError("the backbone of a SaptModel runs through SaptModel.forward or generate only")
-        return self._weights, self._used

@@ -86,25 +86,22 @@ def generate_pseudo_samples(
     pool = new_pool(backbone, config.pet, None)
     pool.add()
     model = SaptModel(backbone, pool)
-    try:
-        curve = train(
-            model,
-            rows,
-            model.collator(tokenizer.pad_token_id),
-            _train_config(config, precision, len(rows)),
-            seed=seed,
-            objective=Objective(),
-            checkpoints=checkpoints,
-            on_step=on_step,
-            section="generator",
-        )
-        wanted = max(config.min_samples, round(config.share * len(rows)))
-        torch.manual_seed(step_seed(seed, "sample"))
-        ((kept, counts),) = shared(
-            1, lambda _: sample(model, tokenizer, source, wanted=wanted, config=config, precision=precision)
-        )
-    finally:
-        model.detach()
+    curve = train(
+        model,
+        rows,
+        model.collator(tokenizer.pad_token_id),
+        _train_config(config, precision, len(rows)),
+        seed=seed,
+        objective=Objective(),
+        checkpoints=checkpoints,
+        on_step=on_step,
+        section="generator",
+    )
+    wanted = max(config.min_samples, round(config.share * len(rows)))
+    torch.manual_seed(step_seed(seed, "sample"))
+    ((kept, counts),) = shared(
+        1, lambda _: sample(model, tokenizer, source, wanted=wanted, config=config, precision=precision)
+    )
     known = set(answers)
     samples = PseudoSamples(
         inputs=tuple(kept),
@@ -156,7 +153,7 @@ def sample(
         size = min(config.batch_size, wanted * config.max_attempts - counts["generated"])
         batch = collator.prompts([{"prompt_ids": source}] * size).to(device)
         with autocast(device, precision):
-            sequences = model.generate(
+            sequences, _ = model.generate(
                 batch,
                 max_new_tokens=config.max_tokens,
                 do_sample=True,

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sapt_core.pool.calls import Call
 from sapt_core.pool.model import SaptModel
 
 Row = Mapping[str, Any]
@@ -60,8 +61,8 @@ class Penalty(Protocol):
     @property
     def weight(self) -> float: ...
 
-    def per_row(self, model: SaptModel) -> Tensor:
-        """The penalty of each row (B,) of the batch that the model has just seen."""
+    def per_row(self, model: SaptModel, call: Call) -> Tensor:
+        """The penalty of each row (B,) of the batch that the model saw in ``call``."""
         ...
 
 

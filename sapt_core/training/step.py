@@ -48,14 +48,13 @@ class StepLoss(nn.Module):
         losses: list[Tensor] = []
         if batch is not None:
             assert batch.labels is not None  # noqa: S101 - a training batch has labels
-            logits = self.model(batch)
-            weights = self.model.weights
-            assert weights is not None  # noqa: S101 - set by the forward above
+            logits, call = self.model.run(batch)
+            weights = self.model.pool.blocks.mixed(call)
             summed = self.model.token_loss(logits, batch.labels)
             losses.append(summed * token_scale)
             sums = torch.stack([summed, weights[:, -1].sum()]).detach()
             for index, penalty in enumerate(self.penalties, start=len(self.terms)):
-                value = penalty.per_row(self.model).sum()
+                value = penalty.per_row(self.model, call).sum()
                 losses.append(penalty.weight * row_scale * value)
                 values[index] = value.detach()
         for each in drawn:

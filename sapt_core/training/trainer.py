@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -97,10 +98,6 @@ def train(
     keep_freed_memory(device.type)
     model.to(device)
     terms = [term.to(device) for term in objective.terms]
-    if config.gradient_checkpointing:
-        model.backbone.activation_checkpointing_enable({"use_reentrant": False})
-        # Needed by re-entrant checkpointing alone, and left on the embeddings it would cost every later task.
-        model.backbone.disable_input_require_grads()  # type: ignore[no-untyped-call]
     trainable = {name: parameter for name, parameter in model.pool.named_parameters() if parameter.requires_grad}
     optimizer = _optimizer(trainable, config, objective)
     position, best = checkpoints.load(lambda folder: _restore(folder, trainable, optimizer)) or (_Position(), {})
@@ -110,46 +107,44 @@ def train(
     total = max(1, round(config.epochs * steps_an_epoch))
     lengths = [len(row["prompt_ids"]) + len(row["answer_ids"]) for row in rows]
     batches: list[list[int]] = []
-    while position.step < total:
-        epoch, within = divmod(position.step, steps_an_epoch)
-        if within == 0 or not batches:
-            batches = epoch_batches(lengths, config.batch_size, seed, epoch)
-        model.train()
-        model.pool.hold = max(0.0, 1 - position.step / (objective.hold * total)) if objective.hold else 0.0
-        torch.manual_seed(step_seed(seed, "dropout", position.step, rank))
-        draws = torch.Generator().manual_seed(step_seed(seed, "reflection", position.step))
-        batch = [rows[i] for i in batches[within]]
-        figures, norm = run_step(accelerator, step_module, optimizer, batch, collator, config, draws=draws)
-        _require_finite(
-            {**figures, "gradient norm": norm}, f"at step {position.step + 1} of {total}", config, device, section
-        )
-        entry = {"step": position.step + 1, **figures}
-        _update(optimizer, config, left=1 - position.step / total)
-        position.step += 1
-        model.pool.hold = 0.0
+    with model.mode(training=True), model.checkpointing() if config.gradient_checkpointing else nullcontext():
+        while position.step < total:
+            epoch, within = divmod(position.step, steps_an_epoch)
+            if within == 0 or not batches:
+                batches = epoch_batches(lengths, config.batch_size, seed, epoch)
+            model.pool.hold = max(0.0, 1 - position.step / (objective.hold * total)) if objective.hold else 0.0
+            torch.manual_seed(step_seed(seed, "dropout", position.step, rank))
+            draws = torch.Generator().manual_seed(step_seed(seed, "reflection", position.step))
+            batch = [rows[i] for i in batches[within]]
+            figures, norm = run_step(accelerator, step_module, optimizer, batch, collator, config, draws=draws)
+            _require_finite(
+                {**figures, "gradient norm": norm}, f"at step {position.step + 1} of {total}", config, device, section
+            )
+            entry = {"step": position.step + 1, **figures}
+            _update(optimizer, config, left=1 - position.step / total)
+            position.step += 1
+            model.pool.hold = 0.0
 
-        done = position.step == total
-        if (
-            config.eval_every_epochs
-            and score_dev is not None
-            and (done or position.step % (config.eval_every_epochs * steps_an_epoch) == 0)
-        ):
-            model.eval()
-            entry["dev"] = score_dev()
-            if position.best_score is None or entry["dev"] > position.best_score:
-                position.best_score = entry["dev"]
-                best = {name: parameter.detach().clone() for name, parameter in trainable.items()}
-        position.curve.append(entry)
-        if on_step is not None:
-            on_step(position.step, total)
-        if not done and position.step % config.checkpoint_every_steps == 0:
-            checkpoints.save(partial(_keep, position=position, trainable=trainable, optimizer=optimizer, best=best))
+            done = position.step == total
+            if (
+                config.eval_every_epochs
+                and score_dev is not None
+                and (done or position.step % (config.eval_every_epochs * steps_an_epoch) == 0)
+            ):
+                with model.mode(training=False):
+                    entry["dev"] = score_dev()
+                if position.best_score is None or entry["dev"] > position.best_score:
+                    position.best_score = entry["dev"]
+                    best = {name: parameter.detach().clone() for name, parameter in trainable.items()}
+            position.curve.append(entry)
+            if on_step is not None:
+                on_step(position.step, total)
+            if not done and position.step % config.checkpoint_every_steps == 0:
+                checkpoints.save(partial(_keep, position=position, trainable=trainable, optimizer=optimizer, best=best))
     _overwrite(trainable, best)
-    if config.gradient_checkpointing:
-        model.backbone.activation_checkpointing_disable()  # type: ignore[no-untyped-call]
-    model.eval()
     # No later step meets what the last one did.
-    last = {"loss": _loss(model, rows[0], collator, device, config)}
+    with model.mode(training=False):
+        last = {"loss": _loss(model, rows[0], collator, device, config)}
     _require_finite(last, f"after the last of {total} steps", config, device, section)
     return position.curve
 

@@ -130,7 +130,7 @@ def learn_task(
         seed=seed,
         store=store,
     )
-    try:
+    with lesson.until_end:
         plan = method.begin(lesson)
         curve = train(
             model,
@@ -173,8 +173,6 @@ def learn_task(
             parent=parent.digest if parent else None,
         )
         store.put(manifest.to_bytes())
-    finally:
-        model.detach()
     return manifest, curve
 
 

@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, TypeAlias
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sapt_core.errors import SnapshotError
-
-Mixture: TypeAlias = Callable[[], tuple[Tensor, Tensor]]
-"""Of the batch that is running: weights (B, T) of the blocks, and the indices (U,) of those in use."""
+from sapt_core.pool.calls import Call, holding, reading
 
 
 def embedding_matrix(backbone: PreTrainedModel) -> Tensor:
     """The frozen token embeddings (V, D)."""
-    matrix = backbone.get_input_embeddings().weight
+    with reading(backbone):
+        matrix = backbone.get_input_embeddings().weight
     assert isinstance(matrix, Tensor)  # noqa: S101 - of a language model they are a matrix
     return matrix
-
-
-class Handle(Protocol):
-    """What puts the backbone back as it was."""
-
-    def remove(self) -> None: ...
 
 
 class PETBlocks(nn.Module, ABC):
@@ -56,24 +49,34 @@ class PETBlocks(nn.Module, ABC):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of one block's tensors."""
 
-    @abstractmethod
-    def attach(self, backbone: PreTrainedModel, mixture: Mixture) -> Sequence[Handle]:
-        """Put the blocks on the backbone; no handles for blocks that only ``prompts``."""
+    @contextmanager
+    def on(self, backbone: PreTrainedModel) -> Iterator[None]:
+        """Have the backbone alone with the blocks on it, and leave it bare; inside of itself nothing more happens."""
+        with holding(backbone, self) as already:
+            if already:
+                yield
+            else:
+                with self._on(backbone):
+                    yield
 
     @abstractmethod
-    def prompts(self, weights: Tensor, pooled: Tensor) -> Tensor | None:
+    def _on(self, backbone: PreTrainedModel) -> AbstractContextManager[None]:
+        """Put the blocks on the bare backbone for a while; they find what to do in ``running()``."""
+
+    @abstractmethod
+    def prompts(self, call: Call, pooled: Tensor) -> Tensor | None:
         """Embeddings (B, l, D) to put in front of the input's; None if there are none.
 
-        Asked once for every batch, before its first layer.
+        Asked once in every call, before its first layer.
 
         Args:
-            weights: of the blocks (B, T).
+            call: whose weights the blocks have.
             pooled: embeddings (B, D) of the inputs.
         """
 
-    def mixed(self, weights: Tensor) -> Tensor:
-        """What the blocks took part with in the last batch (B, T): ``weights``, unless they choose for themselves."""
-        return weights
+    def mixed(self, call: Call) -> Tensor:
+        """What the blocks took part with in a call that is over (B, T): its weights, unless they choose themselves."""
+        return call.weights
 
     @abstractmethod
     def add(self) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sapt_core.pool.blocks.base import Handle, Mixture, PETBlocks
+from sapt_core.pool.blocks.base import PETBlocks
+from sapt_core.pool.calls import Call, holding
 
 
 class FullBlocks(PETBlocks):
@@ -20,7 +21,8 @@ class FullBlocks(PETBlocks):
 
     def __init__(self, backbone: PreTrainedModel) -> None:
         super().__init__()
-        self._own = dict(backbone.named_parameters())  # a tied weight once
+        with holding(backbone, self):  # not while another thread has a block in their place
+            self._own = dict(backbone.named_parameters())  # a tied weight once
         self.frozen = nn.ParameterList()
         self.current = nn.ParameterList()
 
@@ -32,7 +34,8 @@ class FullBlocks(PETBlocks):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(value.shape) for name, value in self._own.items()}
 
-    def attach(self, backbone: PreTrainedModel, mixture: Mixture) -> Sequence[Handle]:
+    @contextmanager
+    def _on(self, backbone: PreTrainedModel) -> Iterator[None]:
         """Put the block's weights into the backbone's modules, wherever each is used."""
         weights = self.current if self.learning else self.frozen
         places = {id(own): weight for own, weight in zip(self._own.values(), weights, strict=True)}
@@ -42,11 +45,17 @@ class FullBlocks(PETBlocks):
             for name, own in module.named_parameters(recurse=False)
             if id(own) in places
         ]
-        for module, name, own in replaced:
-            setattr(module, name, places[id(own)])
-        return [_Restore(replaced)]
+        if {id(own) for _, _, own in replaced} != places.keys():
+            raise RuntimeError("the backbone's parameters are not those that the block was made for")
+        try:
+            for module, name, own in replaced:
+                setattr(module, name, places[id(own)])
+            yield
+        finally:
+            for module, name, own in replaced:
+                setattr(module, name, own)
 
-    def prompts(self, weights: Tensor, pooled: Tensor) -> None:
+    def prompts(self, call: Call, pooled: Tensor) -> None:
         return None
 
     def add(self) -> None:
@@ -72,14 +81,3 @@ class FullBlocks(PETBlocks):
 
     def _drop_current(self) -> None:
         self.current = nn.ParameterList()
-
-
-@dataclass(frozen=True)
-class _Restore:
-    """Gives modules their own parameters back."""
-
-    replaced: Sequence[tuple[nn.Module, str, nn.Parameter]]
-
-    def remove(self) -> None:
-        for module, name, own in self.replaced:
-            setattr(module, name, own)

@@ -9,7 +9,8 @@ Blocks that no input of the batch uses are left out of the stack.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Self
 
 import torch
@@ -18,7 +19,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from sapt_core.errors import BackboneError
-from sapt_core.pool.blocks.base import Handle, Mixture, PETBlocks
+from sapt_core.pool.blocks.base import PETBlocks
+from sapt_core.pool.calls import Call, running
 from sapt_core.settings import LoRAConfig
 
 PEFT_PREFIX = "base_model.model."
@@ -97,17 +99,17 @@ class LoRASite(nn.Module):
         """Have no block that is being learnt."""
         self.lora_A = self.lora_B = None
 
-    def forward(self, x: Tensor, weights: Tensor, used: Tensor) -> Tensor:
+    def forward(self, x: Tensor, call: Call) -> Tensor:
         """The pool's update for ``x``.
 
         Args:
             x: input of the linear (B·k, S, in); k is the number of beams or returned sequences.
-            weights: attention weights (B, T).
-            used: ascending indices (U,) of the blocks that take part; the one being learnt is among them.
+            call: that it belongs to, with attention weights (B, T).
 
         Returns:
             Update (B·k, S, out).
         """
+        weights, used = call.weights, call.used
         frozen_A, frozen_B = self.frozen_A, self.frozen_B
         if len(used) < weights.shape[1]:
             weights = weights[:, used]
@@ -163,25 +165,25 @@ class LoRABlocks(PETBlocks):
             for suffix, shape in site.shapes.items()
         }
 
-    def attach(self, backbone: PreTrainedModel, mixture: Mixture) -> Sequence[Handle]:
+    @contextmanager
+    def _on(self, backbone: PreTrainedModel) -> Iterator[None]:
         """Add the pool's update to the output of every adapted linear, by forward hooks.
 
-        The backbone's modules, code and state dict stay as they are. ``mixture`` is asked at every
-        call, also when activation checkpointing recomputes a layer during backward.
+        The backbone's modules, code and state dict stay as they are.
         """
-        handles = []
-        for name, site in self.named_sites():
+        with ExitStack() as hooks:
+            for name, site in self.named_sites():
 
-            def add_update(
-                _module: nn.Module, args: tuple[Tensor, ...], output: Tensor, site: LoRASite = site
-            ) -> Tensor:
-                update: Tensor = site(args[0], *mixture())
-                return output + update.to(output.dtype)
+                def add_update(
+                    _module: nn.Module, args: tuple[Tensor, ...], output: Tensor, site: LoRASite = site
+                ) -> Tensor:
+                    update: Tensor = site(args[0], running())
+                    return output + update.to(output.dtype)
 
-            handles.append(backbone.get_submodule(name).register_forward_hook(add_update))
-        return handles
+                hooks.callback(backbone.get_submodule(name).register_forward_hook(add_update).remove)
+            yield
 
-    def prompts(self, weights: Tensor, pooled: Tensor) -> None:
+    def prompts(self, call: Call, pooled: Tensor) -> None:
         return None
 
     def add(self) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sapt_core.pool.blocks.base import Handle, Mixture, PETBlocks
+from sapt_core.pool.blocks.base import PETBlocks
+from sapt_core.pool.calls import Call
 from sapt_core.settings import PromptConfig
 
 NAME = "prompt_embeddings"
@@ -45,13 +47,13 @@ class PromptBlocks(PETBlocks):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {NAME: tuple(self.frozen.shape[1:])}
 
-    def attach(self, backbone: PreTrainedModel, mixture: Mixture) -> Sequence[Handle]:
-        return []
+    def _on(self, backbone: PreTrainedModel) -> AbstractContextManager[None]:
+        return nullcontext()
 
-    def prompts(self, weights: Tensor, pooled: Tensor) -> Tensor:
+    def prompts(self, call: Call, pooled: Tensor) -> Tensor:
         """Mixed prompts (B, l, D) in float32."""
-        with torch.autocast(weights.device.type, enabled=False):
-            return torch.einsum("bt,tld->bld", weights.float(), self.stacked)
+        with torch.autocast(call.weights.device.type, enabled=False):
+            return torch.einsum("bt,tld->bld", call.weights.float(), self.stacked)
 
     @property
     def stacked(self) -> Tensor:

@@ -211,7 +211,6 @@ def test_full_fine_tuning_trains_every_weight_and_gives_the_backbone_back() -> N
     with torch.no_grad():
         model = SaptModel(backbone, load_pool(versions[0], store, backbone)).eval()
         found = model(batch)
-        model.detach()
         loaded = tiny_backbone("t5", seed=7)
         loaded.load_state_dict(first, strict=False)
         plain = SaptModel(loaded, new_pool(loaded, LoRAConfig(target_modules=("q",)), None)).eval()

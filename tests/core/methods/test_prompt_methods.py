@@ -12,6 +12,7 @@ from sapt_core.data.collate import Collator
 from sapt_core.methods import lfpt5
 from sapt_core.methods.base import find_method
 from sapt_core.methods.l2p import KeyedPrompts
+from sapt_core.pool.calls import Call
 from sapt_core.pool.model import SaptModel
 from sapt_core.settings import PromptConfig
 from sapt_core.versions.loading import load_pool
@@ -46,9 +47,9 @@ def test_l2p_picks_the_prompts_of_the_nearest_keys() -> None:
     torch.manual_seed(1)
     blocks.add()
     pooled = torch.randn(5, 16)
-    found = blocks.prompts(torch.ones(5, 1), pooled)
+    call = Call(torch.ones(5, 1), torch.arange(1))
+    found = blocks.prompts(call, pooled)
     state = blocks.current_state()
-    assert blocks.distance is not None
     for row in range(5):
         query = (pooled[row] - blocks.centre).tolist()
         cosines = []
@@ -57,7 +58,7 @@ def test_l2p_picks_the_prompts_of_the_nearest_keys() -> None:
             cosines.append(dot / math.sqrt(sum(a * a for a in query) * sum(b * b for b in key)))
         best = sorted(range(4), key=lambda index: -cosines[index])[:2]
         assert torch.equal(found[row], torch.cat([state["prompt_embeddings"][index] for index in best]))
-        assert blocks.distance[row].item() == pytest.approx(1 - sum(cosines[i] for i in best) / 2, abs=1e-5)
+        assert call.noted[blocks][row].item() == pytest.approx(1 - sum(cosines[i] for i in best) / 2, abs=1e-5)
     with pytest.raises(ValueError, match=r"top_n=5 prompts cannot be picked from pool_size=4"):
         find_method("l2p").model_validate({"pool_size": 4})
 

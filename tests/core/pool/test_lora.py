@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sapt_core.errors import BackboneError, SnapshotError
 from sapt_core.pool.blocks.lora import LoRABlocks, LoRASite, find_sites
+from sapt_core.pool.calls import Call
 from sapt_core.settings import LoRAConfig
 from tests.core.tiny import tiny_backbone
 
@@ -29,8 +30,9 @@ def naive(x: Tensor, weights: Tensor, A: list[Tensor], B: list[Tensor], scaling:
     return torch.stack(rows)
 
 
-def every(weights: Tensor) -> Tensor:
-    return torch.arange(weights.shape[1])
+def every(weights: Tensor) -> Call:
+    """A call that uses every block."""
+    return Call(weights, torch.arange(weights.shape[1]))
 
 
 def filled_site(
@@ -58,7 +60,7 @@ def check_against_naive(  # noqa: PLR0917
     site, A, B = filled_site(n_in, n_out, r, blocks, alpha)
     x = torch.randn(batch * beams, length, n_in, requires_grad=True)
     weights = torch.randn(batch, blocks).softmax(dim=-1).requires_grad_()
-    site(x, weights, every(weights)).backward(upstream := torch.randn(batch * beams, length, n_out))
+    site(x, every(weights)).backward(upstream := torch.randn(batch * beams, length, n_out))
 
     wanted_x = x.detach().clone().requires_grad_()
     wanted_weights = weights.detach().clone().requires_grad_()
@@ -68,7 +70,7 @@ def check_against_naive(  # noqa: PLR0917
     wanted.backward(upstream)
 
     close = {"rtol": 1e-5, "atol": 1e-6 * max(1.0, float(wanted.detach().abs().max()))}
-    torch.testing.assert_close(site(x, weights, every(weights)), wanted, **close)
+    torch.testing.assert_close(site(x, every(weights)), wanted, **close)
     assert site.lora_A is not None
     assert site.lora_B is not None
     for given_grad, wanted_grad in (
@@ -110,7 +112,7 @@ def test_by_hand() -> None:
     site = LoRASite(1, 1, LoRAConfig(r=1, lora_alpha=2))
     site.append_frozen({"lora_A.weight": torch.tensor([[1.0]]), "lora_B.weight": torch.tensor([[5.0]])})
     site.append_frozen({"lora_A.weight": torch.tensor([[10.0]]), "lora_B.weight": torch.tensor([[7.0]])})
-    out = site(torch.tensor([[[3.0]]]), torch.tensor([[0.25, 0.75]]), torch.tensor([0, 1]))
+    out = site(torch.tensor([[[3.0]]]), every(torch.tensor([[0.25, 0.75]])))
     assert out.item() == pytest.approx(0.25 * 2 * 5 * 3 + 0.75 * 2 * 7 * 30)
 
 
@@ -125,7 +127,7 @@ def test_blocks_that_are_not_used_are_not_computed(blocks: int, data: st.DataObj
     for other in set(range(blocks)) - set(used):
         site.frozen_A[2 * other : 2 * other + 2] = math.nan
         site.frozen_B[:, 2 * other : 2 * other + 2] = math.nan
-    torch.testing.assert_close(site(x, weights, torch.tensor(used)), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(site(x, Call(weights, torch.tensor(used))), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_a_new_block_starts_as_lora_does() -> None:
@@ -145,12 +147,12 @@ def test_dropout_acts_in_training_alone() -> None:
     site.dropout.p = 0.5
     x, weights = torch.randn(2, 3, 8), torch.full((2, 2), 0.5)
     torch.manual_seed(0)
-    dropped = site(x, weights, every(weights))
+    dropped = site(x, every(weights))
     torch.manual_seed(0)
     mask = nn.functional.dropout(torch.ones_like(x), 0.5)
     site.eval()
-    torch.testing.assert_close(dropped, site(x * mask, weights, every(weights)))
-    assert not torch.allclose(dropped, site(x, weights, every(weights)))
+    torch.testing.assert_close(dropped, site(x * mask, every(weights)))
+    assert not torch.allclose(dropped, site(x, every(weights)))
 
 
 def test_freezing_moves_the_block_and_changes_nothing() -> None:
@@ -160,9 +162,9 @@ def test_freezing_moves_the_block_and_changes_nothing() -> None:
         blocks.add()
         blocks.load_current({name: torch.randn_like(value) for name, value in blocks.current_state().items()})
         mixed = weights[:, : blocks.frozen_blocks + 1]
-        before = blocks.sites[0](x, mixed, every(mixed))
+        before = blocks.sites[0](x, every(mixed))
         blocks.freeze()
-        assert torch.equal(before, blocks.sites[0](x, mixed, every(mixed)))
+        assert torch.equal(before, blocks.sites[0](x, every(mixed)))
     assert blocks.frozen_blocks == 2
     assert not list(blocks.parameters())
     with pytest.raises(ValueError, match="no block is being learnt"):

@@ -44,12 +44,12 @@ def run(model: SaptModel, batch: Batch) -> Tensor:
 
 
 def generate(model: SaptModel, batch: Batch, **options: Any) -> Tensor:
-    return model.generate(batch, **{**GREEDY, **options})
+    return model.generate(batch, **{**GREEDY, **options})[0]
 
 
 def merged(model: SaptModel, weights: Tensor) -> PreTrainedModel:
     """A bare copy of the backbone for one row of weights (T,)."""
-    bare = copy.deepcopy(model.detach())
+    bare = copy.deepcopy(model.backbone)
     for name, site in zip(model.pool.blocks.names, model.pool.blocks.sites, strict=True):
         A = [*site.frozen_A.split(site.r), *([] if site.lora_A is None else [site.lora_A])]
         B = [*site.frozen_B.split(site.r, dim=1), *([] if site.lora_B is None else [site.lora_B])]
@@ -87,13 +87,12 @@ def sites(name: str) -> list[Any]:
 
 def test_logits_of_a_batch_equal_merged_models_row_by_row(model: SaptModel) -> None:
     rows = random_rows(4)
-    logits = run(model, collator(model)(rows))
-    assert model.weights is not None
-    assert model.weights.shape == (4, 3)
-    assert float(model.weights.std(dim=0).max()) > 0.05  # rows do mix their blocks differently
+    logits, call = model.run(collator(model)(rows))
+    assert call.weights.shape == (4, 3)
+    assert float(call.weights.std(dim=0).max()) > 0.05  # rows do mix their blocks differently
     for index, row in enumerate(rows):
         weights = naive_weights(model, row["prompt_ids"])
-        torch.testing.assert_close(model.weights[index], weights, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(call.weights[index], weights, rtol=1e-5, atol=1e-6)
         bare = merged(model, weights)
         if model.is_encoder_decoder:
             answer_ids = torch.tensor([row["answer_ids"]])
@@ -110,9 +109,9 @@ def test_logits_of_a_batch_equal_merged_models_row_by_row(model: SaptModel) -> N
 def test_the_loss_equals_that_of_the_model_class(model: SaptModel) -> None:
     row = random_rows(1)[0]
     batch = collator(model)([row])
-    loss = model.token_loss(run(model, batch), batch.labels)
-    assert model.weights is not None
-    bare = merged(model, model.weights[0])
+    logits, call = model.run(batch)
+    loss = model.token_loss(logits, batch.labels)
+    bare = merged(model, call.weights[0])
     mean = bare(input_ids=batch.input_ids, labels=labels_of_every_position(batch, model)).loss
     assert loss.item() == pytest.approx(mean.item() * len(row["answer_ids"]), rel=1e-4)
 
@@ -173,21 +172,17 @@ def test_padding_on_either_side_or_none_gives_the_same_weights(model: SaptModel)
 def test_a_label_never_reaches_the_query(model: SaptModel) -> None:
     rows = random_rows(3)
     others = [{**row, "answer_ids": [7, 9, 11, 13, 1]} for row in rows]
-    first, second = (run(model, collator(model)(each)) is not None and model.weights for each in (rows, others))
+    first, second = (model.run(collator(model)(each))[1].weights for each in (rows, others))
     assert torch.equal(first, second)
-    generate(model, collator(model).prompts(rows))
-    assert torch.equal(first, model.weights)
+    assert torch.equal(first, model.generate(collator(model).prompts(rows), **GREEDY)[1])
 
 
 def test_a_new_block_changes_nothing_until_it_is_trained(model: SaptModel) -> None:
-    backbone = model.detach()
-    rows = random_rows(3)
+    backbone, rows = model.backbone, random_rows(3)
     batch = collator(model)(rows)
     fresh = new_pool(backbone, lora("t5" if model.is_encoder_decoder else "llama"), AttentionConfig(bottleneck=5))
     fresh.add()
-    attached = SaptModel(backbone, fresh)
-    logits = run(attached, batch)
-    attached.detach()
+    logits = run(SaptModel(backbone, fresh), batch)
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     if model.is_encoder_decoder:
         inputs["decoder_input_ids"] = backbone.prepare_decoder_input_ids_from_labels(batch.labels)
@@ -196,14 +191,13 @@ def test_a_new_block_changes_nothing_until_it_is_trained(model: SaptModel) -> No
     assert torch.equal(logits, backbone(**inputs).logits)
 
 
-def test_detaching_gives_the_bare_backbone_back(model: SaptModel) -> None:
+def test_the_backbone_is_bare_after_every_call(model: SaptModel) -> None:
     backbone = model.backbone
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     ids = torch.tensor([random_rows(1)[0]["prompt_ids"]])
     bare = backbone.generate(input_ids=ids, **GREEDY)
     mixed = generate(model, collator(model).prompts(random_rows(1)))
     assert list(backbone.state_dict()) == list(before)
-    assert model.detach() is backbone
     assert not [module for module in backbone.modules() if module._forward_hooks]
     again = backbone.generate(input_ids=ids, **GREEDY)
     assert torch.equal(bare, again)
@@ -217,38 +211,30 @@ def test_two_versions_take_turns_on_one_backbone() -> None:
     batch = Collator(PAD, True)(rows)
     alone = []
     for pool in pools:
-        model = SaptModel(copy.deepcopy(backbone), pool)
-        alone.append(run(model, batch))
-        model.detach()
+        alone.append(run(SaptModel(copy.deepcopy(backbone), pool), batch))
     first, second = (SaptModel(backbone, pool) for pool in pools)
     for _ in range(2):
         assert torch.equal(run(first, batch), alone[0])
         assert torch.equal(run(second, batch), alone[1])
-    first.detach()  # is not on the backbone now: nothing of the other's is taken off
-    assert torch.equal(run(second, batch), alone[1])
     assert not torch.allclose(alone[0], alone[1], atol=1e-3)
 
 
-def test_the_backbone_of_an_attached_pool_does_not_run_on_its_own() -> None:
+def test_a_backbone_with_a_pool_on_it_does_not_run_on_its_own() -> None:
     model = sapt_model("t5")
-    run(model, Collator(PAD, True)(random_rows(2)))
-    model._weights = None
-    with pytest.raises(RuntimeError, match="through SaptModel"):
+    with model.pool.blocks.on(model.backbone), pytest.raises(RuntimeError, match="through SaptModel"):
         model.backbone(input_ids=torch.tensor([[7]]), decoder_input_ids=torch.tensor([[0]]))
 
 
 @pytest.mark.parametrize("name", ["t5", "llama"])
 def test_a_bfloat16_backbone_keeps_float32_weights(name: str) -> None:
     model = sapt_model(name)
-    wanted = run(model, collator(model)(random_rows(3))).detach()
-    weights = model.weights
+    wanted, before = model.run(collator(model)(random_rows(3)))
+    wanted = wanted.detach()
     model.backbone.bfloat16()
-    given = run(model, collator(model)(random_rows(3)))
+    given, after = model.run(collator(model)(random_rows(3)))
     assert given.dtype == torch.bfloat16
-    assert model.weights is not None
-    assert weights is not None
-    assert model.weights.dtype == torch.float32
-    torch.testing.assert_close(model.weights, weights, rtol=0, atol=0.1)
+    assert after.weights.dtype == torch.float32
+    torch.testing.assert_close(after.weights, before.weights, rtol=0, atol=0.1)
     assert float((given.detach() - wanted).abs().mean()) < 0.1 * float(wanted.abs().mean())
     given.float().sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.pool.parameters())

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sapt_core.data.collate import Collator, epoch_batches
+from sapt_core.pool.calls import Call
 from sapt_core.pool.model import SaptModel
 from sapt_core.settings import TrainConfig
 from sapt_core.training.objective import Objective
@@ -49,9 +50,8 @@ class OldWeight:
     weight = 0.5
     name = "old"
 
-    def per_row(self, model: SaptModel) -> Tensor:
-        assert model.weights is not None
-        return model.weights[:, 0]
+    def per_row(self, model: SaptModel, call: Call) -> Tensor:
+        return call.weights[:, 0]
 
 
 def with_both() -> Objective:
@@ -109,8 +109,8 @@ def naive_training(
         cross_entropy, gates = torch.zeros(()), []
         for i in batch:
             row = Collator(PAD, model.is_encoder_decoder)([ROWS[i]])
-            logits = model(row)[0]
-            gates.append(float(model.weights[0, -1].detach()))
+            (logits,), call = model.run(row)
+            gates.append(float(call.weights[0, -1].detach()))
             answer = ROWS[i]["answer_ids"]
             for offset, token in enumerate(answer):
                 cross_entropy = cross_entropy - torch.log_softmax(logits[offset], dim=-1)[token] / tokens
@@ -190,9 +190,8 @@ def test_a_penalty_is_the_mean_over_the_rows_of_a_step() -> None:
     lengths = [len(row["prompt_ids"]) + len(row["answer_ids"]) for row in ROWS]
     first = epoch_batches(lengths, 4, 3, 0)[0]
     with torch.no_grad():
-        fresh(Collator(PAD, is_encoder_decoder=True)([ROWS[i] for i in first]))
-    assert fresh.weights is not None
-    assert curve[0]["old"] == pytest.approx(fresh.weights[:, 0].mean().item(), rel=1e-4)
+        _, call = fresh.run(Collator(PAD, is_encoder_decoder=True)([ROWS[i] for i in first]))
+    assert curve[0]["old"] == pytest.approx(call.weights[:, 0].mean().item(), rel=1e-4)
     assert curve[-1]["old"] < 0.5 * curve[0]["old"]
 
 
@@ -231,7 +230,7 @@ def test_gradient_checkpointing_changes_nothing(name: str) -> None:
     assert calls == 2 * len(curve) + 1  # every layer did run a second time, and at the end once
     assert_same(plain, saving)
     assert not saving.backbone.is_activation_checkpointing
-    assert not [module for module in saving.detach().modules() if module._forward_hooks]
+    assert not [module for module in saving.backbone.modules() if module._forward_hooks]
 
 
 def test_the_frozen_stay_frozen() -> None:

@@ -241,7 +241,6 @@ def test_peft_loads_an_exported_block_and_computes_the_same(name: str, index: in
     model = SaptModel(backbone, single).eval()
     ours = logits(model)
 
-    model.detach()
     adapted = PeftModel.from_pretrained(backbone, str(tmp_path / "adapter")).eval()
     batch = Collator(PAD, model.is_encoder_decoder)(random_rows(4))
     with torch.no_grad():
