@@ -12,6 +12,7 @@ import torch
 from sapt_core.errors import BackboneError
 
 Precision = Literal["auto", "float32", "bfloat16"]
+MIB = 2**20
 
 
 def computes_bfloat16(device: torch.device) -> bool:
@@ -68,15 +69,21 @@ def resolved_precision(precision: Precision, weights: torch.dtype, gpus: float) 
 
 @cache
 def keep_freed_memory(device: str) -> None:
-    """Let this process keep what it frees, if it computes on a CPU, on Linux with glibc; else nothing happens.
+    """Let this process keep small blocks that it frees, if it computes on a CPU, on Linux with glibc; else do nothing.
 
-    A training step there frees and takes hundreds of tensors of megabytes. glibc may hand each back to the
-    kernel and fault it in anew, page by page, which took a third of the time in Ray's workers.
+    A training step there frees and takes hundreds of tensors of megabytes. glibc's thresholds start at 128 KiB and
+    grow with the largest block freed so far, so a small model's step hands its memory back to the kernel each time and
+    faults it in anew, page by page. Set here, they grow no more:
+
+    - Blocks of up to 32 MiB come from the heap, as they do with glibc once a large model has freed one. Larger ones
+      are mapped: a hole in the heap does not fit the next batch's logits if they are a little longer, or if a small
+      block was put into it meanwhile, and what lies in holes is never given back. Mapped, they cost what they hold.
+    - Free memory at the heap's end is kept up to 512 MiB: a small model's whole step.
     """
     if device != "cpu" or not sys.platform.startswith("linux"):
         return
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
     if mallopt is not None:
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_MMAP_THRESHOLD, 32 * MIB)  # the most that glibc takes
+        mallopt(M_TRIM_THRESHOLD, 512 * MIB)
