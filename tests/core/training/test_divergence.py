@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sapt_core.errors import DivergenceError, SaptError
 from sapt_core.methods import sapt
 from sapt_core.methods.base import packed
+from sapt_core.pool.calls import Call
 from sapt_core.pool.model import SaptModel
 from sapt_core.training import step
 from sapt_core.training.objective import Objective
@@ -46,7 +47,7 @@ class Faulty:
             return nothing
         return nothing.abs().sqrt() if self.gradient_alone else nothing / nothing.detach()
 
-    def per_row(self, model: SaptModel) -> Tensor:
+    def per_row(self, model: SaptModel, call: Call) -> Tensor:
         return self.value(model, None).reshape(1)
 
     def to(self, device: torch.device) -> Faulty:

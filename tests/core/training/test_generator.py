@@ -107,11 +107,12 @@ def scripted(monkeypatch: pytest.MonkeyPatch, texts: list[str]) -> list[dict[str
     endless = cycle(texts)
     tokenizer = tiny_tokenizer()
 
-    def generate(_: SaptModel, batch: Batch, **options: Any) -> torch.Tensor:
+    def generate(_: SaptModel, batch: Batch, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
         asked.append({"input_ids": batch.input_ids.tolist(), **options})
         rows = [tokenizer(next(endless))["input_ids"] for _ in batch.input_ids]
         width = max(map(len, rows))
-        return torch.tensor([row + [PAD] * (width - len(row)) for row in rows])
+        tokens = torch.tensor([row + [PAD] * (width - len(row)) for row in rows])
+        return tokens, torch.ones(len(rows), 1)
 
     monkeypatch.setattr(SaptModel, "generate", generate)
     return asked
