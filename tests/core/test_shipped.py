@@ -53,7 +53,7 @@ def test_nothing_else_is_found(name: str) -> None:
 def test_the_backbone_of_a_shipped_config_is_found_from_any_folder() -> None:
     config = load_config("quickstart").backbone
     assert config.path == "pipelines/backbones/tiny"  # as it was written, wherever it is read
-    assert location(config) == str(INSTALLED / "pipelines/backbones/tiny")
+    assert location(config) == INSTALLED / "pipelines/backbones/tiny"
     assert identify(config) == identify(BackboneConfig(path=str(INSTALLED / "pipelines/backbones/tiny")))
 
 

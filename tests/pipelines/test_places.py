@@ -27,6 +27,9 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+RESULTS = {"comparisons": "docs/results/", "sweeps": "runs/sweeps/"}
+
+
 @pytest.mark.parametrize(
     ("main", "arguments", "faults"),
     [
@@ -57,7 +60,7 @@ def test_records_in_the_copy_are_refused(main: Callable[[], None], config: str, 
         main, ["--config", f"configs/{config}/quickstart.yaml", f"backbone.path={ROOT}/pipelines/backbones/tiny"]
     )
     assert refused.code == 2
-    for fault in (STORE, TRACKING, "results docs/results/"):
+    for fault in (STORE, TRACKING, f"results {RESULTS[config]}"):
         assert f"  - {fault}" in refused.err
 
 
