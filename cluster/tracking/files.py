@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 import warnings
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +27,9 @@ from sapt_core.settings import StoreConfig
 MANIFEST_FILE = "manifest.json"
 POOL_FILE = "pool.json"
 POOL_SCHEMA = 1
+
+# MLflow 3.17 runs a model's code with an entry of its own in sys.modules, and two threads that do leave it there.
+_SAVING = threading.Lock()
 
 # What the code imports to answer. Our own name is none of them: whoever had it in a public index would run there.
 _PACKAGES = (
@@ -128,7 +132,7 @@ def save_version(folder: Path, manifest: bytes, store: StoreConfig, *, model_id:
         "store": _public(store),
     }
     (sources / POOL_FILE).write_text(json.dumps(pool, indent=1))
-    with warnings.catch_warnings():
+    with _SAVING, warnings.catch_warnings():
         # An example would make MLflow load and run the model here; the signature is stated instead.
         warnings.filterwarnings("ignore", message=".*input example was not provided")
         mlflow.pyfunc.save_model(

@@ -10,13 +10,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import packages_distributions
 from pathlib import Path
-from threading import Barrier
+from threading import Barrier, BrokenBarrierError
 from types import ModuleType
 
 import pytest
@@ -126,7 +126,7 @@ def test_the_registry_holds_two_small_json_files_and_no_pickle(
     code = [path for path in written if "code" in path.parts]
     files = {path.name: path for path in set(written) - set(code)}
     assert {"manifest.json", "pool.json", "pool_model.py", "MLmodel", "requirements.txt"} <= set(files)
-    assert {path.suffix for path in code} == {".py"}
+    assert {path.suffix for path in code} == {".py", ".typed"}
     assert not [name for name in files if name.endswith((".pkl", ".pickle", ".bin", ".pt"))]
     assert sum(path.stat().st_size for path in files.values()) < 20_000
 
@@ -330,6 +330,25 @@ def test_two_publishers_at_once_leave_one_version(
     assert client.get_model_version("sapt", "1").source == model.model_uri
     assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": "sapt", "version": "1"}]
     assert registry.load_manifest("latest", None)[0] == manifest(1)
+
+
+def test_threads_save_one_after_the_other(
+    registry: PoolRegistry, store: StoreConfig, run_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow.pyfunc
+
+    save, both, met = mlflow.pyfunc.save_model, Barrier(2, timeout=1), []
+
+    def saved(*args: object, **kwargs: object) -> None:
+        with suppress(BrokenBarrierError):
+            met.append(both.wait())
+        save(*args, **kwargs)
+
+    monkeypatch.setattr(mlflow.pyfunc, "save_model", saved)
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(lambda _: publish(registry, store, run_id, 1), range(2))) == [1, 1]
+    assert not met
+    assert "dbutils" not in sys.modules  # what MLflow leaves when two threads run a model's code
 
 
 # --- resolve ------------------------------------------------------------------------------------------
