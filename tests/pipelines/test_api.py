@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import pipelines
 import sapt_core
 from cluster.store import open_store
-from cluster.tracking.registry import PoolRegistry
+from cluster.tracking.registry import Lineage, PoolRegistry
 from cluster.tracking.runs import Tracker
 from sapt_core.errors import ConfigError, DataError, SaptError, SnapshotError
 from sapt_core.settings import StoreConfig, TrackingConfig
@@ -40,9 +40,11 @@ def at_work(copied: Finished, sqlite_tracking: TrackingConfig, tmp_path: Path, m
     PoolRegistry(tracking).publish(
         open_store(places).get(copied.snapshot),
         places,
+        lineage=Lineage("method sapt", ("first", "second")),
         digest=copied.snapshot,
         index=2,
         run_id=run,
+        description="",
         tags={},
         metrics={},
     )

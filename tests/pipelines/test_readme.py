@@ -17,7 +17,7 @@ import pytest
 import requests
 
 from cluster.store import open_store
-from cluster.tracking.registry import PoolRegistry
+from cluster.tracking.registry import Lineage, PoolRegistry
 from cluster.tracking.runs import Tracker
 from pipelines import compare, continual, evaluate, predict, report, sapt, sweep
 from sapt_core.config import load_config
@@ -116,7 +116,17 @@ def published(finished: Finished, sqlite_tracking: TrackingConfig) -> TrackingCo
     places = StoreConfig(uri=str(finished.store))
     manifest = open_store(places).get(finished.snapshot)
     digest = Manifest.from_bytes(manifest).digest
-    PoolRegistry(tracking).publish(manifest, places, digest=digest, index=2, run_id=run, tags={}, metrics={})
+    PoolRegistry(tracking).publish(
+        manifest,
+        places,
+        lineage=Lineage("method sapt", ("first", "second")),
+        digest=digest,
+        index=2,
+        run_id=run,
+        description="",
+        tags={},
+        metrics={},
+    )
     return tracking
 
 

@@ -53,7 +53,7 @@ def test_a_run_that_succeeds(finished: Finished, call: Call) -> None:
 def test_a_run_whose_endpoint_cannot_be_used(call: Call, aws_environment: None, unused_port: int, address: str) -> None:
     endpoint = f"store.endpoint_url={address.replace('PORT', str(unused_port))}"
     outcome = call(continual.main, given("store.uri=s3://bucket/prefix", endpoint))
-    untold(outcome, 2 if address.startswith("[") else 3)
+    untold(outcome, 3)
 
 
 def test_an_endpoint_of_the_environment(

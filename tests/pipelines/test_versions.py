@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cluster.store import open_store
-from cluster.tracking.registry import PoolRegistry
+from cluster.tracking.registry import Lineage, PoolRegistry
 from cluster.tracking.runs import Tracker
 from pipelines import evaluate, predict
 from pipelines.console import versions
@@ -227,10 +227,20 @@ def test_versions_of_the_registry(
     store = open_store(kept)
     newest = Manifest.from_bytes(store.get(finished.snapshot))
     run_id = Tracker(sqlite_tracking).start_sequence("sequence", key="k", params={}, tags={})
-    registry = PoolRegistry(sqlite_tracking)
+    registry, lineage = PoolRegistry(sqlite_tracking), Lineage("method sapt", ("first", "second"))
     for index, digest in enumerate([newest.parent, newest.digest], start=1):
         assert digest is not None
-        registry.publish(store.get(digest), kept, digest=digest, index=index, run_id=run_id, tags={}, metrics={})
+        registry.publish(
+            store.get(digest),
+            kept,
+            lineage=lineage,
+            digest=digest,
+            index=index,
+            run_id=run_id,
+            description="",
+            tags={},
+            metrics={},
+        )
     where = [f"tracking.uri={sqlite_tracking.uri}", f"tracking.model={sqlite_tracking.model}"]
 
     text = ["--task", "animal", "--input", "a short text"]
@@ -256,9 +266,11 @@ def test_a_version_whose_store_has_moved(
     PoolRegistry(sqlite_tracking).publish(
         open_store(kept).get(copied.snapshot),
         kept,
+        lineage=Lineage("method sapt", ("first", "second")),
         digest=copied.snapshot,
         index=1,
         run_id=run_id,
+        description="",
         tags={},
         metrics={},
     )

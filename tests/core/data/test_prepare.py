@@ -410,6 +410,13 @@ def test_templates_that_leave_no_room_are_refused_together(t5: PreTrainedTokeniz
         prepare_task(tasks[0], t5, max_source_tokens=10, max_target_tokens=9, is_encoder_decoder=True)
 
 
+@pytest.mark.parametrize("is_encoder_decoder", [True, False])
+def test_a_split_may_be_empty(t5: PreTrainedTokenizerFast, is_encoder_decoder: bool) -> None:
+    task = Task("one", "alpha", (Example("beta", ("gamma",)),), (), (), "superni", "exact_match")
+    prepared = prepare_task(task, t5, max_source_tokens=90, max_target_tokens=5, is_encoder_decoder=is_encoder_decoder)
+    assert [len(getattr(prepared, split)) for split in SPLITS] == [1, 0, 0]
+
+
 def test_a_tokenizer_without_eos_is_refused() -> None:
     tokenizer = byte_bpe()
     tokenizer.eos_token = None
