@@ -168,7 +168,7 @@ def test_the_ui_starts(migrated_database: Path, unused_port: int) -> None:
                 try:
                     answered = requests.get(f"http://127.0.0.1:{unused_port}/health", timeout=5).ok
                     break
-                except requests.ConnectionError:
+                except requests.RequestException:  # not up yet, or a busy machine
                     time.sleep(0.25)
             assert answered
         finally:
