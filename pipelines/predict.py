@@ -10,29 +10,29 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipelines.console import cli
 from pipelines.console.commands import pasted
 from pipelines.console.places import check_lasting
-from sapt_core.errors import DataError, SaptError
+from sapt_core.errors import DataError, RequestError, SaptError
 
 if TYPE_CHECKING:
-    from sapt_core.data.task import LearntTask
     from sapt_core.versions.manifest import Manifest
-    from sapt_core.versions.predictor import Prediction, Predictor
+    from sapt_core.versions.predictor import Prediction
+    from sapt_core.versions.requests import Row
 
 SMALLEST_SHOWN = 0.01
 
 
-class Request(NamedTuple):
-    """One text to answer; ``given`` is the row it came in, which comes back with the answer."""
+class Given(NamedTuple):
+    """One row of a file: what the line holds, which comes back with the answer, its name, and what it asks."""
 
-    given: dict[str, Any]
-    text: str
-    task: LearntTask | None
+    content: dict[str, Any]
+    name: str
+    row: Row
 
 
 def main() -> None:
@@ -59,7 +59,8 @@ def main() -> None:
 
     from pipelines.console.versions import open_version
     from sapt_core.config import load_config, load_places
-    from sapt_core.versions.predictor import Predictor, find_task
+    from sapt_core.versions.predictor import Predictor
+    from sapt_core.versions.requests import Row, find_task, read_rows, refuse
 
     if arguments.output is not None and arguments.file is None:
         raise SaptError("--output goes with --file; without it the answers are printed")
@@ -69,55 +70,68 @@ def main() -> None:
     config, overrides = arguments.config, arguments.overrides
     places = load_places(overrides) if config is None else load_config(config, overrides)
     manifest, store = open_version(arguments, places)
-    task = None if arguments.task is None else find_task(manifest, arguments.task)
-    if arguments.input is not None and (fault := _text_fault(arguments.input)):
-        raise DataError("The text cannot be answered:", [f"--input {fault}"])
-    requests = None if lines is None else read_requests(lines, str(arguments.file), manifest, task)
+    task = None if arguments.task is None else find_task(manifest, arguments.task).name
+
+    def ask(text: str) -> Row:
+        return Row(prompt=text) if task is None else Row(input=text, task=task)
+
+    # What is wrong whatever the backbone is told before seconds or minutes are spent on loading it.
+    if arguments.input is not None:
+        refuse(read_rows(manifest, [ask(arguments.input)])[1], ["--input"])
+    given = None if lines is None else read_file(lines, str(arguments.file), manifest, task)
 
     predictor = Predictor.load(manifest.to_bytes(), store)
-    if requests is not None:
-        answers = predictor.predict([each.text for each in requests], [each.task for each in requests])
-        text = "".join(_row(each, answer) for each, answer in zip(requests, answers, strict=True))
+    if given is not None:
+        answers = predictor.answer([each.row for each in given], names=[each.name for each in given])
+        text = "".join(_line(each, answer) for each, answer in zip(given, answers, strict=True))
         if arguments.output is None:
             sys.stdout.write(text)
         else:
             cli.write_output(arguments.output, text)
     elif arguments.input is not None:
-        _show(predictor.predict([arguments.input], [task])[0])
+        _show(predictor.answer([ask(arguments.input)], names=["--input"])[0])
     else:
-        _answer_typed(predictor, task)
+        if sys.stdin.isatty():
+            what = "prompt" if task is None else f"input of {task}"
+            print(f"one {what} a line, end with Ctrl-D", file=sys.stderr)
+        _answer_typed(lambda text, name: predictor.answer([ask(text)], names=[name])[0])
 
 
-def read_requests(lines: Iterable[str], name: str, manifest: Manifest, task: LearntTask | None) -> list[Request]:
+def read_file(lines: Iterable[str], file: str, manifest: Manifest, task: str | None) -> list[Given]:
     """The rows of a JSONL file.
 
     Args:
         lines: of the file; blank ones are left out.
-        name: of the file, for messages.
+        file: its name, for messages.
         manifest: the version that is to answer.
-        task: of inputs that name none; None takes them as full prompts.
+        task: of inputs that name none.
 
     Raises:
-        DataError: with every fault and its line, or without any row.
+        RequestError: with every fault and its line, or without any row.
     """
-    requests: list[Request] = []
-    faults: list[str] = []
+    from sapt_core.versions.requests import read_rows
+
+    given: list[Given] = []
+    faults: dict[int, str] = {}
+    numbers = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            requests.append(_request(line, manifest, task))
+            given.append(_given(line, f"line {number}", task))
+            numbers.append(number)
         except SaptError as error:
-            faults.append(f"line {number}: {error}")
-    if not requests and not faults:
-        faults.append("no rows")
-    if faults:
-        raise DataError(f"{name} cannot be answered:", faults)
-    return requests
+            faults[number] = str(error)
+    found = read_rows(manifest, [each.row for each in given])[1]
+    faults |= {numbers[place]: fault for place, fault in found.items()}
+    told = [f"line {number}: {faults[number]}" for number in sorted(faults)]
+    if told or not given:
+        raise RequestError(f"{file} cannot be answered:", told or ["no rows"])
+    return given
 
 
-def _request(line: str, manifest: Manifest, task: LearntTask | None) -> Request:
-    from sapt_core.versions.predictor import find_task
+def _given(line: str, name: str, task: str | None) -> Given:
+    from sapt_core.versions.requests import Row
 
     try:
         row = json.loads(line)
@@ -125,29 +139,10 @@ def _request(line: str, manifest: Manifest, task: LearntTask | None) -> Request:
         raise SaptError(f"not JSON: {error.msg} at column {error.colno}") from error
     if not isinstance(row, dict):
         raise SaptError('not an object with "prompt" or "input"')
-    fields = [field for field in ("prompt", "input") if field in row]
-    if len(fields) != 1:
-        raise SaptError('give either "prompt", a full prompt, or "input", an input of a task')
-    text, named = row[fields[0]], row.get("task")
-    if fault := _text_fault(text):
-        raise SaptError(f"{fields[0]} {fault}")
-    if named is not None and not isinstance(named, str):
-        raise SaptError("task is not text")
-    if fields == ["prompt"]:
-        if named is not None:
-            raise SaptError('a "prompt" is answered as it is: leave out "task", or give "input"')
-        return Request(row, text, None)
-    return Request(row, text, task if named is None else find_task(manifest, named))
-
-
-def _text_fault(text: Any) -> str | None:
-    if not isinstance(text, str):
-        return "is not text"
-    if not text.strip():
-        return "is blank"
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        return "holds bytes or a lone surrogate that are no characters"
-    return None
+    asked = Row(*(row.get(field) for field in Row._fields))
+    if asked.input is not None and asked.task is None:
+        asked = asked._replace(task=task)
+    return Given(row, name, asked)
 
 
 def _read_lines(path: Path) -> list[str]:
@@ -160,25 +155,19 @@ def _read_lines(path: Path) -> list[str]:
         raise DataError("The input cannot be read:", [f"{path}: {error}"]) from error
 
 
-def _answer_typed(predictor: Predictor, task: LearntTask | None) -> None:
+def _answer_typed(answer: Callable[[str, str], Prediction]) -> None:
     """Answer every line as it comes."""
-    if sys.stdin.isatty():
-        what = "prompt" if task is None else f"input of {task.name}"
-        print(f"one {what} a line, end with Ctrl-D", file=sys.stderr)
     try:
         for number, line in enumerate(sys.stdin, start=1):
             text = line.rstrip("\n")
-            if not text.strip():
-                continue
-            if fault := _text_fault(text):
-                raise DataError("The text cannot be answered:", [f"line {number} {fault}"])
-            _show(predictor.predict([text], [task])[0])
+            if text.strip():
+                _show(answer(text, f"line {number}"))
     except UnicodeDecodeError as error:
         raise DataError("The standard input cannot be read:", [str(error)]) from error
 
 
-def _row(request: Request, prediction: Prediction) -> str:
-    answered = {**request.given, "prediction": prediction.text, "weights": dict(prediction.weights)}
+def _line(given: Given, prediction: Prediction) -> str:
+    answered = {**given.content, "prediction": prediction.text, "weights": dict(prediction.weights)}
     return json.dumps(answered, allow_nan=False) + "\n"
 
 

@@ -18,7 +18,7 @@ from sapt_core.training.trainer import step_seed
 from sapt_core.versions.export import export_block
 from sapt_core.versions.learning import LearningSettings, Workplace, learn_task
 from sapt_core.versions.manifest import Manifest
-from sapt_core.versions.predictor import Prediction, Predictor, find_task
+from sapt_core.versions.predictor import Prediction, Predictor
 
 DEV_FRACTION = 0.1
 
@@ -69,10 +69,10 @@ class Pool:
             A prediction a text: its ``text``, and ``weights``, how much of every block it was made with.
 
         Raises:
-            SaptError: the version has not learnt the task, or its method answers only where one is named.
+            RequestError: with every fault: a text that is none, is blank or too long, a task that the version has not
+                learnt, or none where its method needs one.
         """
-        asked = None if task is None else find_task(self.manifest, task)
-        return self._predictor.predict(texts, [asked] * len(texts))
+        return self._predictor.predict(texts, None if task is None else [task] * len(texts))
 
     def weights(self, texts: Sequence[str], task: str | None = None) -> list[Mapping[str, float]]:
         """How much of every block each text is answered with; arguments and errors as of ``generate``."""

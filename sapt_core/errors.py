@@ -41,6 +41,10 @@ class DataError(FaultsError):
     """Task files are missing, broken or unusable."""
 
 
+class RequestError(FaultsError):
+    """Rows that a version is asked with cannot be answered."""
+
+
 class BackboneError(SaptError):
     """The backbone cannot be loaded or cannot carry a PET pool."""
 

@@ -121,8 +121,11 @@ def save_version(folder: Path, manifest: bytes, store: StoreConfig, *, model_id:
     """Write the pyfunc model: the two files, pool_model.py, and the packages that it imports."""
     import mlflow.pyfunc  # noqa: PLC0415
     from mlflow.models import Model, ModelSignature  # noqa: PLC0415
-    from mlflow.types import ColSpec, Schema  # noqa: PLC0415
+    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema  # noqa: PLC0415
+    from mlflow.types.schema import AnyType  # noqa: PLC0415
 
+    # Texts. Of a "string" MLflow 3.17 makes the text "None" where JSON inputs have null, and that would be answered.
+    any_type = AnyType()  # type: ignore[no-untyped-call]
     sources = folder.with_name("sources")
     sources.mkdir()
     (sources / MANIFEST_FILE).write_bytes(manifest)
@@ -140,8 +143,9 @@ def save_version(folder: Path, manifest: bytes, store: StoreConfig, *, model_id:
             python_model=str(Path(__file__).with_name("pool_model.py")),
             artifacts={"manifest": str(sources / MANIFEST_FILE), "pool": str(sources / POOL_FILE)},
             signature=ModelSignature(
-                inputs=Schema([ColSpec("string", "prompt")]),
+                inputs=Schema([ColSpec(any_type, name, required=False) for name in ("prompt", "input", "task")]),
                 outputs=Schema([ColSpec("string", "answer"), ColSpec("string", "weights")]),
+                params=ParamSchema([ParamSpec(name, "long", None) for name in ("max_new_tokens", "num_beams")]),
             ),
             code_paths=[str(Path(room.__path__[0])) for room in (sapt_core, cluster)],
             # Stated, because MLflow would find them by loading the model in another process.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -13,13 +12,13 @@ from sapt_core.backbones.device import default_device
 from sapt_core.backbones.loading import load_backbone
 from sapt_core.blobs import BlobStore
 from sapt_core.data.prepare import EncodedPrompt, PromptEncoder
-from sapt_core.data.task import LearntTask
-from sapt_core.errors import SaptError
+from sapt_core.errors import FaultsError, RequestError
 from sapt_core.judging.decoding import answer
 from sapt_core.pool.model import SaptModel
 from sapt_core.settings import EvaluationConfig
 from sapt_core.versions.loading import load_pool
 from sapt_core.versions.manifest import Manifest
+from sapt_core.versions.requests import Request, Row, read_rows, refuse, rows_of
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,15 @@ class Predictor:
         self.manifest = manifest
         self._attach = attach
         self._tokenizer = tokenizer
-        self._is_encoder_decoder = is_encoder_decoder
+        self._encoders = {
+            room: PromptEncoder(
+                tokenizer,
+                max_source_tokens=room,
+                is_encoder_decoder=is_encoder_decoder,
+                joined=manifest.backbone.joined,
+            )
+            for room in {task.max_source_tokens for task in manifest.tasks}
+        }
 
     @classmethod
     def load(cls, manifest: bytes, store: BlobStore) -> Predictor:
@@ -67,73 +74,99 @@ class Predictor:
         return cls(parsed, attach, tokenizer, is_encoder_decoder=bool(backbone.config.is_encoder_decoder))
 
     def predict(
-        self, texts: Sequence[str], tasks: Sequence[LearntTask | None] | None = None, batch_size: int = 32
+        self, texts: Sequence[str], tasks: Sequence[str | None] | None = None, batch_size: int = 32
     ) -> list[Prediction]:
-        """Answer texts; the method chooses the mix by itself, whether a task is named or not, unless it needs the task.
-
-        Prompts that are longer than what the version was trained on lose tokens from the middle of their input,
-        as they did in training.
+        """Answer texts: ``answer`` of full prompts and of inputs.
 
         Args:
             texts: full prompts, or inputs of tasks.
-            tasks: one a text: whose definition and template to put around it; None for a full prompt.
+            tasks: one a text: the name of whose definition and template to put around it; None for a full prompt.
             batch_size: texts in one forward.
 
         Returns:
             A prediction a text, in the same order.
 
         Raises:
-            SnapshotError: the method needs the task, and a text has none.
+            RequestError: as ``answer``, or there are more or fewer tasks than texts.
         """
-        groups: dict[LearntTask | None, list[int]] = {}
-        for index, task in enumerate(tasks or [None] * len(texts)):
-            groups.setdefault(task, []).append(index)
-        told = self.manifest.method.needs_task
-        asked: dict[str | None, dict[int, dict[str, Any]]] = {}
-        for task, indices in groups.items():
-            place = self.manifest.index_of(None if task is None else task.name) if told else None
-            rows = asked.setdefault(None if place is None else self.manifest.tasks[place].name, {})
-            for index, prompt in zip(indices, self._encode([texts[index] for index in indices], task), strict=True):
-                rows[index] = prompt.row
+        return self.answer(rows_of(texts, tasks), batch_size=batch_size)
+
+    def answer(
+        self,
+        rows: Sequence[Row],
+        *,
+        names: Sequence[str] | None = None,
+        max_new_tokens: int | None = None,
+        num_beams: int | None = None,
+        batch_size: int = 32,
+    ) -> list[Prediction]:
+        """Answer rows; the method chooses the mix by itself, whether a task is named or not, unless it needs the task.
+
+        An input that makes its prompt longer than what the task was trained on loses tokens from its middle, as it
+        did in training. Of a full prompt nobody knows what may be lost, so one that is too long is refused.
+
+        Args:
+            rows: what is asked.
+            names: of the rows, for messages; default: row 0, row 1 and so on.
+            max_new_tokens: longest answer; default: what the task with the longest was trained on.
+            num_beams: beams of the search; 1, the default, is greedy.
+            batch_size: rows in one forward.
+
+        Returns:
+            A prediction a row, in the same order.
+
+        Raises:
+            RequestError: with every fault of every row; none is answered.
+        """
+        requests, faults = read_rows(self.manifest, rows)
+        encoded: dict[int, EncodedPrompt] = {}
+        for place, request in requests.items():
+            try:
+                encoded[place] = self._encode(request)
+            except FaultsError as error:
+                faults[place] = "; ".join(error.faults)
+        options = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
+        refuse(
+            faults,
+            names,
+            [
+                f"{name}={value}: give a whole number from 1 on"
+                for name, value in options.items()
+                if value is not None and value < 1
+            ],
+        )
+        asked: dict[str | None, list[int]] = {}
+        for place, request in requests.items():
+            told = request.task if self.manifest.method.needs_task else None
+            asked.setdefault(None if told is None else told.name, []).append(place)
         found: dict[int, Prediction] = {}
-        for name, rows in asked.items():
+        for name, places in asked.items():
             answers, weights = answer(
                 self._attach(name),
                 self._tokenizer,
-                [rows[index] for index in sorted(rows)],
-                EvaluationConfig(batch_size=batch_size),
-                max_new_tokens=max(task.max_target_tokens for task in self.manifest.tasks),
+                [encoded[place].row for place in places],
+                EvaluationConfig(batch_size=batch_size, num_beams=num_beams or 1),
+                max_new_tokens=max_new_tokens or max(task.max_target_tokens for task in self.manifest.tasks),
                 precision="auto",
             )
             blocks = self.manifest.blocks_for(name)
-            for index, text, row in zip(sorted(rows), answers, weights, strict=True):
-                found[index] = Prediction(text, dict(zip(blocks, row.tolist(), strict=True)))
-        return [found[index] for index in range(len(texts))]
+            for place, text, row in zip(places, answers, weights, strict=True):
+                found[place] = Prediction(text, dict(zip(blocks, row.tolist(), strict=True)))
+        return [found[place] for place in range(len(rows))]
 
-    def _encode(self, texts: Sequence[str], task: LearntTask | None) -> list[EncodedPrompt]:
+    def _encode(self, request: Request) -> EncodedPrompt:
+        text, task = request
         longest = max(learnt.max_source_tokens for learnt in self.manifest.tasks)
-        encoder = PromptEncoder(
-            self._tokenizer,
-            max_source_tokens=longest if task is None else task.max_source_tokens,
-            is_encoder_decoder=self._is_encoder_decoder,
-            joined=self.manifest.backbone.joined,
-        )
-        if task is None:
-            return encoder.prompts("none", "", texts)
-        return encoder.prompts(task.template, task.definition, texts)
-
-
-def find_task(manifest: Manifest, name: str) -> LearntTask:
-    """A task that the version has learnt, by its name or by what comes before the name's first underscore.
-
-    Raises:
-        SaptError: it has learnt no such task, or several that begin so.
-    """
-    found = [task for task in manifest.tasks if task.name == name]
-    found = found or [task for task in manifest.tasks if task.name.startswith(f"{name}_")]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise SaptError(f"task {name!r} fits several, give one in full: {', '.join(task.name for task in found)}")
-    known = ", ".join(task.name for task in manifest.tasks)
-    raise SaptError(f"the version has not learnt task {name!r}; it knows: {known}")
+        encoder = self._encoders[longest if task is None else task.max_source_tokens]
+        if task is not None:
+            return encoder.prompts(task.template, task.definition, [text])[0]
+        (prompt,) = encoder.prompts("none", "", [text])
+        if prompt.truncated:
+            raise RequestError(
+                "The prompt cannot be answered:",
+                [
+                    f"prompt takes {len(encoder.text(text))} tokens, and the version reads up to {longest}: shorten "
+                    "it, or give input and task, which lose the middle of the input"
+                ],
+            )
+        return prompt

@@ -15,14 +15,15 @@ from sapt_core.backbones.loading import load_backbone, store_backbone
 from sapt_core.backbones.reference import identify
 from sapt_core.data.task import LearntTask
 from sapt_core.data.templates import TEMPLATES
-from sapt_core.errors import SaptError, SnapshotError, StoreError
+from sapt_core.errors import RequestError, SaptError, SnapshotError, StoreError
 from sapt_core.methods.base import find_method
 from sapt_core.pool.pool import new_pool
 from sapt_core.settings import AttentionConfig, BackboneConfig
 from sapt_core.versions import predictor as predictors
 from sapt_core.versions.loading import store_block, store_router
 from sapt_core.versions.manifest import SCHEMA_VERSION, Manifest
-from sapt_core.versions.predictor import Predictor, find_task
+from sapt_core.versions.predictor import Predictor
+from sapt_core.versions.requests import Row, find_task, read_rows
 from tests.core.tiny import DictStore, fill, lora, tiny_backbone, tiny_tokenizer
 
 ATTENTION = AttentionConfig(bottleneck=5, temperature=0.2)
@@ -108,7 +109,7 @@ def test_weights_are_a_mixture_over_the_tasks_blocks(name: str, store: DictStore
 @pytest.mark.parametrize("name", ["t5", "llama"])
 def test_an_answer_does_not_depend_on_its_batch_or_its_place(name: str, store: DictStore, tmp_path: Path) -> None:
     predictor = Predictor.load(version(store, tmp_path / name, name).to_bytes(), store)
-    tasks = [TASKS[0], None, TASKS[1], TASKS[0]]
+    tasks = ["qa_hard", None, "qa", "qa_hard"]
     together = predictor.predict(TEXTS, tasks)
     for text, task, prediction in zip(TEXTS, tasks, together, strict=True):
         (alone,) = predictor.predict([text], [task])
@@ -121,8 +122,8 @@ def test_an_answer_does_not_depend_on_its_batch_or_its_place(name: str, store: D
 def test_a_task_puts_its_definition_and_template_around_an_input(store: DictStore, tmp_path: Path) -> None:
     predictor = Predictor.load(version(store, tmp_path / "t5").to_bytes(), store)
     prompts = ["".join(TEMPLATES["superni"].pieces(TASKS[0].definition, text)) for text in TEXTS]
-    assert predictor.predict(TEXTS, [TASKS[0]] * 4) == predictor.predict(prompts)
-    assert predictor.predict(TEXTS, [TASKS[0]] * 4) != predictor.predict(TEXTS)
+    assert predictor.predict(TEXTS, ["qa_hard"] * 4) == predictor.predict(prompts)
+    assert predictor.predict(TEXTS, ["qa_hard"] * 4) != predictor.predict(TEXTS)
 
 
 def letter_tokenizer() -> PreTrainedTokenizerFast:
@@ -147,21 +148,79 @@ def test_a_version_is_asked_as_it_was_taught(store: DictStore, tmp_path: Path, m
 
     monkeypatch.setattr(predictors, "answer", answer)
     for manifest in (now.to_bytes(), json.dumps(written).encode()):
-        Predictor.load(manifest, store).predict(["w1", "Output: "], [learnt("qa", definition="w2"), None])
+        Predictor.load(manifest, store).predict(["w1", "Output: "], ["qa_hard", None])
     joined, apart = asked
     assert [text[-7:] for text in joined] == ["Output:", "Output:"]
     assert [text[-8:] for text in apart] == ["Output: ", "Output: "]
 
 
-def test_a_prompt_that_is_too_long_loses_its_middle(store: DictStore, tmp_path: Path) -> None:
+def test_an_input_that_is_too_long_loses_its_middle(store: DictStore, tmp_path: Path) -> None:
     predictor = Predictor.load(version(store, tmp_path / "t5").to_bytes(), store)
     middle = " ".join(["w9"] * 200)
     head, tail = " ".join(["w1"] * 40), " ".join(["w2"] * 40)
     long, longer = (" ".join([head, middle, *extra, tail]) for extra in ([], ["w7"]))
-    # 63 tokens and the end-of-text token stay of a full prompt; what is cut out cannot count.
-    assert predictor.predict([long]) == predictor.predict([longer])
+    # 63 tokens and the end-of-text token stay; what is cut out cannot count.
     kept = f"{' '.join(['w1'] * 32)} {' '.join(['w2'] * 31)}"
-    assert predictor.predict([long]) == predictor.predict([kept])
+    task = ["task7_sum"]
+    assert predictor.predict([long], task) == predictor.predict([longer], task) == predictor.predict([kept], task)
+
+
+def test_a_prompt_that_is_too_long_is_refused(store: DictStore, tmp_path: Path) -> None:
+    """Nobody knows which of its words may be lost."""
+    predictor = Predictor.load(version(store, tmp_path / "t5").to_bytes(), store)
+    with pytest.raises(RequestError, match=r"row 1: prompt takes 65 tokens, and the version reads up to 64"):
+        predictor.predict([" ".join(["w1"] * 63), " ".join(["w1"] * 64)])
+
+
+def test_all_that_is_wrong_is_told_and_nothing_is_answered(
+    store: DictStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictor = Predictor.load(version(store, tmp_path / "t5").to_bytes(), store)
+    monkeypatch.setattr(predictors, "answer", lambda *_, **__: pytest.fail("answered"))
+    texts: list[Any] = ["w1", None, 3, "", " \n", "w1", "\ud800", " ".join(["w1"] * 99), "w1"]
+    with pytest.raises(RequestError) as refused:
+        predictor.predict(texts, [None] * 5 + ["nosuch"] + [None] * 3)
+    assert [fault.partition(":")[0] for fault in refused.value.faults] == [f"row {place}" for place in range(1, 8)]
+    told = str(refused.value)
+    for part in ("no text is given", "not text but int", "is blank", "it knows: qa_hard, qa, task7_sum", "takes 100"):
+        assert part in told
+    with pytest.raises(RequestError) as refused:
+        predictor.answer([Row(prompt="w1"), Row(input=" ", task=4)], max_new_tokens=0, num_beams=-1)
+    assert refused.value.faults == (
+        "max_new_tokens=0: give a whole number from 1 on",
+        "num_beams=-1: give a whole number from 1 on",
+        "row 1: input is blank; task is not text but int; the version knows: qa_hard, qa, task7_sum",
+    )
+
+
+@pytest.mark.parametrize(
+    ("texts", "tasks", "said"),
+    [
+        (["w1", "w2"], ["qa"], "there are 2 texts and 1 tasks"),
+        (["w1"], ["qa", None], "there are 1 texts and 2 tasks"),
+        (["w1"], [], "there are 1 texts and 0 tasks"),
+        ("w1 w2", None, "texts are one text: give a list"),
+        (["w", "2"], "qa", "tasks are one text: give a list"),
+    ],
+)
+def test_a_task_for_every_text(texts: Any, tasks: Any, said: str, store: DictStore, tmp_path: Path) -> None:
+    predictor = Predictor.load(version(store, tmp_path / "t5").to_bytes(), store)
+    with pytest.raises(RequestError, match=said):
+        predictor.predict(texts, tasks)
+
+
+def test_longer_answers_and_more_beams(store: DictStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    predictor = Predictor.load(version(store, tmp_path / "t5").to_bytes(), store)
+    given: list[tuple[int, int]] = []
+
+    def answer(*given_: Any, max_new_tokens: int, **_: Any) -> tuple[list[str], torch.Tensor]:
+        given.append((max_new_tokens, given_[3].num_beams))
+        return [""], torch.zeros(1, 3)
+
+    monkeypatch.setattr(predictors, "answer", answer)
+    predictor.answer([Row(prompt="w1")])
+    predictor.answer([Row(prompt="w1")], max_new_tokens=2, num_beams=3)
+    assert given == [(6, 1), (2, 3)]
 
 
 def test_a_method_with_one_block_answers_with_it_alone(store: DictStore, tmp_path: Path) -> None:
@@ -191,6 +250,27 @@ def test_find_task_by_its_name_or_its_number(store: DictStore, tmp_path: Path) -
         find_task(twins, "task7")
 
 
+def test_rows_as_they_are_given(store: DictStore, tmp_path: Path) -> None:
+    manifest = version(store, tmp_path / "t5")
+    newer = manifest.model_copy(update={"tasks": (learnt("qa_hard", template="chat"), *TASKS[1:])})
+    rows = {
+        Row(prompt="w1"): None,
+        Row(input="w1", task="task7"): None,
+        Row(): "no text is given: give either prompt",
+        Row(task="qa"): "no text is given",
+        Row(prompt="w1", input="w2", task="qa"): "both prompt and input are given",
+        Row(prompt="w1", task="qa"): "a prompt is answered as it is",
+        Row(input="w1"): "an input needs its task, one of: qa_hard, qa, task7_sum",
+    }
+    requests, faults = read_rows(manifest, rows)
+    assert [(request.text, request.task) for request in requests.values()] == [("w1", None), ("w1", TASKS[2])]
+    for place, said in enumerate(rows.values()):
+        assert faults.get(place, "").startswith(said or "")
+        assert (place in faults) == (said is not None)
+    (fault,) = read_rows(newer, [Row(input="w1", task="qa_hard")])[1].values()
+    assert "template 'chat', which this release has not (it has: superni, long_sequence, none)" in fault
+
+
 def test_damage_is_found_when_it_is_loaded(store: DictStore, tmp_path: Path) -> None:
     manifest = version(store, tmp_path / "t5")
     with pytest.raises(SnapshotError, match="not JSON"):
@@ -212,9 +292,9 @@ def test_an_oracle_answers_each_text_with_its_tasks_block(store: DictStore, tmp_
     changes = {"method": find_method("per_task").model_validate({}), "attention": None, "router": None}
     oracle = mixed.model_copy(update=changes)
     predictor = Predictor.load(oracle.to_bytes(), store)
-    tasks = [TASKS[2], TASKS[0], TASKS[2], TASKS[1]]
+    tasks = ["task7_sum", "qa_hard", "task7_sum", "qa"]
     found = predictor.predict(TEXTS, tasks)
-    assert [dict(prediction.weights) for prediction in found] == [{task.name: 1.0} for task in tasks]
+    assert [dict(prediction.weights) for prediction in found] == [{task: 1.0} for task in tasks]
     for index, task in enumerate(TASKS[:3]):
         alone = oracle.model_copy(
             update={
@@ -224,8 +304,8 @@ def test_an_oracle_answers_each_text_with_its_tasks_block(store: DictStore, tmp_
                 "targets": ((1.0,),),
             }
         )
-        plain = Predictor.load(alone.to_bytes(), store).predict(TEXTS, [task] * len(TEXTS))
-        told = predictor.predict(TEXTS, [task] * len(TEXTS))
+        plain = Predictor.load(alone.to_bytes(), store).predict(TEXTS, [task.name] * len(TEXTS))
+        told = predictor.predict(TEXTS, [task.name] * len(TEXTS))
         assert [each.text for each in told] == [each.text for each in plain]
-    with pytest.raises(SnapshotError, match="only where the task is told, and none is named"):
+    with pytest.raises(RequestError, match="row 3: method per_task answers only where the task is told"):
         predictor.predict(TEXTS)
