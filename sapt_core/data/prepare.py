@@ -259,7 +259,7 @@ class PromptEncoder:
         return EncodedPrompt([*self._prefix, *ids, *self._suffix], len(self._prefix) + query_start, excess > 0)
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        if not texts:  # of a split without rows, which tokenizers do not take
+        if not texts:  # which transformers 5.23 stumbles over
             return []
         batch = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)
         return [list(ids) for ids in batch["input_ids"]]

@@ -29,6 +29,7 @@ from cluster.tracking.service import client_of
 from sapt_core.blobs import BlobStore
 from sapt_core.errors import LineageError, SnapshotError, StoreError, TrackingError
 from sapt_core.settings import StoreConfig, TrackingConfig
+from sapt_core.versions.requests import Row
 
 pytest_plugins = ["tests.mlflow_servers"]
 
@@ -470,8 +471,8 @@ class ReadingPredictor:
         stated = json.loads(manifest)
         return cls(stated["tasks"], store.get(stated["block"]))
 
-    def predict(self, prompts: Sequence[str]) -> list[Prediction]:
-        return [Prediction(f"{prompt}:{self.block.decode()}", dict.fromkeys(self.tasks, 0.5)) for prompt in prompts]
+    def answer(self, rows: Sequence[Row], **_: int | None) -> list[Prediction]:
+        return [Prediction(f"{row.prompt}:{self.block.decode()}", dict.fromkeys(self.tasks, 0.5)) for row in rows]
 
 
 @pytest.fixture
@@ -503,7 +504,7 @@ def test_pyfunc_builds_the_pool_from_the_store(
         "answer": {7: "one:bytes", 9: "two:bytes"},
         "weights": {7: '{"a": 0.5, "b": 0.5}', 9: '{"a": 0.5, "b": 0.5}'},
     }
-    with pytest.raises(mlflow.MlflowException, match="prompt"):
+    with pytest.raises(mlflow.MlflowException, match="neither a column prompt"):
         model.predict(pd.DataFrame({"question": ["one"]}))
 
 

@@ -156,14 +156,15 @@ def test_served_where_the_project_is_not_installed(finished: Finished, tmp_path:
             assert server.poll() is None, (tmp_path / "log").read_text()
             assert time.monotonic() < deadline, (tmp_path / "log").read_text()
             time.sleep(0.2)
-        rows = {"dataframe_records": [{"prompt": "ada saw a fox by the river"}]}
-        answer = requests.post(f"http://127.0.0.1:{port}/invocations", json=rows, timeout=60)
+        rows = [{"prompt": "ada saw a fox by the river"}, {"input": "ada saw a fox by the river", "task": TASKS[0]}]
+        body = {"dataframe_records": rows, "params": {"num_beams": 2}}
+        answer = requests.post(f"http://127.0.0.1:{port}/invocations", json=body, timeout=60)
     finally:
         os.killpg(server.pid, signal.SIGKILL)
         server.wait(10)
     assert answer.ok, answer.text
-    (row,) = answer.json()["predictions"]
-    assert set(json.loads(row["weights"])) == set(TASKS)
+    answers = answer.json()["predictions"]
+    assert [set(json.loads(row["weights"])) for row in answers] == [set(TASKS)] * 2
 
 
 def is_up(address: str) -> bool:

@@ -8,6 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.store import open_store
+from cluster.tracking.registry import Lineage, PoolRegistry
+from cluster.tracking.runs import Tracker
+from sapt_core.settings import StoreConfig, TrackingConfig
+
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = str(ROOT / "pipelines/configs/quickstart.yaml")
 TINY = (
@@ -49,6 +54,23 @@ def command(store: Path, *arguments: str) -> list[str]:
     """Run the tiny sequence inline."""
     script = str(ROOT / "pipelines/continual.py")
     return [sys.executable, script, "--config", QUICKSTART, "--inline", *TINY, f"store.uri={store}", *arguments]
+
+
+def publish(store: Path, digest: str, tracking: TrackingConfig, index: int = 2) -> int:
+    """Register a version of the tiny sequence; returns its number."""
+    places = StoreConfig(uri=str(store))
+    run = Tracker(tracking).start_sequence("tiny", key="k", params={}, tags={})
+    return PoolRegistry(tracking).publish(
+        open_store(places).get(digest),
+        places,
+        lineage=Lineage("the tiny sequence", ("first", "second")),
+        digest=digest,
+        index=index,
+        run_id=run,
+        description="",
+        tags={},
+        metrics={},
+    )
 
 
 def records(store: Path) -> dict[str, tuple[str, int]]:

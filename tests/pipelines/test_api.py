@@ -15,12 +15,9 @@ from safetensors.torch import load_file
 
 import pipelines
 import sapt_core
-from cluster.store import open_store
-from cluster.tracking.registry import Lineage, PoolRegistry
-from cluster.tracking.runs import Tracker
-from sapt_core.errors import ConfigError, DataError, SaptError, SnapshotError
-from sapt_core.settings import StoreConfig, TrackingConfig
-from tests.pipelines.commands import QUICKSTART, ROOT, TINY, Finished
+from sapt_core.errors import ConfigError, DataError, RequestError, SaptError, SnapshotError
+from sapt_core.settings import TrackingConfig
+from tests.pipelines.commands import QUICKSTART, ROOT, TINY, Finished, publish
 
 pytest_plugins = ["tests.mlflow_servers"]
 
@@ -35,19 +32,7 @@ def at_work(copied: Finished, sqlite_tracking: TrackingConfig, tmp_path: Path, m
     Path("runs").mkdir()
     copied.store.rename("runs/store")
     tracking = sqlite_tracking.model_copy(update={"experiment": "quickstart", "model": "quickstart"})
-    run = Tracker(tracking).start_sequence("tiny", key=copied.summary["key"], params={}, tags={})
-    places = StoreConfig(uri=str(tmp_path / "runs/store"))
-    PoolRegistry(tracking).publish(
-        open_store(places).get(copied.snapshot),
-        places,
-        lineage=Lineage("method sapt", ("first", "second")),
-        digest=copied.snapshot,
-        index=2,
-        run_id=run,
-        description="",
-        tags={},
-        metrics={},
-    )
+    publish(tmp_path / "runs/store", copied.snapshot, tracking)
     shutil.copy(tracking.uri.removeprefix("sqlite:///"), "runs/mlflow.db")
 
 
@@ -82,6 +67,11 @@ def test_what_is_refused(finished: Finished, tmp_path: Path) -> None:
     task = sapt_core.make_task("new", [("a", "b")] * 4)
     with pytest.raises(SaptError, match="knows: animal, basket"):
         pool.generate(["x"], task="ticket")
+    with pytest.raises(RequestError, match="row 1: prompt is blank") as told:
+        pool.generate(["x", " ", None])  # type: ignore[list-item]
+    assert len(told.value.faults) == 2
+    with pytest.raises(RequestError, match="give a list of them"):
+        pool.generate("x")
     with pytest.raises(SaptError, match="kept names ticket"):
         pool.learn(task, config, kept={"ticket": ["x"]})
     with pytest.raises(SaptError, match="has learnt animal already"):

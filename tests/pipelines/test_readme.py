@@ -16,15 +16,11 @@ from pathlib import Path
 import pytest
 import requests
 
-from cluster.store import open_store
-from cluster.tracking.registry import Lineage, PoolRegistry
-from cluster.tracking.runs import Tracker
 from pipelines import compare, continual, evaluate, predict, report, sapt, sweep
 from sapt_core.config import load_config
 from sapt_core.data.synthetic import synthetic_sequence
-from sapt_core.settings import BenchmarkConfig, StoreConfig, TrackingConfig
-from sapt_core.versions.manifest import Manifest
-from tests.pipelines.commands import ROOT, TINY, Finished, Outcome
+from sapt_core.settings import BenchmarkConfig, TrackingConfig
+from tests.pipelines.commands import ROOT, TINY, Finished, Outcome, publish
 
 pytest_plugins = ["tests.mlflow_servers"]
 
@@ -112,21 +108,7 @@ def test_a_comparison_ends_in_its_table(call: Call, tmp_path: Path, monkeypatch:
 def published(finished: Finished, sqlite_tracking: TrackingConfig) -> TrackingConfig:
     """The tiny sequence as version 1 of the model that the quickstart registers."""
     tracking = sqlite_tracking.model_copy(update={"experiment": "quickstart", "model": "quickstart"})
-    run = Tracker(tracking).start_sequence("tiny", key=finished.summary["key"], params={}, tags={})
-    places = StoreConfig(uri=str(finished.store))
-    manifest = open_store(places).get(finished.snapshot)
-    digest = Manifest.from_bytes(manifest).digest
-    PoolRegistry(tracking).publish(
-        manifest,
-        places,
-        lineage=Lineage("method sapt", ("first", "second")),
-        digest=digest,
-        index=2,
-        run_id=run,
-        description="",
-        tags={},
-        metrics={},
-    )
+    publish(finished.store, finished.snapshot, tracking)
     return tracking
 
 

@@ -11,14 +11,12 @@ from pathlib import Path
 import pytest
 
 from cluster.store import open_store
-from cluster.tracking.registry import Lineage, PoolRegistry
-from cluster.tracking.runs import Tracker
 from pipelines import evaluate, predict
 from pipelines.console import versions
 from sapt_core.config import load_places
 from sapt_core.settings import StoreConfig, TrackingConfig
 from sapt_core.versions.manifest import Manifest
-from tests.pipelines.commands import QUICKSTART, TINY, Finished, Outcome
+from tests.pipelines.commands import QUICKSTART, TINY, Finished, Outcome, publish
 
 pytest_plugins = ["tests.mlflow_servers"]
 
@@ -173,13 +171,14 @@ def test_all_bad_rows_are_named_and_nothing_is_written(asked: Callable[..., Outc
         '{"input": "x", "task": 4}',
         '{"prompt": "x", "task": "animal"}',
         '{"prompt": "\\ud800"}',
+        '{"input": "x"}',
     ]
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("\n".join(lines))
     outcome = asked("--file", str(source), "--output", str(target))
-    refused(outcome, "nosuch", "animal, basket", "column")
+    refused(outcome, "nosuch", "animal, basket", "column", "an input needs its task")
     faults = outcome.err.splitlines()[1:]
-    assert [fault.split(":")[0].strip(" -") for fault in faults] == [f"line {n}" for n in range(2, 12)]
+    assert [fault.split(":")[0].strip(" -") for fault in faults] == [f"line {n}" for n in range(2, 13)]
     assert not target.exists()
 
 
@@ -187,7 +186,8 @@ def test_all_bad_rows_are_named_and_nothing_is_written(asked: Callable[..., Outc
     ("arguments", "parts"),
     [
         (["--task", "nosuch", "--input", "x"], ["nosuch", "animal, basket"]),
-        (["--input", " "], ["--input is blank"]),
+        (["--input", " "], ["--input: prompt is blank"]),
+        (["--input", "x " * 2000], ["--input: prompt takes", "reads up to"]),
         (["--input", "a\udcff"], ["no characters"]),
         (["--file", "missing.jsonl"], ["missing.jsonl", "no such file"]),
         (["--file", "."], ["Is a directory"]),
@@ -223,24 +223,11 @@ def test_a_version_or_a_snapshot_must_be_named(call: Call) -> None:
 def test_versions_of_the_registry(
     finished: Finished, call: Call, sqlite_tracking: TrackingConfig, asked: Callable[..., Outcome], tmp_path: Path
 ) -> None:
-    kept = StoreConfig(uri=str(finished.store))
-    store = open_store(kept)
+    store = open_store(StoreConfig(uri=str(finished.store)))
     newest = Manifest.from_bytes(store.get(finished.snapshot))
-    run_id = Tracker(sqlite_tracking).start_sequence("sequence", key="k", params={}, tags={})
-    registry, lineage = PoolRegistry(sqlite_tracking), Lineage("method sapt", ("first", "second"))
     for index, digest in enumerate([newest.parent, newest.digest], start=1):
         assert digest is not None
-        registry.publish(
-            store.get(digest),
-            kept,
-            lineage=lineage,
-            digest=digest,
-            index=index,
-            run_id=run_id,
-            description="",
-            tags={},
-            metrics={},
-        )
+        publish(finished.store, digest, sqlite_tracking, index)
     where = [f"tracking.uri={sqlite_tracking.uri}", f"tracking.model={sqlite_tracking.model}"]
 
     text = ["--task", "animal", "--input", "a short text"]
@@ -261,19 +248,7 @@ def test_versions_of_the_registry(
 def test_a_version_whose_store_has_moved(
     copied: Finished, call: Call, sqlite_tracking: TrackingConfig, tmp_path: Path
 ) -> None:
-    kept = StoreConfig(uri=str(copied.store))
-    run_id = Tracker(sqlite_tracking).start_sequence("sequence", key="k", params={}, tags={})
-    PoolRegistry(sqlite_tracking).publish(
-        open_store(kept).get(copied.snapshot),
-        kept,
-        lineage=Lineage("method sapt", ("first", "second")),
-        digest=copied.snapshot,
-        index=1,
-        run_id=run_id,
-        description="",
-        tags={},
-        metrics={},
-    )
+    publish(copied.store, copied.snapshot, sqlite_tracking)
     moved = copied.store.rename(tmp_path / "moved")
     asked = ["--version", "1", "--task", "animal", "--input", "a text", f"tracking.uri={sqlite_tracking.uri}"]
     refused(call(predict.main, asked), f"is not in {copied.store}", "store.uri", code=3)
