@@ -129,11 +129,23 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--list-methods", action=_ListMethods, nargs=0, help="print a method a line and end")
     parser.add_argument("--rows", type=_names, metavar="A,B", help="only these rows")
     parser.add_argument("--seeds", type=_seeds, metavar="N,N", help="these seeds for every row")
+    cli.add_print_config(parser, "the config of each row's first cell,")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
     cli.add_inline(parser)
     parser.add_argument("--table-only", action="store_true", help="run nothing, show what the records say")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="put the table between its markers in FILE")
-    return cli.parse(parser)
+    return cli.parse(parser, _configs)
+
+
+def _configs(arguments: argparse.Namespace) -> str:
+    """A YAML document a row, each a config that `sapt learn` takes."""
+    from pipelines.comparisons.cells import load_comparison
+    from sapt_core.config import written
+
+    comparison = load_comparison(arguments.config, arguments.overrides)
+    rows = arguments.rows or [row.name for row in comparison.config.rows]
+    first = [comparison.places([comparison.row(name).name], arguments.seeds)[0] for name in rows]
+    return "---\n".join(f"# {place.name}\n{written(comparison.experiment(place))}" for place in first)
 
 
 def _names(text: str) -> list[str]:

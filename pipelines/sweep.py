@@ -56,10 +56,18 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = cli.parser(__doc__ or "", pasted("sweep", "--config", "superni_mini"), kind="sweeps")
+    cli.add_print_config(parser, "what all trials start from,")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
     parser.add_argument("--inline", action="store_true", help="one process, trial by trial: no Ray, no MLflow")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="put the table between its markers in FILE")
-    return cli.parse(parser)
+    return cli.parse(parser, _base)
+
+
+def _base(arguments: argparse.Namespace) -> str:
+    from pipelines.sweeps.space import load_sweep
+    from sapt_core.config import written
+
+    return written(load_sweep(arguments.config, arguments.overrides).experiment({}))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pipelines.console.commands import started_so
@@ -25,7 +25,9 @@ def plain_parser(description: str, example: str | None = None) -> argparse.Argum
     )
 
 
-def parser(description: str, example: str, *, kind: str = ".", needs_config: bool = True) -> argparse.ArgumentParser:
+def parser(
+    description: str, example: str, *, kind: str = ".", needs_config: bool = True, actions: Sequence[str] = ()
+) -> argparse.ArgumentParser:
     """A parser with ``--config`` and dotted ``key=value`` overrides.
 
     Args:
@@ -33,8 +35,11 @@ def parser(description: str, example: str, *, kind: str = ".", needs_config: boo
         example: a command line.
         kind: folder of the shipped configs that the command's are in; those of experiments are in none.
         needs_config: whether it must be given.
+        actions: what the command can do, of which one must be named.
     """
     made = plain_parser(description, example)
+    if actions:
+        made.add_argument("action", choices=actions)
     made.add_argument(
         "--config",
         type=lambda text: config_file(text, kind),
@@ -48,10 +53,10 @@ def parser(description: str, example: str, *, kind: str = ".", needs_config: boo
     return made
 
 
-def add_print_config(made: argparse.ArgumentParser) -> None:
-    """The option that shows what an experiment's config comes to."""
+def add_print_config(made: argparse.ArgumentParser, which: str = "the config") -> None:
+    """The option that shows what a config comes to; ``parse`` is told how if it is not an experiment's."""
     made.add_argument(
-        "--print-config", action="store_true", help="print the config with its overrides and all defaults, and end"
+        "--print-config", action="store_true", help=f"print {which} with its overrides and all defaults, and end"
     )
 
 
@@ -75,8 +80,20 @@ def add_version(made: argparse.ArgumentParser) -> None:
     which.add_argument("--snapshot", metavar="DIGEST", help="of a version in store.uri, without MLflow")
 
 
-def parse(made: argparse.ArgumentParser) -> argparse.Namespace:
+def _experiment(arguments: argparse.Namespace) -> str:
+    from sapt_core.config import load_config, written
+
+    return written(load_config(arguments.config, arguments.overrides))
+
+
+def parse(
+    made: argparse.ArgumentParser, config: Callable[[argparse.Namespace], str] = _experiment
+) -> argparse.Namespace:
     """The command line; ends with a message if its options do not go together, and after ``--print-config``.
+
+    Args:
+        made: the parser.
+        config: what ``--print-config`` prints.
 
     Raises:
         ConfigError: the config that is to be printed is not valid.
@@ -86,9 +103,7 @@ def parse(made: argparse.ArgumentParser) -> argparse.Namespace:
         made.error("--processes goes with --inline; on Ray, the cluster says how many stages run at once")
     _quieten_transformers()
     if getattr(arguments, "print_config", False):
-        from sapt_core.config import load_config, written
-
-        sys.stdout.write(written(load_config(arguments.config, arguments.overrides)))
+        sys.stdout.write(config(arguments))
         made.exit()
     return arguments
 

@@ -13,6 +13,8 @@ SCRIPTS = {
     "report": "report",
     "evaluate": "evaluate",
     "predict": "predict",
+    "export": "export",
+    "store": "store",
     "pretrain": "pretrain_tiny",
     "fields": "fields",
 }

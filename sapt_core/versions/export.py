@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from sapt_core.backbones.reference import stored_model_config
 from sapt_core.blobs import BlobStore
@@ -16,7 +18,8 @@ from sapt_core.versions.manifest import Manifest
 def export_block(manifest: Manifest, index: int, store: BlobStore, folder: Path) -> None:
     """Write one block as a plain PEFT adapter: ``adapter_model.safetensors`` and ``adapter_config.json``.
 
-    PEFT applies it with weight 1, as the pool does an input that attends to nothing else.
+    PEFT applies it with weight 1, as the pool does an input that attends to nothing else. The folder appears whole or
+    not at all.
 
     Args:
         manifest: the version.
@@ -28,17 +31,31 @@ def export_block(manifest: Manifest, index: int, store: BlobStore, folder: Path)
         SnapshotError: no such block or no block that PEFT has a kind for, or the folder holds something.
         StoreError: the block's blob is missing or damaged.
     """
-    if isinstance(manifest.pet, FullConfig):
-        raise SnapshotError("The version is a whole set of weights (pet.type=full), which is no PEFT adapter")
-    if type(manifest.method).blocks is not Method.blocks:
-        raise SnapshotError(f"The blocks of method {manifest.method.name} are of its own kind, which PEFT has not")
+    faults = export_faults(manifest, folder)
     if not 0 <= index < len(manifest.blocks):
-        raise SnapshotError(f"There is no block {index}; the version has blocks 0 to {len(manifest.blocks) - 1}")
+        faults.append(f"There is no block {index}; the version has blocks 0 to {len(manifest.blocks) - 1}")
+    if faults:
+        raise SnapshotError(". ".join(faults))
+    part = folder.with_name(f".{folder.name}.{uuid4().hex}")
+    part.mkdir(parents=True)
+    try:
+        store.fetch_to(manifest.blocks[index], part / "adapter_model.safetensors")
+        _peft_config(manifest, store).save_pretrained(str(part))
+        part.replace(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def export_faults(manifest: Manifest, folder: Path) -> list[str]:
+    """What is against exporting any block of a version into a folder."""
+    faults = []
+    if isinstance(manifest.pet, FullConfig):
+        faults.append("The version is a whole set of weights (pet.type=full), which is no PEFT adapter")
+    elif type(manifest.method).blocks is not Method.blocks:
+        faults.append(f"The blocks of method {manifest.method.name} are of its own kind, which PEFT has not")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise SnapshotError(f"{folder} is not an empty folder; give one that is empty or not there yet")
-    folder.mkdir(parents=True, exist_ok=True)
-    store.fetch_to(manifest.blocks[index], folder / "adapter_model.safetensors")
-    _peft_config(manifest, store).save_pretrained(str(folder))
+        faults.append(f"{folder} is not an empty folder; give one that is empty or not there yet")
+    return faults
 
 
 def _peft_config(manifest: Manifest, store: BlobStore) -> Any:

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from cluster.store import LocalStore
-from cluster.store.cleaning import NO_RECORD, remove, unreachable
+from cluster.store.cleaning import NO_RECORD, unreachable
 from pipelines import continual, evaluate, predict, report
+from pipelines import store as store_command
 from sapt_core.config import load_config
 from sapt_core.data import load_sequence
 from sapt_core.versions.manifest import Manifest
@@ -30,12 +31,22 @@ def test_reports_versions_and_runs_outlive_it(
     for path in copied.store.rglob("*"):
         os.utime(path, (1, 1))
     before = records(copied.store)
+    place = f"store.uri={copied.store}"
+    told = call(store_command.main, ["clean", place])
+    assert told.code == 0, told.err
+    assert f"{len(b'of a record that was deleted'):>14}  blobs/" in told.out
+    assert lost in told.out
+    assert told.out.endswith("Nothing was removed: --remove does.\n")
     listed = unreachable(store)
     # Only what every run puts there before it starts: nothing but its stages' results is kept of a task's text.
     texts = {task.digest for task in load_sequence(load_config(QUICKSTART, TINY).benchmark)}
     assert {each.entry.name.split("/")[-1] for each in listed} == {lost, *texts}
     assert {each.why for each in listed} == {NO_RECORD}
-    assert remove(store, listed) == sum(each.entry.size for each in listed)
+    freed = sum(each.entry.size for each in listed)
+    assert f"{freed:>14,}  bytes in {len(listed)} objects of " in told.out
+    removed = call(store_command.main, ["clean", "--remove", place])
+    assert removed.code == 0, removed.err
+    assert removed.out.endswith(f"{freed:>14,}  bytes removed\n")
     assert unreachable(store, grace=timedelta(0)) == []
 
     places = [*TINY, f"store.uri={copied.store}"]
@@ -53,3 +64,15 @@ def test_reports_versions_and_runs_outlive_it(
     further = call(continual.main, ["--config", QUICKSTART, "--inline", *places, "benchmark.tasks=animal,basket,loan"])
     assert further.code == 0, further.err
     assert records(copied.store).items() >= before.items()
+
+
+def test_what_may_still_be_needed_is_not_listed(finished: Finished, call: Call) -> None:
+    young = call(store_command.main, ["clean", f"store.uri={finished.store}"])
+    assert (young.code, young.out.split()[:5]) == (0, ["0", "bytes", "in", "0", "objects"])
+    kept = call(store_command.main, ["clean", "--keep", "0" * 64, f"store.uri={finished.store}"])
+    assert kept.code == 3
+    assert "that is to be kept is not in" in kept.err
+    for given, said in ((["clean", "--keep", "abc"], "64 hex digits"), (["empty"], "choose from"), ([], "action")):
+        refused = call(store_command.main, given)
+        assert refused.code == 2
+        assert said in refused.err

@@ -119,3 +119,27 @@ def test_the_config_is_printed_with_all_defaults(call: Call, tmp_path: Path) -> 
     path = tmp_path / "whole.yaml"
     path.write_text(printed.out)
     assert load_config(path) == load_config("quickstart", overrides)
+
+
+def test_the_configs_of_a_comparison_are_printed_row_by_row(call: Call, tmp_path: Path) -> None:
+    printed = call(compare.main, ["--config", "quickstart", "--print-config", "train.epochs=3", "--seeds", "4"])
+    assert printed.code == 0, printed.err
+    rows = yaml.safe_load((ROOT / "pipelines/configs/comparisons/quickstart.yaml").read_text())["rows"]
+    documents = printed.out.split("---\n")
+    assert [text.splitlines()[0] for text in documents] == [f"# {row['name']} seed 4" for row in rows]
+    for text in documents:
+        (tmp_path / "row.yaml").write_text(text)
+        config = load_config(tmp_path / "row.yaml")
+        assert (config.train.epochs, config.seed) == (3, 4)
+    only = call(compare.main, ["--config", "quickstart", "--print-config", "--rows", rows[1]["name"]])
+    assert only.out.startswith(f"# {rows[1]['name']} seed 0\n")
+    assert "---" not in only.out
+    assert call(compare.main, ["--config", "quickstart", "--print-config", "--rows", "nosuch"]).code == 2
+
+
+def test_what_the_trials_of_a_sweep_start_from_is_printed(call: Call, tmp_path: Path) -> None:
+    printed = call(sweep.main, ["--config", "quickstart", "--print-config", "train.epochs=3"])
+    assert printed.code == 0, printed.err
+    (tmp_path / "base.yaml").write_text(printed.out)
+    config = load_config(tmp_path / "base.yaml")
+    assert (config.train.epochs, config.evaluation.split) == (3, "dev")

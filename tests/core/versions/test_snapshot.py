@@ -262,3 +262,15 @@ def test_an_export_overwrites_nothing(tmp_path: Path) -> None:
         with pytest.raises(SnapshotError, match="not an empty folder"):
             export_block(manifest, 0, store, folder)
     assert [path.name for path in tmp_path.iterdir()] == ["note.txt"]
+
+
+def test_an_export_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    store = DictStore()
+    manifest, _ = stored("t5", store)
+    (tmp_path / "adapter").mkdir()
+    del store.blobs[manifest.blocks[1]]
+    with pytest.raises(StoreError):
+        export_block(manifest, 1, store, tmp_path / "adapter")
+    assert [path.name for path in tmp_path.rglob("*")] == ["adapter"]
+    export_block(manifest, 0, store, tmp_path / "adapter")
+    assert len(list((tmp_path / "adapter").iterdir())) == 2
