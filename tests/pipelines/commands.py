@@ -56,10 +56,10 @@ def command(store: Path, *arguments: str) -> list[str]:
     return [sys.executable, script, "--config", QUICKSTART, "--inline", *TINY, f"store.uri={store}", *arguments]
 
 
-def publish(store: Path, digest: str, tracking: TrackingConfig, index: int = 2) -> int:
-    """Register a version of the tiny sequence; returns its number."""
-    places = StoreConfig(uri=str(store))
-    run = Tracker(tracking).start_sequence("tiny", key="k", params={}, tags={})
+def publish(finished: Finished, tracking: TrackingConfig, digest: str | None = None, index: int = 2) -> int:
+    """Register a version of the tiny sequence, its last by default; returns its number."""
+    places, digest = StoreConfig(uri=str(finished.store)), digest or finished.snapshot
+    run = Tracker(tracking).start_sequence("tiny", key=finished.summary["key"], params={}, tags={})
     return PoolRegistry(tracking).publish(
         open_store(places).get(digest),
         places,

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def at_work(copied: Finished, sqlite_tracking: TrackingConfig, tmp_path: Path, m
     Path("runs").mkdir()
     copied.store.rename("runs/store")
     tracking = sqlite_tracking.model_copy(update={"experiment": "quickstart", "model": "quickstart"})
-    publish(tmp_path / "runs/store", copied.snapshot, tracking)
+    publish(replace(copied, store=tmp_path / "runs/store"), tracking)
     shutil.copy(tracking.uri.removeprefix("sqlite:///"), "runs/mlflow.db")
 
 

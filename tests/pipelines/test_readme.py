@@ -108,7 +108,7 @@ def test_a_comparison_ends_in_its_table(call: Call, tmp_path: Path, monkeypatch:
 def published(finished: Finished, sqlite_tracking: TrackingConfig) -> TrackingConfig:
     """The tiny sequence as version 1 of the model that the quickstart registers."""
     tracking = sqlite_tracking.model_copy(update={"experiment": "quickstart", "model": "quickstart"})
-    publish(finished.store, finished.snapshot, tracking)
+    publish(finished, tracking)
     return tracking
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,12 @@ import requests
 from mlflow.pyfunc import PyFuncModel
 from mlflow.pyfunc.scoring_server import invocations
 
+from cluster.store import LocalStore
 from pipelines import sapt
 from sapt_core.data.templates import TEMPLATES
+from sapt_core.methods.base import find_method
 from sapt_core.settings import TrackingConfig
+from sapt_core.versions.manifest import Manifest
 from tests.pipelines.commands import ROOT, Finished, Outcome, publish
 
 pytest_plugins = ["tests.mlflow_servers"]
@@ -44,7 +48,7 @@ def at_work(
     Path("runs").mkdir()
     copied.store.rename("runs/store")
     tracking = sqlite_tracking.model_copy(update={"experiment": "quickstart", "model": "quickstart"})
-    publish(tmp_path / "runs/store", copied.snapshot, tracking)
+    publish(replace(copied, store=tmp_path / "runs/store"), tracking)
     shutil.copy(tracking.uri.removeprefix("sqlite:///"), "runs/mlflow.db")
     mlflow.set_tracking_uri("sqlite:///runs/mlflow.db")
     yield
@@ -167,6 +171,21 @@ def test_params(model: PyFuncModel) -> None:
     assert posted(model, {**prompt, "params": {"num_beams": None}}) == posted(model, prompt)
     with pytest.raises(mlflow.MlflowException, match=r"max_new_tokens=0: give a whole number from 1 on\n  - num_beams"):
         posted(model, {**prompt, "params": {"max_new_tokens": 0, "num_beams": 0}})
+
+
+@pytest.mark.usefixtures("at_work")
+def test_a_method_that_needs_the_task_answers(copied: Finished) -> None:
+    store = LocalStore("runs/store")
+    changes = {"method": find_method("per_task").model_validate({}), "attention": None, "router": None}
+    oracle = Manifest.from_bytes(store.get(copied.snapshot)).model_copy(update=changes)
+    tracking = TrackingConfig(uri="sqlite:///runs/mlflow.db", experiment="quickstart", model="oracle")
+    publish(replace(copied, store=Path("runs/store").absolute()), tracking, store.put(oracle.to_bytes()))
+    model = mlflow.pyfunc.load_model("models:/oracle/1")
+    rows = [{"input": "ada met a grey fox.", "task": task} for task in ("basket", "animal")]
+    weights = [json.loads(row["weights"]) for row in posted(model, {"dataframe_records": rows})]
+    assert weights == [{"basket": 1.0}, {"animal": 1.0}]
+    with pytest.raises(mlflow.MlflowException, match=r"row 1: method per_task answers .* it knows: animal, basket"):
+        posted(model, {"dataframe_records": [rows[0], {"prompt": "ada met a grey fox."}]})
 
 
 @pytest.mark.usefixtures("at_work")

@@ -228,7 +228,7 @@ def test_versions_of_the_registry(
     newest = Manifest.from_bytes(store.get(finished.snapshot))
     for index, digest in enumerate([newest.parent, newest.digest], start=1):
         assert digest is not None
-        publish(finished.store, digest, sqlite_tracking, index)
+        publish(finished, sqlite_tracking, digest, index)
     where = [f"tracking.uri={sqlite_tracking.uri}", f"tracking.model={sqlite_tracking.model}"]
 
     text = ["--task", "animal", "--input", "a short text"]
@@ -249,7 +249,7 @@ def test_versions_of_the_registry(
 def test_a_version_whose_store_has_moved(
     copied: Finished, call: Call, sqlite_tracking: TrackingConfig, tmp_path: Path
 ) -> None:
-    publish(copied.store, copied.snapshot, sqlite_tracking)
+    publish(copied, sqlite_tracking)
     moved = copied.store.rename(tmp_path / "moved")
     asked = ["--version", "1", "--task", "animal", "--input", "a text", f"tracking.uri={sqlite_tracking.uri}"]
     refused(call(predict.main, asked), f"is not in {copied.store}", "store.uri", code=3)

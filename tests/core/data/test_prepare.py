@@ -441,6 +441,15 @@ def test_blobs_round_trip_and_repeat(t5: PreTrainedTokenizerFast) -> None:
     assert json.loads(blobs["meta.json"])["rows"] == {"train": 3, "dev": 1, "test": 1}
 
 
+def test_a_task_without_test_rows(tokenizers: dict[str, PreTrainedTokenizerFast]) -> None:
+    for kind, tokenizer in tokenizers.items():
+        untested = replace(task(), test=())
+        prepared = prepare_task(
+            untested, tokenizer, max_source_tokens=64, max_target_tokens=8, is_encoder_decoder=kind == "t5"
+        )
+        assert (len(prepared.train), len(prepared.test)) == (len(untested.train), 0)
+
+
 def test_a_selection_of_rows_is_what_gets_written(t5: PreTrainedTokenizerFast) -> None:
     prepared = prepare_task(task(), t5, max_source_tokens=80, max_target_tokens=5, is_encoder_decoder=True)
     fewer = PreparedTask(**{**vars(prepared), "train": prepared.train.select([2, 0]), "dev": prepared.dev.select([])})
