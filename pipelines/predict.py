@@ -28,10 +28,10 @@ SMALLEST_SHOWN = 0.01
 
 
 class Given(NamedTuple):
-    """One row of a file: what the line holds, which comes back with the answer, its name, and what it asks."""
+    """One row of a file: its line's number, what the line holds, which comes back with the answer, and what it asks."""
 
+    number: int
     content: dict[str, Any]
-    name: str
     row: Row
 
 
@@ -82,7 +82,7 @@ def main() -> None:
 
     predictor = Predictor.load(manifest.to_bytes(), store)
     if given is not None:
-        answers = predictor.answer([each.row for each in given], names=[each.name for each in given])
+        answers = predictor.answer([each.row for each in given], names=[f"line {each.number}" for each in given])
         text = "".join(_line(each, answer) for each, answer in zip(given, answers, strict=True))
         if arguments.output is None:
             sys.stdout.write(text)
@@ -113,24 +113,22 @@ def read_file(lines: Iterable[str], file: str, manifest: Manifest, task: str | N
 
     given: list[Given] = []
     faults: dict[int, str] = {}
-    numbers = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            given.append(_given(line, f"line {number}", task))
-            numbers.append(number)
+            given.append(_given(number, line, task))
         except SaptError as error:
             faults[number] = str(error)
     found = read_rows(manifest, [each.row for each in given])[1]
-    faults |= {numbers[place]: fault for place, fault in found.items()}
+    faults |= {given[place].number: fault for place, fault in found.items()}
     told = [f"line {number}: {faults[number]}" for number in sorted(faults)]
     if told or not given:
         raise RequestError(f"{file} cannot be answered:", told or ["no rows"])
     return given
 
 
-def _given(line: str, name: str, task: str | None) -> Given:
+def _given(number: int, line: str, task: str | None) -> Given:
     from sapt_core.versions.requests import Row
 
     try:
@@ -142,7 +140,7 @@ def _given(line: str, name: str, task: str | None) -> Given:
     asked = Row(*(row.get(field) for field in Row._fields))
     if asked.input is not None and asked.task is None:
         asked = asked._replace(task=task)
-    return Given(row, name, asked)
+    return Given(number, row, asked)
 
 
 def _read_lines(path: Path) -> list[str]:
