@@ -11,79 +11,21 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from sapt_core.backbones.loading import load_backbone, store_backbone
-from sapt_core.backbones.reference import identify
-from sapt_core.data.task import LearntTask
+from sapt_core.backbones.loading import load_backbone
 from sapt_core.data.templates import TEMPLATES
 from sapt_core.errors import RequestError, SaptError, SnapshotError, StoreError
 from sapt_core.methods.base import find_method
-from sapt_core.pool.pool import new_pool
-from sapt_core.settings import AttentionConfig, BackboneConfig
 from sapt_core.versions import predictor as predictors
-from sapt_core.versions.loading import store_block, store_router
 from sapt_core.versions.manifest import SCHEMA_VERSION, Manifest
 from sapt_core.versions.predictor import Predictor
 from sapt_core.versions.requests import Row, find_task, read_rows
-from tests.core.tiny import DictStore, fill, lora, tiny_backbone, tiny_tokenizer
-
-ATTENTION = AttentionConfig(bottleneck=5, temperature=0.2)
-
-
-def learnt(name: str, **changes: object) -> LearntTask:
-    values = {
-        "definition": "w30 w31",
-        "template": "superni",
-        "metric": "rouge_l",
-        "max_source_tokens": 64,
-        "max_target_tokens": 6,
-    }
-    return LearntTask(**{"name": name, **values, **changes})
-
-
-TASKS = (learnt("qa_hard"), learnt("qa", definition="w32", max_source_tokens=40), learnt("task7_sum", template="none"))
+from tests.core.tiny import DictStore
+from tests.core.versions.made import TASKS, learnt, version
 
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-def version(
-    store: DictStore, folder: Path, name: str = "t5", *, blocks: int = 3, attention: AttentionConfig | None = ATTENTION
-) -> Manifest:
-    """A version with random blocks and keys on a random backbone, in ``store``."""
-    backbone, pet = tiny_backbone(name), lora(name)
-    backbone.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    config = BackboneConfig(path=str(folder))
-    ref = identify(config)
-    store_backbone(config, ref, store)
-    pool = new_pool(backbone, pet, attention)
-    digests = []
-    if attention is None:
-        fill(pool, 1)
-        digests.append(store_block(pool, store))
-    else:
-        torch.manual_seed(3)
-        for _ in range(blocks):
-            pool.add()
-            state = {key: torch.randn_like(value) * 0.4 for key, value in pool.blocks.current_state().items()}
-            pool.blocks.load_current(state)
-            digests.append(store_block(pool, store))
-            pool.freeze()
-    tasks = TASKS[:blocks]
-    sizes = [1] * blocks if attention is None else range(1, blocks + 1)
-    return Manifest(
-        method={"name": "sequential" if attention is None else "sapt"},
-        backbone=ref,
-        pet=pet,
-        attention=attention,
-        tasks=tasks,
-        blocks=tuple(digests),
-        router=store_router(pool, store),
-        targets=tuple((1 / size,) * size for size in sizes),
-        parent=None,
-    )
 
 
 @pytest.fixture
@@ -136,7 +78,7 @@ def letter_tokenizer() -> PreTrainedTokenizerFast:
 
 def test_a_version_is_asked_as_it_was_taught(store: DictStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Earlier releases tokenised a decoder-only model's prompts with the blank at their end."""
-    monkeypatch.setattr("tests.core.versions.test_predictor.tiny_tokenizer", letter_tokenizer)
+    monkeypatch.setattr("tests.core.versions.made.tiny_tokenizer", letter_tokenizer)
     now = version(store, tmp_path / "llama", "llama")
     written = json.loads(now.to_bytes())
     assert written["backbone"].pop("joined") is True
