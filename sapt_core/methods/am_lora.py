@@ -5,7 +5,7 @@ There is no published code, and the text leaves much open; what was chosen and w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from sapt_core.methods.base import Lesson, Method, Plan
-from sapt_core.pool.blocks.lora import LoRABlocks, LoRASite
+from sapt_core.pool.blocks.lora import LoRABlocks, LoRACall, LoRASite
 from sapt_core.pool.calls import Call
 from sapt_core.pool.model import SaptModel
 from sapt_core.settings import LoRAConfig, PETConfig
@@ -33,6 +33,7 @@ class AMLoRA(Method):
 
     name: Literal["am_lora"] = "am_lora"
 
+    version: ClassVar[int] = 2
     summary: ClassVar[str] = "attention over the LoRAs' own features in every layer (AM-LoRA, arXiv 2409.19611)"
     pool: ClassVar[Literal["block per task"]] = "block per task"
     pet_types: ClassVar[tuple[str, ...]] = ("lora",)
@@ -58,10 +59,37 @@ class AMLoRA(Method):
         return Plan(lesson.rows, Objective(penalties=(Sparsity(self.sparsity),)))
 
 
-class GatedSite(LoRASite):
-    """One linear's blocks, each with a selector: weight (out) and bias of its score."""
+@dataclass(frozen=True)
+class _Stack:
+    """Some of a linear's blocks at one input.
 
-    frozen_weight: Tensor
+    Attributes:
+        hidden: what their A make of it (B·k, S, T, R), times s.
+        B: theirs (out, T·R).
+        scores: theirs (B·k, S, T), before LeakyReLU.
+    """
+
+    hidden: Tensor
+    B: Tensor
+    scores: Tensor
+
+    def update(self, gates: Tensor) -> Tensor:
+        """Their part of the update (B·k, S, out), with gates (B·k, S, T)."""
+        gated = (self.hidden * gates.unsqueeze(-1).to(self.hidden.dtype)).flatten(-2)
+        return F.linear(gated, self.B.to(gated.dtype))
+
+
+class GatedSite(LoRASite):
+    """One linear's blocks, each with a selector: weight (out) and bias of its score.
+
+    ``w_i · (B_i h_i) = (B_iᵀ w_i) · h_i``: a score is read off h, and no (S, T, out) tensor is made.
+
+    Attributes:
+        frozen_readers: ``B_iᵀ w_i`` of the finished blocks (F, R).
+        frozen_bias: their scores' biases (F,).
+    """
+
+    frozen_readers: Tensor
     frozen_bias: Tensor
     selector_weight: nn.Parameter | None
     selector_bias: nn.Parameter | None
@@ -69,7 +97,7 @@ class GatedSite(LoRASite):
 
     def __init__(self, in_features: int, out_features: int, config: LoRAConfig) -> None:
         super().__init__(in_features, out_features, config)
-        self.register_buffer("frozen_weight", torch.empty(0, out_features))
+        self.register_buffer("frozen_readers", torch.empty(0, config.r))
         self.register_buffer("frozen_bias", torch.empty(0))
         self.register_parameter("selector_weight", None)
         self.register_parameter("selector_bias", None)
@@ -91,42 +119,56 @@ class GatedSite(LoRASite):
             return {}
         return {**super().current, "selector.weight": self.selector_weight, "selector.bias": self.selector_bias}
 
-    def append_frozen(self, block: Mapping[str, Tensor]) -> None:
-        super().append_frozen(block)
-        weight, bias = block["selector.weight"], block["selector.bias"]
-        self.frozen_weight = torch.cat([self.frozen_weight, weight.to(self.frozen_weight).unsqueeze(0)])
-        self.frozen_bias = torch.cat([self.frozen_bias, bias.to(self.frozen_bias)])
+    def append_frozen(self, blocks: Sequence[Mapping[str, Tensor]]) -> None:
+        super().append_frozen(blocks)
+        readers = [_reader(each["lora_B.weight"], each["selector.weight"]).unsqueeze(0) for each in blocks]
+        self.frozen_readers = torch.cat([self.frozen_readers, *(each.to(self.frozen_readers) for each in readers)])
+        self.frozen_bias = torch.cat(
+            [self.frozen_bias, *(each["selector.bias"].to(self.frozen_bias) for each in blocks)]
+        )
 
     def drop(self) -> None:
         super().drop()
         self.selector_weight = self.selector_bias = None
 
-    def forward(self, x: Tensor, call: Call) -> Tensor:
+    def forward(self, x: Tensor, call: LoRACall) -> Tensor:
         """The gated update (B·k, S, out) for inputs (B·k, S, in); the pool's weights, all 1, play no part.
 
         Notes the gates of each row (B·k, T), mean over its positions, in the first pass of the call.
         """
-        B, weight, bias = self.frozen_B, self.frozen_weight, self.frozen_bias
-        if self.lora_B is not None and self.selector_weight is not None and self.selector_bias is not None:
-            B = torch.cat([B, self.lora_B], dim=1)
-            weight = torch.cat([weight, self.selector_weight.unsqueeze(0)])
-            bias = torch.cat([bias, self.selector_bias])
-        hidden = self.scaling * self._hidden(self.dropout(x), self.frozen_A)
-        by_block = hidden.reshape(*hidden.shape[:-1], -1, self.r)  # (B·k, S, T, R)
-        # w_i · (B_i h_i) = (B_iᵀ w_i) · h_i: no (S, T, out) tensor is made.
-        readers = torch.einsum("otr,to->tr", B.reshape(B.shape[0], -1, self.r), weight)
-        scores = F.leaky_relu(torch.einsum("...tr,tr->...t", by_block, readers.to(by_block.dtype)).float() + bias, 0.2)
-        gates = self._gates(scores)
+        x = self.dropout(x)
+        stacks = []
+        if len(self.frozen_bias):
+            seen = x if self.lora_A is None else self.below(x)
+            stacks.append(self._stack(seen, *self.finished(x, call), self.frozen_readers, self.frozen_bias))
+        if self.lora_A is not None and self.lora_B is not None:
+            assert self.selector_weight is not None  # noqa: S101 - made and dropped with the block
+            assert self.selector_bias is not None  # noqa: S101
+            reader = _reader(self.lora_B, self.selector_weight).unsqueeze(0)
+            stacks.append(self._stack(x, self.lora_A, self.lora_B, reader, self.selector_bias))
+        gates = self._gates(F.leaky_relu(torch.cat([stack.scores for stack in stacks], dim=-1), 0.2))
         if self not in call.noted:
             call.noted[self] = gates.mean(dim=-2)
-        gated = (by_block * gates.unsqueeze(-1).to(by_block.dtype)).flatten(-2)
-        return F.linear(gated, B.to(gated.dtype))
+        shares = gates.split([stack.scores.shape[-1] for stack in stacks], dim=-1)
+        update, *others = [stack.update(share) for stack, share in zip(stacks, shares, strict=True)]
+        return sum(others, update)
+
+    def _stack(self, x: Tensor, A: Tensor, B: Tensor, readers: Tensor, bias: Tensor) -> _Stack:  # noqa: N803
+        hidden = (self.scaling * F.linear(x, A.to(x.dtype))).unflatten(-1, (-1, self.r))
+        scores = torch.einsum("...tr,tr->...t", hidden, readers.to(hidden.dtype)).float() + bias
+        return _Stack(hidden, B, scores)
 
     def _gates(self, scores: Tensor) -> Tensor:
         """Gates (..., T) of scores (..., T)."""
         if self.gates == "sigmoid":
             return torch.sigmoid(scores)
         return torch.softmax(F.pad(scores, (1, 0)), dim=-1)[..., 1:]
+
+
+def _reader(B: Tensor, weight: Tensor) -> Tensor:  # noqa: N803
+    """``Bᵀ w`` (R) of one block, in float32 as they are kept."""
+    with torch.autocast(B.device.type, enabled=False):
+        return weight @ B
 
 
 class GatedBlocks(LoRABlocks):

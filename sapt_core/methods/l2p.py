@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -114,9 +114,10 @@ class KeyedPrompts(PETBlocks):
             for name, value in self.tensors.items():
                 value.copy_(state[name])
 
-    def _append_frozen(self, state: Mapping[str, Tensor]) -> None:
-        if self.frozen_blocks:
+    def _append_frozen(self, states: Sequence[Mapping[str, Tensor]]) -> None:
+        if self.frozen_blocks + len(states) > 1:
             raise ValueError("all tasks share one pool of prompts")
+        (state,) = states
         kept = {name: value.to(self.centre.device) for name, value in state.items()}
         self.tensors = nn.ParameterDict(
             {name: nn.Parameter(value, requires_grad=False) for name, value in kept.items()}

@@ -139,7 +139,7 @@ class SaptModel(nn.Module):
         return sequences, self.pool.blocks.mixed(call)
 
     def _call(self, weights: Tensor) -> Call:
-        return Call(weights, self.pool.in_use(weights))
+        return self.pool.blocks.new_call(weights, self.pool.in_use(weights))
 
     def _inputs(self, batch: Batch, call: Call, pooled: Tensor) -> dict[str, Tensor]:
         """What the backbone reads, soft tokens in front.

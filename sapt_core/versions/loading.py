@@ -48,8 +48,8 @@ def load_blocks(manifest: Manifest, store: BlobStore, backbone: PreTrainedModel,
         StoreError: a blob is missing or damaged.
     """
     pool = empty_pool(backbone, manifest.method, manifest.pet, manifest.attention)
-    for index in chosen:
-        pool.blocks.append_frozen(load_blob(manifest.blocks[index], store))
+    if chosen:
+        pool.blocks.append_frozen(*(load_blob(manifest.blocks[index], store) for index in chosen))
     if pool.attention is not None:
         pool.attention, pool.frozen_keys = load_router(manifest, store)
         if pool.frozen_keys.shape[1] != embedding_matrix(backbone).shape[1]:

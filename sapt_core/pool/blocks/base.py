@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 from torch import Tensor, nn
@@ -74,6 +74,10 @@ class PETBlocks(nn.Module, ABC):
             pooled: embeddings (B, D) of the inputs.
         """
 
+    def new_call(self, weights: Tensor, used: Tensor) -> Call:
+        """A call with a mixture (B, T) and the blocks (U,) in use, for the blocks to add what all layers need of it."""
+        return Call(weights, used)
+
     def mixed(self, call: Call) -> Tensor:
         """What the blocks took part with in a call that is over (B, T): its weights, unless they choose themselves."""
         return call.weights
@@ -90,7 +94,7 @@ class PETBlocks(nn.Module, ABC):
     def _load_current(self, state: Mapping[str, Tensor]) -> None: ...
 
     @abstractmethod
-    def _append_frozen(self, state: Mapping[str, Tensor]) -> None: ...
+    def _append_frozen(self, states: Sequence[Mapping[str, Tensor]]) -> None: ...
 
     @abstractmethod
     def _drop_current(self) -> None: ...
@@ -104,15 +108,16 @@ class PETBlocks(nn.Module, ABC):
         self._check(state)
         self._load_current(state)
 
-    def append_frozen(self, state: Mapping[str, Tensor]) -> None:
-        """Append a stored block behind the frozen ones.
+    def append_frozen(self, *states: Mapping[str, Tensor]) -> None:
+        """Append stored blocks behind the frozen ones, all or none.
 
         Raises:
             SnapshotError: the tensors are not those of a block of this kind and size.
         """
-        self._check(state)
-        self._append_frozen(state)
-        self.frozen_blocks += 1
+        for state in states:
+            self._check(state)
+        self._append_frozen(states)
+        self.frozen_blocks += len(states)
 
     def freeze(self) -> None:
         """Make the current block one of the frozen ones."""

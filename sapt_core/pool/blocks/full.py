@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -74,9 +74,10 @@ class FullBlocks(PETBlocks):
             for name, value in zip(self._own, self.current, strict=True):
                 value.copy_(state[name])
 
-    def _append_frozen(self, state: Mapping[str, Tensor]) -> None:
-        if self.frozen_blocks:
+    def _append_frozen(self, states: Sequence[Mapping[str, Tensor]]) -> None:
+        if self.frozen_blocks + len(states) > 1:
             raise ValueError("whole models are not mixed: there is one block at most")
+        (state,) = states
         self.frozen = nn.ParameterList(nn.Parameter(state[name].clone(), requires_grad=False) for name in self._own)
 
     def _drop_current(self) -> None:

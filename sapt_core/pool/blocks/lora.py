@@ -3,14 +3,16 @@
 
 ``y = W x + Σ_i a_i · s · B_i A_i x`` (SAPT section 3.2, s = lora_alpha / r) is computed as
 ``h = A x`` with all A stacked to (T·R, in), ``h ·= s · a`` and ``y += B h`` with B (out, T·R).
-Blocks that no input of the batch uses are left out of the stack.
+Blocks that no input of the batch uses are left out of the stack, once a call. The block that is being learnt
+stays out of it too: stacking it would copy all blocks in every step, and make a gradient of them all.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Self
 
 import torch
@@ -47,6 +49,21 @@ def find_sites(backbone: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Li
         )
     chosen = {name for names in matches.values() for name in names}
     return {name: module for name, module in linears.items() if name in chosen}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRACall(Call):
+    """A call with what all sites need of it, made once.
+
+    Attributes:
+        gates: s · a of the blocks in use, R times each (B, 1, 1, U·R).
+        rows: of the stack of finished blocks, those in use (F·R,); None: all.
+        chosen: what a site took of that stack, A (F·R, in) and B (out, F·R) in the format it computes in.
+    """
+
+    gates: Tensor
+    rows: Tensor | None
+    chosen: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 class LoRASite(nn.Module):
@@ -90,46 +107,55 @@ class LoRASite(nn.Module):
             return {}
         return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
 
-    def append_frozen(self, block: Mapping[str, Tensor]) -> None:
-        """Put a finished block behind the frozen ones."""
-        self.frozen_A = torch.cat([self.frozen_A, block["lora_A.weight"].to(self.frozen_A)])
-        self.frozen_B = torch.cat([self.frozen_B, block["lora_B.weight"].to(self.frozen_B)], dim=1)
+    def append_frozen(self, blocks: Sequence[Mapping[str, Tensor]]) -> None:
+        """Put finished blocks behind the frozen ones."""
+        # All in one go: block by block, all that are there would be copied for each.
+        self.frozen_A = torch.cat([self.frozen_A, *(each["lora_A.weight"].to(self.frozen_A) for each in blocks)])
+        self.frozen_B = torch.cat([self.frozen_B, *(each["lora_B.weight"].to(self.frozen_B) for each in blocks)], dim=1)
 
     def drop(self) -> None:
         """Have no block that is being learnt."""
         self.lora_A = self.lora_B = None
 
-    def forward(self, x: Tensor, call: Call) -> Tensor:
+    def forward(self, x: Tensor, call: LoRACall) -> Tensor:
         """The pool's update for ``x``.
 
         Args:
             x: input of the linear (B·k, S, in); k is the number of beams or returned sequences.
-            call: that it belongs to, with attention weights (B, T).
+            call: that it belongs to.
 
         Returns:
             Update (B·k, S, out).
         """
-        weights, used = call.weights, call.used
-        frozen_A, frozen_B = self.frozen_A, self.frozen_B
-        if len(used) < weights.shape[1]:
-            weights = weights[:, used]
-            frozen = used if self.lora_A is None else used[:-1]
-            rows = (frozen.unsqueeze(1) * self.r + torch.arange(self.r, device=used.device)).flatten()
-            frozen_A, frozen_B = frozen_A[rows], frozen_B[:, rows]
-        stacked_B = frozen_B if self.lora_B is None else torch.cat([frozen_B, self.lora_B], dim=1)
-        hidden = self._hidden(self.dropout(x), frozen_A)
-        gates = (weights * self.scaling).repeat_interleave(self.r, dim=1)
-        gates = gates.repeat_interleave(x.shape[0] // weights.shape[0], dim=0)
-        return F.linear(hidden * gates.unsqueeze(1).to(hidden.dtype), stacked_B.to(x.dtype))
+        x, gates = self.dropout(x), call.gates
+        if self.lora_A is None or self.lora_B is None:
+            return _update(x, *self.finished(x, call), gates)
+        new = _update(x, self.lora_A, self.lora_B, gates[..., -self.r :])
+        if gates.shape[-1] == self.r:
+            return new
+        return new + _update(self.below(x), *self.finished(x, call), gates[..., : -self.r])
 
-    def _hidden(self, x: Tensor, frozen_A: Tensor) -> Tensor:
-        """``A x`` of the blocks in ``frozen_A`` (F·R, in) and of the one being learnt (B·k, S, U·R)."""
-        if self.lora_A is None:
-            return F.linear(x, frozen_A.to(x.dtype))
-        if self.detach_frozen:
-            old = F.linear(x.detach(), frozen_A.to(x.dtype))
-            return torch.cat([old, F.linear(x, self.lora_A.to(x.dtype))], dim=-1)
-        return F.linear(x, torch.cat([frozen_A, self.lora_A]).to(x.dtype))
+    def below(self, x: Tensor) -> Tensor:
+        """``x`` as finished blocks see it beside one that is being learnt."""
+        return x.detach() if self.detach_frozen else x
+
+    def finished(self, x: Tensor, call: LoRACall) -> tuple[Tensor, Tensor]:
+        """A (F·R, in) and B (out, F·R) of the finished blocks in use, chosen and cast for ``x`` once a call."""
+        if self not in call.chosen:
+            A, B = self.frozen_A, self.frozen_B
+            if call.rows is not None:
+                A, B = A[call.rows], B[:, call.rows]
+            device = x.device.type
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+            call.chosen[self] = A.to(dtype), B.to(dtype)
+        return call.chosen[self]
+
+
+def _update(x: Tensor, A: Tensor, B: Tensor, gates: Tensor) -> Tensor:
+    """``B (g · A x)`` (B·k, S, out) of stacked blocks with gates (B, 1, 1, U·R)."""
+    hidden = F.linear(x, A.to(x.dtype))
+    gated = (hidden.unflatten(0, (len(gates), -1)) * gates.to(hidden.dtype)).flatten(0, 1)
+    return F.linear(gated, B.to(gated.dtype))
 
 
 class LoRABlocks(PETBlocks):
@@ -145,6 +171,8 @@ class LoRABlocks(PETBlocks):
         """
         super().__init__()
         self.names = tuple(shapes)
+        self.r = config.r
+        self.scaling = config.lora_alpha / config.r
         self.sites = nn.ModuleList(self.site(*shapes[name], config) for name in self.names)
 
     @classmethod
@@ -183,6 +211,15 @@ class LoRABlocks(PETBlocks):
                 hooks.callback(backbone.get_submodule(name).register_forward_hook(add_update).remove)
             yield
 
+    def new_call(self, weights: Tensor, used: Tensor) -> LoRACall:
+        finished = used[:-1] if self.learning else used
+        rows = None
+        if len(finished) < self.frozen_blocks:
+            rows = (finished.unsqueeze(1) * self.r + torch.arange(self.r, device=used.device)).flatten()
+        mixture = weights if len(used) == weights.shape[1] else weights[:, used]
+        gates = (mixture * self.scaling).repeat_interleave(self.r, dim=1)
+        return LoRACall(weights, used, gates=gates[:, None, None], rows=rows)
+
     def prompts(self, call: Call, pooled: Tensor) -> None:
         return None
 
@@ -200,9 +237,12 @@ class LoRABlocks(PETBlocks):
             for name, value in self._current().items():
                 value.copy_(state[name])
 
-    def _append_frozen(self, state: Mapping[str, Tensor]) -> None:
+    def _append_frozen(self, states: Sequence[Mapping[str, Tensor]]) -> None:
         for name, site in self.named_sites():
-            site.append_frozen({suffix: state[f"{PEFT_PREFIX}{name}.{suffix}"] for suffix in site.shapes})
+            suffixes = site.shapes
+            site.append_frozen(
+                [{suffix: state[f"{PEFT_PREFIX}{name}.{suffix}"] for suffix in suffixes} for state in states]
+            )
 
     def _drop_current(self) -> None:
         for _, site in self.named_sites():

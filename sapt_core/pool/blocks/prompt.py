@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -77,8 +77,8 @@ class PromptBlocks(PETBlocks):
         with torch.no_grad():
             self.prompt.copy_(state[NAME])
 
-    def _append_frozen(self, state: Mapping[str, Tensor]) -> None:
-        self.frozen = torch.cat([self.frozen, state[NAME].to(self.frozen).unsqueeze(0)])
+    def _append_frozen(self, states: Sequence[Mapping[str, Tensor]]) -> None:
+        self.frozen = torch.cat([self.frozen, *(state[NAME].to(self.frozen).unsqueeze(0) for state in states)])
 
     def _drop_current(self) -> None:
         self.prompt = None

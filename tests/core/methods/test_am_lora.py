@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from sapt_core.data.collate import Collator
-from sapt_core.methods.am_lora import GatedBlocks, GatedSite
-from sapt_core.pool.calls import Call
+from sapt_core.methods.am_lora import GatedBlocks
 from sapt_core.pool.model import SaptModel
 from sapt_core.pool.pool import new_pool
 from sapt_core.settings import LoRAConfig
@@ -26,16 +25,21 @@ from tests.core.tiny import (
 
 
 @pytest.mark.parametrize("gates", ["softmax", "sigmoid"])
-def test_am_lora_mixes_by_the_features_of_its_loras(gates: Literal["softmax", "sigmoid"]) -> None:
+@pytest.mark.parametrize("learning", [False, True])
+def test_am_lora_mixes_by_the_features_of_its_loras(gates: Literal["softmax", "sigmoid"], learning: bool) -> None:
     """Token by token and block by block, from the formula; the zero LoRA takes its share of the softmax."""
     torch.manual_seed(3)
-    site = GatedSite(6, 5, LoRAConfig(r=2, lora_alpha=6))
-    site.gates = gates
-    parts = []
-    for _ in range(3):
-        block = {name: torch.randn(shape) for name, shape in site.shapes.items()}
-        parts.append(block)
-        site.append_frozen(block)
+    blocks = GatedBlocks({"a": (6, 5)}, LoRAConfig(r=2, lora_alpha=6))
+    blocks.choose(gates)
+    ((_, site),) = blocks.named_sites()
+    parts = [{name: torch.randn(shape) for name, shape in site.shapes.items()} for _ in range(3)]
+    states = [{f"base_model.model.a.{name}": value for name, value in block.items()} for block in parts]
+    blocks.append_frozen(*states[:2])
+    if learning:
+        blocks.add()
+        blocks.load_current(states[2])
+    else:
+        blocks.append_frozen(states[2])
     x = torch.randn(2, 4, 6)
     expected, opened = torch.zeros(2, 4, 5), torch.zeros(2, 3)
     for row in range(2):
@@ -53,7 +57,7 @@ def test_am_lora_mixes_by_the_features_of_its_loras(gates: Literal["softmax", "s
             opened[row] += torch.tensor(shares) / 4
             for share, update in zip(shares, updates, strict=True):
                 expected[row, place] += share * update
-    call = Call(torch.ones(2, 3), torch.arange(3))
+    call = blocks.new_call(torch.ones(2, 3), torch.arange(3))
     assert torch.allclose(site(x, call), expected, atol=1e-5)
     site(x[:, :1], call)  # a token that is written later
     assert torch.allclose(call.noted[site], opened, atol=1e-5)
