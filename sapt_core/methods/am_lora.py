@@ -149,12 +149,13 @@ class GatedSite(LoRASite):
         gates = self._gates(F.leaky_relu(torch.cat([stack.scores for stack in stacks], dim=-1), 0.2))
         if self not in call.noted:
             call.noted[self] = gates.mean(dim=-2)
-        shares = gates.split([stack.scores.shape[-1] for stack in stacks], dim=-1)
+        shares = torch.split(gates, [stack.scores.shape[-1] for stack in stacks], dim=-1)
         update, *others = [stack.update(share) for stack, share in zip(stacks, shares, strict=True)]
         return sum(others, update)
 
     def _stack(self, x: Tensor, A: Tensor, B: Tensor, readers: Tensor, bias: Tensor) -> _Stack:  # noqa: N803
-        hidden = (self.scaling * F.linear(x, A.to(x.dtype))).unflatten(-1, (-1, self.r))
+        hidden = self.scaling * F.linear(x, A.to(x.dtype))
+        hidden = hidden.reshape(*hidden.shape[:-1], -1, self.r)
         scores = torch.einsum("...tr,tr->...t", hidden, readers.to(hidden.dtype)).float() + bias
         return _Stack(hidden, B, scores)
 

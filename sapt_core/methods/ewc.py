@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
@@ -83,13 +84,20 @@ class Springs:
     def draw(self, generator: torch.Generator) -> None:
         return None
 
+    @cached_property
+    def rest(self) -> dict[str, Tensor]:
+        """Where all springs together are at rest, ``P/S``, by parameter; the same in every step."""
+        return {
+            name: torch.where(value > 0, self.pull[name] / value.clamp_min(torch.finfo(value.dtype).tiny), 0.0)
+            for name, value in self.stiffness.items()
+        }
+
     def value(self, model: SaptModel, drawn: None) -> Tensor:
-        parts = []
-        for name, parameter in _parameters(model).items():
-            stiffness, pull = self.stiffness[name], self.pull[name]
-            # About the common minimum: squares of differences lose no digits where θ is near it.
-            rest = torch.where(stiffness > 0, pull / stiffness.clamp_min(torch.finfo(stiffness.dtype).tiny), 0.0)
-            parts.append((stiffness * (parameter - rest).square()).sum())
+        # About the common minimum: squares of differences lose no digits where θ is near it.
+        parts = [
+            (self.stiffness[name] * (parameter - self.rest[name]).square()).sum()
+            for name, parameter in _parameters(model).items()
+        ]
         return 0.5 * torch.stack(parts).sum()
 
     def to(self, device: torch.device) -> Springs:
@@ -104,16 +112,17 @@ def diagonal_fisher(lesson: Lesson, rows: list[Mapping[str, object]]) -> dict[st
     """
     model = lesson.model.eval()
     parameters = _parameters(model)
-    sums = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    sums = [torch.zeros_like(parameter) for parameter in parameters.values()]
     for row in rows:
         batch = lesson.batch(row)
         assert batch.labels is not None  # noqa: S101 - a training batch has labels
         with autocast(batch.input_ids.device, lesson.train.precision):
             loss = model.token_loss(model(batch), batch.labels)
         gradients = torch.autograd.grad(loss, list(parameters.values()))
-        for name, gradient in zip(parameters, gradients, strict=True):
-            sums[name] += gradient.square()
-    return {name: (total / len(rows)).cpu() for name, total in sums.items()}
+        # All parameters in one go, and in place: of a whole model a copy is gigabytes.
+        torch._foreach_mul_(gradients, gradients)
+        torch._foreach_add_(sums, gradients)
+    return {name: (total / len(rows)).cpu() for name, total in zip(parameters, sums, strict=True)}
 
 
 def _parameters(model: SaptModel) -> dict[str, nn.Parameter]:

@@ -11,6 +11,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedModel
 
 from sapt_core.methods.base import Lesson, Method, Plan
@@ -52,6 +53,17 @@ class L2P(Method):
         return Plan(lesson.rows, Objective(penalties=(Pull(self.pull),)) if self.pull else Objective())
 
 
+_centres: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _centre(vocabulary: Tensor) -> Tensor:
+    """What random tokens of the frozen embeddings pool to (D), computed once for as long as these are loaded."""
+    if vocabulary not in _centres:
+        _centres[vocabulary] = vocabulary_moments(vocabulary.detach())[0]
+    found: Tensor = _centres[vocabulary]
+    return found
+
+
 class KeyedPrompts(PETBlocks):
     """One block: M prompts (M, l, D) with a key each (M, D).
 
@@ -67,7 +79,7 @@ class KeyedPrompts(PETBlocks):
         self.length, self.size, self.picked = length, size, picked
         self._learning = False
         self.tensors = nn.ParameterDict()
-        self.register_buffer("centre", vocabulary_moments(vocabulary().detach())[0])
+        self.register_buffer("centre", _centre(vocabulary()).clone())
 
     @property
     def learning(self) -> bool:

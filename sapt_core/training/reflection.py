@@ -8,13 +8,16 @@ the query projection a step and never one of the backbone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.func import functional_call, stack_module_state, vmap
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from sapt_core.pool.attention import SharedAttention
 from sapt_core.pool.model import SaptModel
@@ -93,14 +96,33 @@ class RecordedAttention:
     attention: SharedAttention
     keys: Tensor
 
-    @torch.no_grad()
-    def __call__(self, pooled: Tensor) -> Tensor:
-        """Weights (B, T_i) of pooled embeddings (B, D)."""
-        return torch.softmax(self.attention(pooled, self.keys), dim=-1)
-
     def to(self, device: torch.device) -> RecordedAttention:
         """The same attention on ``device``."""
         return RecordedAttention(self.attention.to(device), self.keys.to(device))
+
+
+class RecordedAttentions:
+    """Of several times, each asked of inputs of its own, all at once: one by one they cost a step more than itself."""
+
+    def __init__(self, recorded: Sequence[RecordedAttention]) -> None:
+        self._attention = recorded[0].attention  # of one sequence all have the same settings
+        self._state = stack_module_state([each.attention for each in recorded])
+        self._counts = [len(each.keys) for each in recorded]
+        self._keys = pad_sequence([each.keys for each in recorded], batch_first=True)
+        there = torch.arange(max(self._counts)) < torch.tensor(self._counts).unsqueeze(1)
+        self._absent = ~there.unsqueeze(1).to(self._keys.device)
+
+    @torch.no_grad()
+    def __call__(self, pooled: Sequence[Tensor]) -> list[Tensor]:
+        """Weights (B_i, T_i) of each one's pooled embeddings (B_i, D)."""
+
+        def logits(parameters: dict[str, Tensor], buffers: dict[str, Tensor], pooled: Tensor, keys: Tensor) -> Tensor:
+            found: Tensor = functional_call(self._attention, (parameters, buffers), (pooled, keys))
+            return found
+
+        stacked = vmap(logits)(*self._state, pad_sequence(list(pooled), batch_first=True), self._keys)
+        weights = stacked.masked_fill(self._absent, -math.inf).softmax(dim=-1)
+        return [each[: len(own), :count] for each, own, count in zip(weights, pooled, self._counts, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -145,20 +167,22 @@ class Reflection:
             per_micro_batch: whether the term is added in every micro-batch instead of once a step.
         """
         self.memories = tuple(memories)
+        recorded = [memory.target for memory in memories if isinstance(memory.target, RecordedAttention)]
+        self._recorded = RecordedAttentions(recorded) if recorded else None
         self.batch_size = batch_size
         self.weight = weight
         self.per_micro_batch = per_micro_batch
 
     def draw(self, generator: torch.Generator) -> list[Drawn]:
         """At most ``batch_size`` inputs of every earlier task."""
-        drawn = []
-        for memory in self.memories:
-            pooled = memory.queries.draw(self.batch_size, generator)
-            target = memory.target
-            drawn.append(
-                Drawn(pooled, target.expand(len(pooled), -1) if isinstance(target, Tensor) else target(pooled))
-            )
-        return drawn
+        pooled = [memory.queries.draw(self.batch_size, generator) for memory in self.memories]
+        pairs = list(zip(pooled, self.memories, strict=True))
+        asked = [each for each, memory in pairs if isinstance(memory.target, RecordedAttention)]
+        own = iter(self._recorded(asked) if self._recorded is not None else ())
+        return [
+            Drawn(each, target.expand(len(each), -1) if isinstance(target := memory.target, Tensor) else next(own))
+            for each, memory in pairs
+        ]
 
     def value(self, model: SaptModel, drawn: Sequence[Drawn]) -> Tensor:
         return self.loss(model.pool, drawn)

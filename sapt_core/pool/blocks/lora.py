@@ -154,7 +154,8 @@ class LoRASite(nn.Module):
 def _update(x: Tensor, A: Tensor, B: Tensor, gates: Tensor) -> Tensor:
     """``B (g · A x)`` (B·k, S, out) of stacked blocks with gates (B, 1, 1, U·R)."""
     hidden = F.linear(x, A.to(x.dtype))
-    gated = (hidden.unflatten(0, (len(gates), -1)) * gates.to(hidden.dtype)).flatten(0, 1)
+    by_input = hidden.view(len(gates), len(x) // len(gates), *hidden.shape[1:])
+    gated = (by_input * gates.to(hidden.dtype)).flatten(0, 1)
     return F.linear(gated, B.to(gated.dtype))
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sapt_core.data.collate import Collator
+from sapt_core.methods import am_lora
 from sapt_core.methods.am_lora import GatedBlocks
 from sapt_core.pool.model import SaptModel
 from sapt_core.pool.pool import new_pool
@@ -61,6 +62,28 @@ def test_am_lora_mixes_by_the_features_of_its_loras(gates: Literal["softmax", "s
     assert torch.allclose(site(x, call), expected, atol=1e-5)
     site(x[:, :1], call)  # a token that is written later
     assert torch.allclose(call.noted[site], opened, atol=1e-5)
+
+
+def test_readers_of_finished_loras_are_made_when_they_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass makes that of the LoRA being learnt alone, and looks at no B of a finished one but to write with it."""
+    asked: list[torch.Tensor] = []
+    reader = am_lora._reader
+
+    def counting(B: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:  # noqa: N803
+        asked.append(B)
+        return reader(B, weight)
+
+    monkeypatch.setattr(am_lora, "_reader", counting)
+    made = GatedBlocks({"a": (8, 64)}, LoRAConfig(r=2))
+    shapes = made.shapes
+    made.append_frozen(*({name: torch.randn(shape) for name, shape in shapes.items()} for _ in range(40)))
+    assert len(asked) == 40
+    x, (site,) = torch.randn(1, 1, 8), made.sites
+    site(x, made.new_call(torch.ones(1, 40), torch.arange(40)))
+    assert len(asked) == 40
+    made.add()
+    site(x, made.new_call(torch.ones(1, 41), torch.arange(41)))
+    assert [each.shape for each in asked[40:]] == [(64, 2)]
 
 
 @pytest.mark.parametrize("kind", ["t5", "llama"])

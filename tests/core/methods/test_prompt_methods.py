@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load as load_tensors
 
 from sapt_core.data.collate import Collator
-from sapt_core.methods import lfpt5
+from sapt_core.methods import l2p, lfpt5
 from sapt_core.methods.base import find_method
 from sapt_core.methods.l2p import KeyedPrompts
+from sapt_core.pool.attention import vocabulary_moments
 from sapt_core.pool.calls import Call
 from sapt_core.pool.model import SaptModel
 from sapt_core.settings import PromptConfig
@@ -61,6 +62,28 @@ def test_l2p_picks_the_prompts_of_the_nearest_keys() -> None:
         assert call.noted[blocks][row].item() == pytest.approx(1 - sum(cosines[i] for i in best) / 2, abs=1e-5)
     with pytest.raises(ValueError, match=r"top_n=5 prompts cannot be picked from pool_size=4"):
         find_method("l2p").model_validate({"pool_size": 4})
+
+
+def test_l2p_looks_at_the_vocabulary_once_a_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many versions are loaded on it; another backbone has a centre of its own."""
+    looked: list[torch.Tensor] = []
+
+    def moments(embedding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        looked.append(embedding)
+        return vocabulary_moments(embedding)
+
+    monkeypatch.setattr(l2p, "vocabulary_moments", moments)
+    method = find_method("l2p").model_validate({"pool_size": 4, "top_n": 2})
+    backbone, other = tiny_backbone("t5"), tiny_backbone("t5", seed=1)
+    first, second, third = (method.blocks(each, PromptConfig(length=3)) for each in (backbone, backbone, other))
+    assert len(looked) == 2
+    assert isinstance(first, KeyedPrompts)
+    assert isinstance(second, KeyedPrompts)
+    assert isinstance(third, KeyedPrompts)
+    assert torch.equal(first.centre, vocabulary_moments(backbone.get_input_embeddings().weight.detach())[0])
+    first.centre.zero_()
+    assert second.centre.any()
+    assert not torch.equal(second.centre, third.centre)
 
 
 def test_l2p_trains_keys_and_picked_prompts_alone() -> None:

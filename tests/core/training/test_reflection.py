@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sapt_core.pool.attention import SharedAttention
 from sapt_core.pool.pool import PETPool, new_pool
 from sapt_core.settings import AttentionConfig
 from sapt_core.training.reflection import Drawn, GaussianQueries, Memory, RecordedAttention, Reflection, StoredQueries
@@ -134,6 +136,33 @@ def test_every_input_is_held_at_its_own_recorded_attention() -> None:
     # Nothing has moved: no divergence, where the task's mean would have had some.
     assert term.loss(before, [task]).item() == pytest.approx(0, abs=1e-6)
     assert term.loss(before, drawn(pooled, own.mean(dim=0))).item() > 1e-5
+
+
+@pytest.mark.parametrize("options", [{}, {"residual": True, "scale": "vocabulary", "silu": "after"}])
+def test_recorded_attentions_are_asked_all_at_once_and_each_answers_as_alone(options: dict[str, Any]) -> None:
+    """Of unlike numbers of blocks and of inputs, beside a task that is held at its mean."""
+    torch.manual_seed(2)
+    recorded = []
+    for blocks in (1, 2, 4):
+        attention = SharedAttention(16, AttentionConfig(bottleneck=5, temperature=0.3, **options))
+        for value in (*attention.parameters(), *attention.buffers()):
+            value.data.copy_(torch.rand_like(value) + 0.5)
+        recorded.append(RecordedAttention(attention, torch.randn(blocks, 16)))
+    pooled = [torch.randn(size, 16) for size in (3, 9, 6)]
+    memories = [Memory(StoredQueries(each), target) for each, target in zip(pooled, recorded, strict=True)]
+    memories.insert(1, stored(torch.randn(5, 16), torch.tensor([0.25, 0.75])))
+    term = Reflection(memories, 4, 1.0)
+    passes: list[SharedAttention] = []
+    for each in recorded:
+        each.attention.register_forward_pre_hook(lambda module, _: passes.append(module))
+    found = term.draw(torch.Generator().manual_seed(0))
+    assert len(passes) == 1
+    assert [tuple(task.target.shape) for task in found] == [(3, 1), (4, 2), (4, 2), (4, 4)]
+    assert found[1].target.tolist() == [[0.25, 0.75]] * 4
+    for task, held in zip([found[0], *found[2:]], recorded, strict=True):
+        wanted = held.attention(task.pooled, held.keys).softmax(dim=-1)
+        torch.testing.assert_close(task.target, wanted, rtol=1e-5, atol=1e-6)
+        assert not task.target.requires_grad
 
 
 @pytest.mark.parametrize("rank", [0, 2, 5, 99])
