@@ -33,7 +33,6 @@ class AMLoRA(Method):
 
     name: Literal["am_lora"] = "am_lora"
 
-    version: ClassVar[int] = 2
     summary: ClassVar[str] = "attention over the LoRAs' own features in every layer (AM-LoRA, arXiv 2409.19611)"
     pool: ClassVar[Literal["block per task"]] = "block per task"
     pet_types: ClassVar[tuple[str, ...]] = ("lora",)

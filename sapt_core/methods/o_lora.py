@@ -20,7 +20,6 @@ class OLoRA(Method):
 
     name: Literal["o_lora"] = "o_lora"
 
-    version: ClassVar[int] = 2
     summary: ClassVar[str] = "blocks that add up, orthogonal to each other (O-LoRA, arXiv 2310.14152)"
     pool: ClassVar[Literal["block per task"]] = "block per task"
     pet_types: ClassVar[tuple[str, ...]] = ("lora",)

@@ -50,7 +50,6 @@ class Sapt(SharedAttentiveLearning):
 
     name: Literal["sapt"] = "sapt"
 
-    version: ClassVar[int] = 2
     summary: ClassVar[str] = "SAPT with the routing found to hold here (arXiv 2401.08295, docs/decisions.md)"
     attention_defaults: ClassVar[Mapping[str, Any]] = {
         "key_init": "task_mean",
@@ -67,7 +66,6 @@ class SaptPaper(SharedAttentiveLearning):
 
     name: Literal["sapt_paper"] = "sapt_paper"
 
-    version: ClassVar[int] = 2
     summary: ClassVar[str] = "SAPT as in the paper: uniform keys, τ = √D (arXiv 2401.08295)"
 
 
