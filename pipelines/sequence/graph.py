@@ -260,7 +260,8 @@ class _Learner:
         if shared and "parent" not in inputs:
             # Nothing to reflect on yet, but the split that the target comes from counts.
             reflection = unread["reflection"].default.model_copy(update={"target_split": reflection.target_split})
-        evaluation = config.evaluation if config.train.eval_every_epochs else unread["evaluation"].default
+        scores = bool(config.train.eval_every_epochs)
+        evaluation = config.evaluation if scores else unread["evaluation"].default
         return Stage(
             name=name,
             kind="train",
@@ -288,6 +289,8 @@ class _Learner:
                     max_source_tokens=config.benchmark.max_source_tokens,
                     max_target_tokens=config.benchmark.max_target_tokens,
                 ).model_dump(mode="json"),
+                # Dev is answered as test is; without that, how does not count.
+                **({"answers": VERSIONS["evaluate"]} if scores else {}),
             },
             inputs=inputs,
             uses={"task": LEARNT_FROM},  # other test rows retrain nothing

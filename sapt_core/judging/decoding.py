@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -39,13 +40,15 @@ def answer(
     """
     collator = model.collator(tokenizer.pad_token_id)
     device = next(model.backbone.parameters()).device
-    # Prompts of like length share a batch.
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index]["prompt_ids"]))
+    lengths = [len(row["prompt_ids"]) for row in rows]
+    # Prompts of like length share a batch; of one length, where padding would change the answers.
+    order = sorted(range(len(rows)), key=lengths.__getitem__)
+    groups = [order] if model.pads else [list(alike) for _, alike in groupby(order, key=lengths.__getitem__)]
+    batches = [group[i : i + config.batch_size] for group in groups for i in range(0, len(group), config.batch_size)]
     texts = [""] * len(rows)
     weights: list[Tensor] = [torch.empty(0)] * len(rows)
     with model.mode(training=False):
-        for start in range(0, len(order), config.batch_size):
-            indices = order[start : start + config.batch_size]
+        for indices in batches:
             batch = collator.prompts([rows[index] for index in indices]).to(device)
             with autocast(device, precision):
                 generated, mixture = model.generate(

@@ -131,9 +131,9 @@ class GatedSite(LoRASite):
         self.selector_weight = self.selector_bias = None
 
     def forward(self, x: Tensor, call: LoRACall) -> Tensor:
-        """The gated update (B·k, S, out) for inputs (B·k, S, in); the pool's weights, all 1, play no part.
+        """The gated update for inputs as of ``LoRASite.forward``; the pool's weights, all 1, play no part.
 
-        Notes the gates of each row (B·k, T), mean over its positions, in the first pass of the call.
+        Notes the gates of each row (B, T), mean over its positions and beams, in the first pass of the call.
         """
         x = self.dropout(x)
         stacks = []
@@ -147,7 +147,7 @@ class GatedSite(LoRASite):
             stacks.append(self._stack(x, self.lora_A, self.lora_B, reader, self.selector_bias))
         gates = self._gates(F.leaky_relu(torch.cat([stack.scores for stack in stacks], dim=-1), 0.2))
         if self not in call.noted:
-            call.noted[self] = gates.mean(dim=-2)
+            call.noted[self] = gates.reshape(call.weights.shape[0], -1, gates.shape[-1]).mean(dim=1)
         shares = torch.split(gates, [stack.scores.shape[-1] for stack in stacks], dim=-1)
         update, *others = [stack.update(share) for stack, share in zip(stacks, shares, strict=True)]
         return sum(others, update)
@@ -183,10 +183,7 @@ class GatedBlocks(LoRABlocks):
 
     def mixed(self, call: Call) -> Tensor:
         """Gates of the LoRAs (B, T), mean over sites and positions, as the prompt was read; no row adds up to 1."""
-        rows = call.weights.shape[0]
-        opened = [call.noted[site] for site in self._gated() if site in call.noted]
-        # A decoder's linears see every beam of a row.
-        return torch.stack([gates.reshape(rows, -1, gates.shape[-1]).mean(dim=1) for gates in opened]).mean(dim=0)
+        return torch.stack([call.noted[site] for site in self._gated() if site in call.noted]).mean(dim=0)
 
     def _gated(self) -> list[GatedSite]:
         return [site for site in self.sites if isinstance(site, GatedSite)]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from sapt_core.backbones.traits import first_position, takes_positions
 from sapt_core.data.collate import Batch, Collator
 from sapt_core.pool.attention import max_pool
 from sapt_core.pool.calls import Call, During, recomputed
@@ -24,6 +25,10 @@ class SaptModel(nn.Module):
     before the first layer, and reused in every layer and every decoding step.
 
     The backbone is bare but while it runs: models that share it and threads that share a model take turns.
+
+    Attributes:
+        pads: whether prompts of different lengths may share a batch to generate from. A decoder-only class that is
+            told no positions counts the padding in front of the shorter ones as a part of them.
     """
 
     def __init__(self, backbone: PreTrainedModel, pool: PETPool) -> None:
@@ -31,6 +36,8 @@ class SaptModel(nn.Module):
         self.backbone = backbone.requires_grad_(False)
         self.pool = pool
         self.is_encoder_decoder = bool(backbone.config.is_encoder_decoder)
+        self.pads = self.is_encoder_decoder or takes_positions(backbone)
+        self._first_position = first_position(backbone)
 
     @contextmanager
     def mode(self, *, training: bool) -> Iterator[None]:
@@ -129,6 +136,9 @@ class SaptModel(nn.Module):
             pooled = self.pooled(batch)
             call = self._call(self.pool.select(pooled))
             inputs = self._inputs(batch, call, pooled)
+            if self.pads and not self.is_encoder_decoder:
+                # As training counts them: generate() itself counts from 0, whatever the class.
+                inputs["position_ids"] = self._positions(inputs["attention_mask"])
             with During(call):
                 sequences: Tensor = self.backbone.generate(**inputs, **options)  # type: ignore[operator]
         if self.is_encoder_decoder:
@@ -142,19 +152,37 @@ class SaptModel(nn.Module):
         return self.pool.blocks.new_call(weights, self.pool.in_use(weights))
 
     def _inputs(self, batch: Batch, call: Call, pooled: Tensor) -> dict[str, Tensor]:
-        """What the backbone reads, soft tokens in front.
+        """What the backbone reads, soft tokens in front of each text.
 
-        In front of left padding too: attention skips the padding, and positions are counted without it.
+        Raises:
+            ValueError: there is padding in front of a text, and the class cannot be told so.
         """
+        mask = batch.attention_mask
+        padded = not self.is_encoder_decoder and bool((mask.diff(dim=1) > 0).any())
+        if padded and not self.pads:
+            raise ValueError(
+                f"{type(self.backbone).__name__} reads texts of one length in a batch: it takes no positions"
+            )
         prompts = self.pool.blocks.prompts(call, pooled)
         if prompts is None:
-            return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-        embedded = self._embed(batch.input_ids)
-        mask = batch.attention_mask.new_ones(prompts.shape[:2])
-        return {
-            "inputs_embeds": torch.cat([prompts.to(embedded.dtype), embedded], dim=1),
-            "attention_mask": torch.cat([mask, batch.attention_mask], dim=1),
-        }
+            inputs = {"input_ids": batch.input_ids, "attention_mask": mask}
+        else:
+            embedded = self._embed(batch.input_ids)
+            embedded = torch.cat([prompts.to(embedded.dtype), embedded], dim=1)
+            mask = torch.cat([mask.new_ones(prompts.shape[:2]), mask], dim=1)
+            if padded:
+                # To the very front: between prompt and text, recurrent layers and distances would count it.
+                order = mask.argsort(dim=1, stable=True)
+                embedded = embedded.gather(1, order.unsqueeze(-1).expand_as(embedded))
+                mask = mask.gather(1, order)
+            inputs = {"inputs_embeds": embedded, "attention_mask": mask}
+        if padded:
+            inputs["position_ids"] = self._positions(mask)
+        return inputs
+
+    def _positions(self, mask: Tensor) -> Tensor:
+        """Where each token stands (B, S), counted without the padding before it."""
+        return (mask.cumsum(dim=1) - 1).clamp(min=0) + self._first_position
 
     def _embed(self, input_ids: Tensor) -> Tensor:
         embedded: Tensor = self.backbone.get_input_embeddings()(input_ids)

@@ -206,6 +206,15 @@ def test_a_hundred_tasks_and_more_keep_their_order(tmp_path: Path) -> None:
     assert [stage.name for stage in seen] == [f"prepare[{i:02d} t{i}]" for i in range(103)]
 
 
+def test_other_answers_retrain_what_keeps_the_best_on_dev_alone(
+    base: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored = identities(experiment("train.eval_every_epochs=1").graph)
+    monkeypatch.setitem(VERSIONS, "evaluate", VERSIONS["evaluate"] + 1)
+    assert identities(experiment("train.eval_every_epochs=1").graph)["train"] != scored["train"]
+    assert identities(experiment().graph)["train"] == base["train"]
+
+
 def test_where_the_target_comes_from_counts_from_the_first_task_on(base: dict[str, list[str]]) -> None:
     assert changed(base, "reflection.target_split=dev") == expected(train=[True] * 3, evaluate=[True] * 6)
 

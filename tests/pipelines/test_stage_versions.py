@@ -23,7 +23,15 @@ from sapt_core.methods.base import known_methods
 ROOT = Path(__file__).resolve().parents[2]
 WRITTEN = Path(__file__).with_name("stage_versions.json")
 TOKENS = ("data/prepare", "data/templates")
-MODEL = ("pool/attention", "pool/blocks", "pool/model", "pool/pool", "data/collate", "backbones/loading")
+MODEL = (
+    "pool/attention",
+    "pool/blocks",
+    "pool/model",
+    "pool/pool",
+    "data/collate",
+    "backbones/loading",
+    "backbones/traits",
+)
 ANSWERS = (*MODEL, "judging/decoding", "judging/metrics", "versions/loading")
 TRAINING = (*MODEL, "training/trainer", "methods/base", "versions/learning", "versions/loading")
 POOLED = (*TOKENS, "pool/attention", "judging/decoding")

@@ -10,15 +10,16 @@ stays out of it too: stacking it would copy all blocks in every step, and make a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Self, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from sapt_core.errors import BackboneError
 from sapt_core.pool.blocks.base import PETBlocks
@@ -28,24 +29,33 @@ from sapt_core.settings import LoRAConfig
 PEFT_PREFIX = "base_model.model."
 
 
-def find_sites(backbone: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Linear]:
+def is_linear(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
+    """Whether LoRA can be added to a module: a linear, or GPT-2's kind, whose weight lies the other way round."""
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def last_names(names: Iterable[str], *, parts: int = 1) -> list[str]:
+    """The last parts of modules' names, each once and in order; parts that are numbers do not count."""
+    return sorted({".".join(name.split(".")[-parts:]) for name in names})
+
+
+def find_sites(backbone: nn.Module, targets: tuple[str, ...], field: str = "pet") -> dict[str, nn.Linear | Conv1D]:
     """The linears of ``backbone`` that ``targets`` name, in module order.
 
     A target matches as in PEFT: the last part of a module's name or a dotted suffix of it.
 
     Raises:
-        BackboneError: a target matches no linear.
+        BackboneError: a target of the config's ``field`` matches no linear.
     """
-    linears = {name: module for name, module in backbone.named_modules() if isinstance(module, nn.Linear)}
-    matches = {
-        target: [name for name in linears if name == target or name.endswith(f".{target}")] for target in targets
-    }
+    linears = {name: module for name, module in backbone.named_modules() if is_linear(module)}
+    matches = {target: [name for name in linears if _names(target, name)] for target in targets}
     missing = [target for target, names in matches.items() if not names]
     if missing:
-        known = sorted({name.rpartition(".")[2] for name in linears})
+        fused = last_names(fused_experts(backbone))
+        aside = f"; its experts ({', '.join(fused)}) are one tensor a layer and no linears: no block reaches them"
         raise BackboneError(
-            f"pet.target_modules: {', '.join(missing)} match no linear of {type(backbone).__name__}; "
-            f"its linears are named: {', '.join(known) or 'none'}"
+            f"{field}.target_modules: {', '.join(missing)} match no linear of {type(backbone).__name__}; "
+            f"its linears are named: {', '.join(last_names(linears)) or 'none'}{aside if fused else ''}"
         )
     chosen = {name for names in matches.values() for name in names}
     return {name: module for name, module in linears.items() if name in chosen}
@@ -56,7 +66,7 @@ class LoRACall(Call):
     """A call with what all sites need of it, made once.
 
     Attributes:
-        gates: s · a of the blocks in use, R times each (B, 1, 1, U·R).
+        gates: s · a of the blocks in use, R times each (B, 1, U·R).
         rows: of the stack of finished blocks, those in use (F·R,); None: all.
         chosen: what a site took of that stack, A (F·R, in) and B (out, F·R) in the format it computes in.
     """
@@ -64,6 +74,27 @@ class LoRACall(Call):
     gates: Tensor
     rows: Tensor | None
     chosen: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+def fused_experts(backbone: nn.Module, targets: tuple[str, ...] | None = None) -> list[str]:
+    """Names of the parameters that hold the weights of all experts of a layer (E, out, in), of those in ``targets``."""
+    return [
+        f"{name}.{own}"
+        for name, module in backbone.named_modules()
+        if "expert" in type(module).__name__.lower()
+        for own, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3 and (targets is None or any(_names(target, f"{name}.{own}") for target in targets))
+    ]
+
+
+def _names(target: str, name: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _sizes(linear: nn.Linear | Conv1D) -> tuple[int, int]:
+    """What a linear reads and what it gives."""
+    size_out, size_in = linear.weight.shape if isinstance(linear, nn.Linear) else reversed(linear.weight.shape)
+    return size_in, size_out
 
 
 class LoRASite(nn.Module):
@@ -121,11 +152,12 @@ class LoRASite(nn.Module):
         """The pool's update for ``x``.
 
         Args:
-            x: input of the linear (B·k, S, in); k is the number of beams or returned sequences.
+            x: input of the linear (B·k, S, in), or the same flat (B·k·S, in), as some classes have it; k is the number
+                of beams or returned sequences.
             call: that it belongs to.
 
         Returns:
-            Update (B·k, S, out).
+            Update, as ``x`` but for its last dimension (out).
         """
         x, gates = self.dropout(x), call.gates
         if self.lora_A is None or self.lora_B is None:
@@ -152,11 +184,10 @@ class LoRASite(nn.Module):
 
 
 def _update(x: Tensor, A: Tensor, B: Tensor, gates: Tensor) -> Tensor:
-    """``B (g · A x)`` (B·k, S, out) of stacked blocks with gates (B, 1, 1, U·R)."""
+    """``B (g · A x)`` of stacked blocks with gates (B, 1, U·R), for rows that follow each other in ``x`` (…, in)."""
     hidden = F.linear(x, A.to(x.dtype))
-    by_input = hidden.view(len(gates), len(x) // len(gates), *hidden.shape[1:])
-    gated = (by_input * gates.to(hidden.dtype)).flatten(0, 1)
-    return F.linear(gated, B.to(gated.dtype))
+    gated = hidden.reshape(len(gates), -1, hidden.shape[-1]) * gates.to(hidden.dtype)
+    return F.linear(gated.reshape(hidden.shape), B.to(gated.dtype))
 
 
 class LoRABlocks(PETBlocks):
@@ -180,7 +211,7 @@ class LoRABlocks(PETBlocks):
     def for_backbone(cls, backbone: nn.Module, config: LoRAConfig) -> Self:
         """Blocks for every linear that ``config.target_modules`` names."""
         sites = find_sites(backbone, config.target_modules)
-        return cls({name: (linear.in_features, linear.out_features) for name, linear in sites.items()}, config)
+        return cls({name: _sizes(linear) for name, linear in sites.items()}, config)
 
     @property
     def learning(self) -> bool:
