@@ -79,6 +79,24 @@ class ExperimentConfig(PlacesConfig):
             )
         return self
 
+    @model_validator(mode="after")
+    def _targets_of_the_generator(self) -> ExperimentConfig:
+        """Its LoRA adapts what the block does, unless the config says otherwise."""
+        pet, generator = self.pet, self.generator
+        if isinstance(pet, LoRAConfig) and "target_modules" not in generator.pet.model_fields_set:
+            own = generator.pet.model_copy(update={"target_modules": pet.target_modules})
+            # Not among the fields that were set: ``sapt_core.unused`` tells of those.
+            self.__dict__["generator"] = GeneratorConfig.model_construct(
+                generator.model_fields_set, **{**dict(generator), "pet": own}
+            )
+        return self
+
+    @property
+    def generates(self) -> bool:
+        """Whether pseudo-samples are made, so that ``generator`` counts."""
+        reflection = self.reflection
+        return self.method.shared_attention and reflection.source == "generated" and reflection.weight > 0
+
     def digest(self) -> str:
         """sha256 of what decides the science, whatever it runs on and wherever it lies.
 

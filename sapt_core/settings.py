@@ -108,7 +108,11 @@ class LoRAConfig(Section):
     r: int = Field(8, ge=1, description="Rank.")
     lora_alpha: float = Field(16, gt=0, description="The block counts lora_alpha / r times.")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout of its input while it is learnt.")
-    target_modules: NameList = Field(("q", "v"), min_length=1, description="Last name parts of the linears to adapt.")
+    target_modules: NameList = Field(
+        ("q", "v"),
+        min_length=1,
+        description="Last name parts of the linears to adapt; the generator's are the block's unless given.",
+    )
     detach_frozen: bool = Field(
         False,
         description="Let no gradient through finished blocks to the layers below, as the published code does; "
@@ -226,7 +230,10 @@ class ReflectionConfig(Section):
 class GeneratorConfig(Section):
     """Pseudo-sample generator: a LoRA on the raw backbone, one a task (SAPT section 3.3)."""
 
-    pet: LoRAConfig = Field(LoRAConfig(r=8, lora_alpha=32, lora_dropout=0.1), description="Its own LoRA.")
+    pet: LoRAConfig = Field(
+        LoRAConfig(r=8, lora_alpha=32, lora_dropout=0.1),
+        description="Its own LoRA, on `pet.target_modules` unless given.",
+    )
     learning_rate: float = Field(1e-3, gt=0, description="AdamW's rate.")
     batch_size: int = Field(16, ge=1, description="Rows in an optimizer step, over all workers.")
     micro_batch_size: int | None = Field(None, ge=1, description="Rows in one forward of one worker; default: all.")

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from sapt_core.config import ExperimentConfig, load_config, load_places
 from sapt_core.errors import ConfigError
 from sapt_core.hashing import canonical_hash
+from sapt_core.settings import GeneratorConfig
 
 CONFIGS = Path(__file__).resolve().parents[2] / "pipelines/configs"
 QUICKSTART = CONFIGS / "quickstart.yaml"
@@ -106,3 +107,17 @@ def test_a_faulty_override_does_not_print_its_value() -> None:
     with pytest.raises(ConfigError) as caught:
         load_places(["tracking=https://user:secret@host"])
     assert "secret" not in str(caught.value)
+
+
+def test_the_generator_adapts_what_the_block_does_unless_told_otherwise() -> None:
+    synthetic = {"backbone": {"path": "x"}, "benchmark": {"suite": "synthetic"}}
+    plain = ExperimentConfig.model_validate(synthetic)
+    assert plain.generator == GeneratorConfig()
+    wide = ExperimentConfig.model_validate({**synthetic, "pet": {"target_modules": ["a", "b"]}})
+    assert wide.generator.pet == GeneratorConfig().pet.model_copy(update={"target_modules": ("a", "b")})
+    assert not wide.generator.model_fields_set, "nobody set it, so nobody set it in vain"
+    assert ExperimentConfig.model_validate(wide.model_dump()) == wide
+    own = {**synthetic, "pet": {"target_modules": ["a"]}, "generator": {"pet": {"target_modules": ["c"]}}}
+    assert ExperimentConfig.model_validate(own).generator.pet.target_modules == ("c",)
+    prompts = ExperimentConfig.model_validate({**synthetic, "pet": {"type": "prompt"}})
+    assert prompts.generator == GeneratorConfig()
