@@ -8,19 +8,21 @@ from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
 import torch
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sapt_core.backbones.checkpoint import check_weights, own_dtype, read_headers
 from sapt_core.backbones.device import Precision, resolved_precision
 from sapt_core.backbones.reference import BackboneRef, load_model_config, location, skeleton
 from sapt_core.backbones.tokens import check_tokens, load_tokenizer
+from sapt_core.backbones.traits import first_position
 from sapt_core.config import ExperimentConfig
 from sapt_core.data.prepare import check_fits, check_writable
 from sapt_core.data.task import Task
 from sapt_core.errors import BackboneError, DataError
 from sapt_core.judging.metrics import METRICS
-from sapt_core.pool.blocks.lora import find_sites
-from sapt_core.settings import LoRAConfig, PromptConfig
+from sapt_core.pool.blocks.lora import find_sites, fused_experts, last_names
+from sapt_core.pool.probe import check_embeddings, check_sites
+from sapt_core.settings import LoRAConfig, PETConfig, PromptConfig
 
 log = logging.getLogger(__name__)
 
@@ -31,23 +33,23 @@ def check_backbone(config: ExperimentConfig, tasks: Sequence[Task]) -> None:
     """Refuse, without loading weights, a backbone that cannot carry the configured blocks and prompts.
 
     Raises:
-        BackboneError: weight files that are not of the configured model, target modules that match nothing, prompts
-            (soft ones too) and answers longer than the model's positions, ids that the model has no row for, or a
-            tokenizer that cannot be loaded or cannot write a marker.
+        BackboneError: weight files that are not of the configured model or quantised, target modules that match nothing
+            or what no block can learn at, soft prompts that the model cannot read, prompts and answers longer than its
+            positions, ids that it has no row for, or a tokenizer that cannot be loaded or cannot write a marker.
         DataError: tasks whose template leaves no room for an input, or whose right answers would all score 0.
     """
     folder, path = location(config.backbone), config.backbone.path
     model_config = load_model_config(folder, path)
     model = skeleton(model_config)
     check_weights(model, read_headers(folder, model_config, path), path)
-    for pet in (config.pet, config.generator.pet):
-        if isinstance(pet, LoRAConfig):
-            find_sites(model, pet.target_modules)
+    _check_blocks(model, config.pet, "pet")
+    if config.generates:
+        _check_blocks(model, config.generator.pet, "generator.pet")
     config.method.check_backbone(model_config)
-    _check_positions(config, path, model_config, len(tasks))
+    _check_positions(config, path, model, len(tasks))
     tokenizer = load_tokenizer(folder, path)
     check_tokens(model, tokenizer, path)
-    if config.method.shared_attention and config.reflection.source == "generated":
+    if config.generates:
         check_writable(tokenizer, config.generator.content)
     check_fits(
         tasks,
@@ -134,20 +136,36 @@ def with_precision(config: ExperimentConfig, precision: Precision) -> Experiment
     return config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
 
 
-def _check_positions(config: ExperimentConfig, path: str, model_config: PretrainedConfig, tasks: int) -> None:
-    positions = getattr(model_config, "max_position_embeddings", None)
+def _check_blocks(model: PreTrainedModel, pet: PETConfig, field: str) -> None:
+    if isinstance(pet, PromptConfig):
+        check_embeddings(model)
+    if isinstance(pet, LoRAConfig):
+        check_sites(model, find_sites(model, pet.target_modules, field), field)
+        if fused := last_names(fused_experts(model, pet.target_modules)):
+            log.warning(
+                "%s.target_modules: %s name experts of %s as well, which are one tensor a layer and stay as they are",
+                field,
+                ", ".join(fused),
+                type(model).__name__,
+            )
+
+
+def _check_positions(config: ExperimentConfig, path: str, model: PreTrainedModel, tasks: int) -> None:
+    positions = getattr(model.config, "max_position_embeddings", None)
     if positions is None:  # relative positions, as T5's, have no end
         return
+    positions -= first_position(model)
     prompt = config.method.soft_tokens(config.pet.length, tasks) if isinstance(config.pet, PromptConfig) else 0
     benchmark = config.benchmark
     source = prompt + benchmark.max_source_tokens
-    if model_config.is_encoder_decoder:
+    if model.config.is_encoder_decoder:
         asked = {"pet.length and benchmark.max_source_tokens" if prompt else "benchmark.max_source_tokens": source}
         asked["benchmark.max_target_tokens"] = benchmark.max_target_tokens
     else:
         fields = "benchmark.max_source_tokens and max_target_tokens"
         asked = {f"pet.length, {fields}" if prompt else fields: source + benchmark.max_target_tokens}
-    asked["generator.max_tokens"] = config.generator.max_tokens
+    if config.generates:
+        asked["generator.max_tokens"] = config.generator.max_tokens
     faults = [f"{fields} ask for {length}" for fields, length in asked.items() if length > positions]
     if faults:
         raise BackboneError(f"backbone {path} has {positions} positions, but {'; '.join(faults)}: lower them")

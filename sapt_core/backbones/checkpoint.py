@@ -79,10 +79,15 @@ def check_weights(model: PreTrainedModel, tensors: Mapping[str, Tensor], name: s
         name: what messages call the backbone.
 
     Raises:
-        BackboneError: with counts and the first names.
+        BackboneError: with counts and the first names, or the kind of quantisation.
     """
-    if getattr(model.config, "quantization_config", None) is not None:
-        return  # only real tensors can be unpacked; ``check_loaded`` looks at them then
+    quantised = getattr(model.config, "quantization_config", None)
+    if quantised is not None:
+        kind = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised.quant_method
+        raise BackboneError(
+            f"backbone {name} is quantised ({kind}), and blocks are added to plain weights alone: give the model that "
+            "it was made from, or save its weights dequantised; backbone.dtype=bfloat16 takes two bytes a weight"
+        )
     try:
         found: Any = type(model).from_pretrained(
             None,

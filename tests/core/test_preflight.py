@@ -1,16 +1,22 @@
-"""Right answers that could never score, told before anything is trained."""
+"""What cannot work, told before anything is trained: right answers that could never score, models that do not fit."""
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from sapt_core.config import ExperimentConfig
 from sapt_core.data.task import Example, Task
-from sapt_core.errors import DataError
-from sapt_core.preflight import check_answers
+from sapt_core.errors import BackboneError, DataError
+from sapt_core.preflight import check_answers, check_backbone
+from tests.core.backbones.folders import experiment, saved
+from tests.core.classes import tiny_model
 from tests.core.data.test_prepare import EOS, byte_bpe
 from tests.core.tiny import tiny_tokenizer
 
@@ -77,3 +83,43 @@ def test_the_rows_that_are_scored_count(words: PreTrainedTokenizerFast) -> None:
     check_answers([task("rouge_l", "w1", dev="是")], words)
     with pytest.raises(DataError):
         check_answers([task("rouge_l", "w1", dev="是")], words, "dev")
+
+
+def test_what_a_class_cannot_is_told_from_its_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def check(kind: str, pet: dict[str, Any], **benchmark: int) -> None:
+        if not (tmp_path / kind).is_dir():
+            tiny_model(kind).save_pretrained(tmp_path / kind)
+            tiny_tokenizer().save_pretrained(tmp_path / kind)
+        sizes = {"max_source_tokens": 40, "max_target_tokens": 10, **benchmark}
+        method = {"name": "sequential"}
+        check_backbone(
+            ExperimentConfig.model_validate(
+                {
+                    "backbone": {"path": str(tmp_path / kind)},
+                    "benchmark": {"suite": "synthetic", **sizes},
+                    "pet": pet,
+                    "method": method,
+                }
+            ),
+            [],
+        )
+
+    with pytest.raises(BackboneError, match="CTRLLMHeadModel does not generate from embeddings"):
+        check("ctrl", {"type": "prompt"})
+    with pytest.raises(BackboneError, match=r"^pet\.target_modules: .* never called"):
+        check("mamba", {"target_modules": ["dt_proj"]})
+    check("roberta", {"target_modules": ["query"]}, max_source_tokens=55)
+    with pytest.raises(BackboneError, match=r"has 65 positions, but .* ask for 66"):  # one of 66 rows is the padding's
+        check("roberta", {"target_modules": ["query"]}, max_source_tokens=56)
+    assert "experts" not in caplog.text
+    check("qwen2_moe", {"target_modules": ["q_proj", "down_proj"]})
+    assert "pet.target_modules: down_proj name experts of Qwen2MoeForCausalLM as well" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["gptq", "awq", "fp8", "bitsandbytes"])
+def test_a_quantised_checkpoint_is_refused_by_the_name_of_its_kind(kind: str, tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": {"quant_method": kind}}))
+    with pytest.raises(BackboneError, match=rf"is quantised \({kind}\).*give the model that it was made from"):
+        check_backbone(experiment(folder), [])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
 from pipelines import continual
 from tests.pipelines.commands import QUICKSTART, ROOT, TINY, Outcome
@@ -254,6 +254,18 @@ def test_target_modules_that_match_nothing(refuse: Refuse, section: str) -> None
     message = refuse(f"{section}.target_modules=q_proj")
     assert "q_proj" in message
     assert "wi_0" in message, "the names that are there"
+
+
+@pytest.mark.parametrize("dry", [True, False])
+def test_a_model_that_cannot_carry_the_blocks(refuse: Refuse, dry: bool) -> None:
+    folder = backbone("mamba", "*.safetensors", "config.json")
+    MambaForCausalLM(MambaConfig(vocab_size=600, hidden_size=8, num_hidden_layers=1, state_size=2)).save_pretrained(
+        folder
+    )
+    message = refuse("backbone.path=mamba", "pet.target_modules=in_proj,dt_proj", dry=dry)
+    assert "1 of 2 are never called" in message
+    assert "backbone.layers.0.mixer.dt_proj" in message
+    assert "mixer.in_proj" in message, "what can be named"
 
 
 # Blocks and reflection

@@ -248,7 +248,22 @@ def experiment(folder: Path, **changes: dict[str, Any]) -> ExperimentConfig:
         "pet": pet,
         "generator": {"pet": pet, "max_tokens": 80},
     }
-    return ExperimentConfig(**{name: {**section, **changes.get(name, {})} for name, section in sections.items()})
+    return ExperimentConfig(
+        **{name: {**sections.get(name, {}), **changes.get(name, {})} for name in sections | changes}
+    )
+
+
+def test_a_generator_is_checked_only_where_one_is_used(tmp_path: Path) -> None:
+    folder = saved(tmp_path, "llama")
+    unfit: dict[str, Any] = {"generator": {"pet": {"target_modules": ["query"]}, "max_tokens": 300}}
+    with pytest.raises(BackboneError, match=r"^generator\.pet\.target_modules: query match no linear"):
+        check_backbone(experiment(folder, **unfit), [])
+    for unused in (
+        {"method": {"name": "o_lora"}},
+        {"reflection": {"source": "statistics"}},
+        {"reflection": {"weight": 0}},
+    ):
+        check_backbone(experiment(folder, **unfit, **unused), [])
 
 
 def test_a_backbone_is_checked_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
