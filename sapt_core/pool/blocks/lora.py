@@ -250,7 +250,7 @@ class LoRABlocks(PETBlocks):
             rows = (finished.unsqueeze(1) * self.r + torch.arange(self.r, device=used.device)).flatten()
         mixture = weights if len(used) == weights.shape[1] else weights[:, used]
         gates = (mixture * self.scaling).repeat_interleave(self.r, dim=1)
-        return LoRACall(weights, used, gates=gates[:, None, None], rows=rows)
+        return LoRACall(weights, used, gates=gates.unsqueeze(1), rows=rows)
 
     def prompts(self, call: Call, pooled: Tensor) -> None:
         return None
