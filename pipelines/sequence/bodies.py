@@ -20,7 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 from cluster.stages import StageContext, StageRecord, StageResult
 from pipelines.sequence.progress import progress
 from sapt_core.backbones.device import default_device
-from sapt_core.backbones.loading import load_backbone
+from sapt_core.backbones.loading import load_backbone, load_embeddings, load_encoding
 from sapt_core.backbones.reference import BackboneRef
 from sapt_core.blobs import BlobStore
 from sapt_core.data.prepare import PreparedTask, PromptEncoder, prepare_task, read_split
@@ -44,7 +44,7 @@ from sapt_core.settings import (
 from sapt_core.training.generator import generate_pseudo_samples
 from sapt_core.training.reflection import GaussianQueries
 from sapt_core.versions.learning import LearningSettings, Workplace, learn_task
-from sapt_core.versions.loading import load_pool
+from sapt_core.versions.loading import load_blocks, load_pool
 from sapt_core.versions.manifest import Manifest
 from sapt_core.versions.size import trained_parameters
 
@@ -62,13 +62,13 @@ def prepare(context: StageContext) -> StageResult:
     """
     reads = context.reads
     task = Task.from_json(context.store.get(reads["task"]))
-    model, tokenizer = load_backbone(_backbone(context), context.store)
+    config, tokenizer = load_encoding(_backbone(context), context.store)
     prepared = prepare_task(
         task,
         tokenizer,
         max_source_tokens=reads["max_source_tokens"],
         max_target_tokens=reads["max_target_tokens"],
-        is_encoder_decoder=bool(model.config.is_encoder_decoder),
+        is_encoder_decoder=bool(config.is_encoder_decoder),
     )
     outputs = {name: context.store.put(data) for name, data in prepared.to_blobs().items()}
     rows = {split: len(getattr(prepared, split)) for split in ("train", "dev", "test")}
@@ -139,7 +139,7 @@ def statistics(context: StageContext) -> StageResult:
     """
     reads = context.reads
     task = prepared_task(context.store, context.inputs["task"])
-    model, tokenizer = load_backbone(_backbone(context), context.store)
+    model, tokenizer = load_embeddings(_backbone(context), context.store)
     pooled = pooled_embeddings(pooling_model(model, AttentionConfig(**reads["attention"])), tokenizer, list(task.train))
     kept = GaussianQueries.of(pooled, reads["rank"])
     data = save_tensors({name: value.contiguous() for name, value in vars(kept).items()})
@@ -244,8 +244,8 @@ def attend(context: StageContext) -> StageResult:
     Metrics: ``weights``, a list a task of the mean weight of every block, oldest first.
     """
     manifest = Manifest.from_bytes(context.store.get(context.inputs["version"].outputs["manifest"]))
-    model, tokenizer = load_backbone(manifest.backbone, context.store)
-    pool = load_pool(manifest, context.store, model)
+    model, tokenizer = load_embeddings(manifest.backbone, context.store)
+    pool = load_blocks(manifest, context.store, model, ())  # attention looks at keys and not at blocks
     bare = SaptModel(model, pool)
     weights = []
     for record in numbered(context.inputs, "task"):
@@ -264,7 +264,7 @@ def quality(context: StageContext) -> StageResult:
     reads = context.reads
     generated: list[str] = json.loads(context.store.get(context.inputs["kept"].outputs["samples"]))
     train = read_split(context.store.get(context.inputs["task"].outputs["train.arrow"]))
-    model, tokenizer = load_backbone(_backbone(context), context.store)
+    model, tokenizer = load_embeddings(_backbone(context), context.store)
     bare = pooling_model(model, AttentionConfig())
     encoder = PromptEncoder(
         tokenizer,

@@ -42,7 +42,7 @@ def read_headers(folder: Path, config: PretrainedConfig, name: str) -> dict[str,
         BackboneError: a file is missing, cut short or no safetensors file.
     """
     tensors: dict[str, Tensor] = {}
-    for path in _weight_files(folder, config, name):
+    for path in weight_files(folder, config, name):
         try:
             tensors |= load_state_dict(path, map_location="meta")
         except FileNotFoundError as error:
@@ -138,7 +138,7 @@ def check_loaded(loaded: Mapping[str, Any], name: str) -> None:
     )
 
 
-def _weight_files(folder: Path, config: PretrainedConfig, name: str) -> list[Path]:
+def weight_files(folder: Path, config: PretrainedConfig, name: str) -> list[Path]:
     """The files that transformers loads: one, or all that the index names."""
     single = getattr(config, "transformers_weights", None) or "model.safetensors"
     index = folder / "model.safetensors.index.json"

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import json
 import shutil
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from sapt_core.backbones.checkpoint import check_loaded
+from sapt_core.backbones.checkpoint import check_loaded, own_dtype, weight_files
 from sapt_core.backbones.faults import UNREADABLE, reason
 from sapt_core.backbones.files import cache_folder, copy_of, file_digest, remember
 from sapt_core.backbones.hub import fetched
-from sapt_core.backbones.reference import FILES, BackboneRef, load_model_config, location, model_class
+from sapt_core.backbones.last import Last
+from sapt_core.backbones.reference import FILES, BackboneRef, load_model_config, location, model_class, skeleton
 from sapt_core.backbones.tokens import answer_settings, load_tokenizer
 from sapt_core.blobs import BlobStore
 from sapt_core.errors import BackboneError, ServiceError
@@ -37,7 +40,7 @@ def store_backbone(config: BackboneConfig, ref: BackboneRef, store: BlobStore) -
             raise BackboneError(f"backbone.path {config.path}: {name} has changed meanwhile; run again")
 
 
-@lru_cache(maxsize=1)
+@Last
 def _load_cached(ref: str, folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     reference = BackboneRef.model_validate_json(ref)
     config = load_model_config(folder, reference.path)
@@ -68,9 +71,71 @@ def load_backbone(ref: BackboneRef, store: BlobStore) -> tuple[PreTrainedModel, 
         BackboneError: it cannot be loaded, weights are missing, or the tokenizer has no padding and no end token.
         StoreError: a file is not in the store, or is damaged.
     """
-    folder = fetched(ref.path, ref.revision, FILES) if ref.files is None else _materialise(ref, store)
     # Sorted: a manifest names the same files in another order.
-    return _load_cached(json.dumps(ref.model_dump(mode="json"), sort_keys=True), folder)
+    return _load_cached(json.dumps(ref.model_dump(mode="json"), sort_keys=True), _folder(ref, store))
+
+
+def load_encoding(ref: BackboneRef, store: BlobStore) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
+    """Configuration and tokenizer, for what reads text and asks no model.
+
+    Raises:
+        BackboneError: one cannot be loaded, or the tokenizer has no padding and no end token.
+        StoreError: a file is not in the store, or is damaged.
+    """
+    folder = _folder(ref, store)
+    return load_model_config(folder, ref.path), load_tokenizer(folder, ref.path)
+
+
+def load_embeddings(ref: BackboneRef, store: BlobStore) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model with its token embeddings alone, every other weight without content (meta device), and the tokenizer.
+
+    Where the embeddings are more than a matrix, or the weight files call it something else than the model does, the
+    whole model is loaded.
+
+    Raises:
+        BackboneError: it cannot be loaded, or the tokenizer has no padding and no end token.
+        StoreError: a file is not in the store, or is damaged.
+    """
+    folder = _folder(ref, store)
+    config = load_model_config(folder, ref.path)
+    model = skeleton(config).requires_grad_(False).train(False)
+    layer = model.get_input_embeddings()  # type: ignore[no-untyped-call]
+    if type(layer) is not nn.Embedding or getattr(config, "quantization_config", None) is not None:
+        return load_backbone(ref, store)
+    matrix = _read_matrix(folder, model, layer, ref.path)
+    if matrix is None:
+        return load_backbone(ref, store)
+    dtype = own_dtype(folder, config, ref.path) if ref.dtype == "auto" else getattr(torch, ref.dtype)
+    layer.weight = nn.Parameter(matrix.to(dtype), requires_grad=False)
+    return model, load_tokenizer(folder, ref.path)
+
+
+def _read_matrix(folder: Path, model: PreTrainedModel, layer: nn.Embedding, name: str) -> Tensor | None:
+    """The layer's matrix from the weight files, None if no tensor there has one of its names and its shape.
+
+    Its own name counts before those of layers that share it, and a checkpoint of the model without its head leaves
+    out the prefix.
+    """
+    own = [f"{module}.weight" for module, found in model.named_modules() if found is layer]
+    shared = [key for key, value in model.named_parameters(remove_duplicate=False) if value is layer.weight]
+    names = [each for key in (*own, *shared) for each in (key, key.removeprefix(f"{model.base_model_prefix}."))]
+    files: dict[str, Path] = {}
+    try:
+        for path in weight_files(folder, model.config, name):
+            with safe_open(path, framework="pt") as file:
+                files |= dict.fromkeys(file.keys(), path)
+        key = next((key for key in names if key in files), None)
+        if key is None:
+            return None
+        with safe_open(files[key], framework="pt") as file:
+            matrix: Tensor = file.get_tensor(key)
+    except UNREADABLE as error:
+        raise BackboneError(f"backbone {name} cannot be loaded: {reason(error)}") from error
+    return matrix if matrix.shape == layer.weight.shape else None
+
+
+def _folder(ref: BackboneRef, store: BlobStore) -> Path:
+    return fetched(ref.path, ref.revision, FILES) if ref.files is None else _materialise(ref, store)
 
 
 def _materialise(ref: BackboneRef, store: BlobStore) -> Path:

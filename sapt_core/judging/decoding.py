@@ -71,7 +71,7 @@ def pooled_embeddings(
 ) -> Tensor:
     """Pooled embeddings (N, D) of the prompts of ``rows``: all that the attention ever sees of them."""
     collator = model.collator(tokenizer.pad_token_id)
-    device = next(model.backbone.parameters()).device
+    device = embedding_matrix(model.backbone).device
     batches = [collator.prompts(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
     nothing = torch.empty(0, embedding_matrix(model.backbone).shape[1])
     return torch.cat([nothing, *(model.pooled(batch.to(device)).cpu() for batch in batches)])

@@ -1,0 +1,42 @@
+"""Keeping the one large thing that was loaded last."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Hashable
+from threading import RLock
+from typing import Generic, ParamSpec, TypeVar
+
+Given = ParamSpec("Given")
+Loaded = TypeVar("Loaded")
+
+
+class Last(Generic[Given, Loaded]):
+    """A function that keeps its last result, and lets go of it before it makes another.
+
+    ``functools.lru_cache`` holds the old one until the new one is there, so that both must fit into memory. Threads
+    take turns: of one result at a time there are not two either.
+
+    Args:
+        load: makes the result; its arguments, by position, must be hashable.
+    """
+
+    def __init__(self, load: Callable[Given, Loaded]) -> None:
+        self._load = load
+        self._lock = RLock()
+        self._kept: dict[tuple[Hashable, ...], Loaded] = {}
+
+    def __call__(self, *given: Given.args, **named: Given.kwargs) -> Loaded:
+        key = (given, tuple(sorted(named.items())))
+        with self._lock:
+            if key not in self._kept:
+                self.cache_clear()
+                self._kept[key] = self._load(*given, **named)
+            return self._kept[key]
+
+    def cache_clear(self) -> None:
+        """Let go of what is kept."""
+        with self._lock:
+            if self._kept:
+                self._kept.clear()
+                gc.collect()  # a model's modules and hooks name each other
