@@ -29,6 +29,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from sapt_core.backbones.device import autocast, computed_in, keep_freed_memory
 from sapt_core.blobs import Checkpoints
@@ -101,7 +102,11 @@ def train(
     trainable = {name: parameter for name, parameter in model.pool.named_parameters() if parameter.requires_grad}
     optimizer = _optimizer(trainable, config, objective)
     position, best = checkpoints.load(lambda folder: _restore(folder, trainable, optimizer)) or (_Position(), {})
-    step_module = accelerator.prepare(StepLoss(model, terms, objective.penalties))
+    step_module = StepLoss(model, terms, objective.penalties)
+    # All workers loaded the backbone from the same bytes; DistributedDataParallel would send it to each, every task.
+    frozen = [f"model.backbone.{name}" for name in model.backbone.state_dict()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(step_module, frozen)  # type: ignore[no-untyped-call]
+    step_module = accelerator.prepare(step_module)
 
     steps_an_epoch = math.ceil(len(rows) / config.batch_size)
     total = max(1, round(config.epochs * steps_an_epoch))

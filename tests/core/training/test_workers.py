@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
+from torch import Tensor, distributed
 
 from sapt_core.data.collate import Collator
 from sapt_core.errors import DivergenceError
@@ -94,6 +96,20 @@ def one_of_two(rank: int, port: int, folder: str) -> None:
         model, curve, widest = case.run()
         save_file(trainable(model), Path(folder, f"{name}-{rank}.safetensors"))
         found[name] = {"curve": curve, "widest": widest}
+    sent, send = 0, distributed._broadcast_coalesced
+
+    def counted(group: Any, tensors: Sequence[Tensor], *rest: Any) -> None:
+        nonlocal sent
+        sent += sum(tensor.numel() for tensor in tensors)
+        send(group, tensors, *rest)
+
+    distributed._broadcast_coalesced = counted
+    sized = sapt_model("t5")
+    learn(sized, objective=Objective(), rows=NINE[:4], epochs=1)
+    distributed._broadcast_coalesced = send
+    learnt = sum(value.numel() for value in trainable(sized).values())
+    pool = sum(value.numel() for value in sized.pool.state_dict().values())
+    found["sent"] = {"tensors": sent, "learnt": learnt, "pool": pool}
     # Of what is made, one worker makes each and all have the same, although each would have made another.
     found["shared"] = shared(3, lambda index: [index, rank])
     found["lfpt5"] = rows_with_samples(rank)
@@ -170,3 +186,8 @@ def test_all_workers_stop_at_the_step_at_which_one_diverges(two: tuple[Path, lis
     _, figures = two
     assert figures[0]["diverged"] == figures[1]["diverged"]
     assert "at step 3 of 6: faulty is nan" in figures[0]["diverged"]
+
+
+def test_the_frozen_backbone_is_not_sent_to_the_workers(two: tuple[Path, list[dict[str, Any]]]) -> None:
+    for found in two[1]:
+        assert found["sent"]["learnt"] <= found["sent"]["tensors"] <= found["sent"]["pool"]
