@@ -27,7 +27,7 @@ def main() -> None:
     from cluster.stages import plan
     from cluster.store import open_store
     from pipelines.running.monitor import Monitor
-    from pipelines.running.sequence import check_registry, inline_executor, publish_sequence, run
+    from pipelines.running.sequence import check_registry, inline_executor, publish_sequence, report, run
     from pipelines.sequence.experiment import load_experiment
 
     cli.check_output(arguments.summary)
@@ -47,6 +47,8 @@ def main() -> None:
         with ExitStack() as stack:
             executor = inline_executor(arguments, experiment.config.store, store, stack)
             run(experiment, store, executor, monitor)
+        _, said, kept = report(monitor)
+        monitor.console.print(f"report: {said if kept else f'not written, for {said}'}", soft_wrap=True)
     else:
         monitor = publish_sequence(experiment, store, all_done=set(states.values()) == {"done"})
     monitor.show_end()

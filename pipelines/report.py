@@ -3,6 +3,7 @@
     python pipelines/report.py --config pipelines/configs/quickstart.yaml [key=value ...]
 
 Reads the records of the run with this config from its store, writes a folder and logs it to the run in MLflow.
+The folders of data and backbone may be gone.
 """
 
 from __future__ import annotations
@@ -24,19 +25,20 @@ def main() -> None:
 
     from cluster.store import open_store
     from pipelines.reports import page
-    from pipelines.sequence.experiment import load_experiment
+    from pipelines.sequence.experiment import find_experiment
 
-    experiment = load_experiment(arguments.config, arguments.overrides)
+    experiment = find_experiment(arguments.config, arguments.overrides)
     folder = arguments.out or page.default_folder(experiment, arguments.version)
     places.check_lasting({"--out": folder}, experiment.config, inline=arguments.inline)
     cli.check_output(folder / page.PAGE)
     findings = page.find(experiment, open_store(experiment.config.store), arguments.version)
-    run = None
+    run, links = None, ()
     if not arguments.inline:
         from pipelines.running.publishing import SequenceRun
 
         run = SequenceRun.find(experiment)  # refused before the work, not after it
-    files = page.build(findings)
+        links = run.links()
+    files = page.build(findings, links)
     page.write(folder, files)
     print(f"report: {folder / page.PAGE}, after {len(findings.tasks)} of {len(experiment.tasks)} tasks")
     if run is not None:

@@ -306,6 +306,9 @@ class DiagnosticsConfig(Section):
     misalignment: float = Field(
         0.5, gt=0, description="Nats (KL) a task's attention may be away from where it was when it was learnt."
     )
+    falling: float = Field(
+        0.1, ge=0, description="Nats the mean loss may fall from the third to the last quarter of a task's steps."
+    )
 
 
 class ClusterConfig(Section):

@@ -134,6 +134,11 @@ class Tracker:
             runs = self._search(str(experiment.experiment_id), {RUN_KEY: key}) if experiment else []
             return str(runs[0].info.run_id) if runs else None
 
+    def folder_of(self, run_id: str) -> str:
+        """Id of the MLflow experiment that a run is in."""
+        with reported(self.config.uri):
+            return str(client_of(self.config.uri).get_run(run_id).info.experiment_id)
+
     def log_stage(
         self,
         parent: str,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from itertools import takewhile
 from typing import Any
@@ -13,12 +14,24 @@ from cluster.stages import Stage, StageRecord
 from cluster.store import ArtifactStore
 from pipelines.sequence.experiment import Experiment
 from sapt_core.hashing import canonical_hash
-from sapt_core.judging.analysis import Circumstances, Diagnosis, SampleQuality, alignment, diagnose, gate_ends, spearman
+from sapt_core.judging.analysis import (
+    Circumstances,
+    Diagnosis,
+    SampleQuality,
+    TrainingEnd,
+    alignment,
+    diagnose,
+    draw,
+    gate_ends,
+    spearman,
+)
 from sapt_core.judging.metrics import ScoreMatrix
 from sapt_core.versions.manifest import Manifest
 
 Rows = tuple[tuple[float, ...], ...]
 Curve = list[dict[str, float]]
+
+SHOWN_ROWS = 3  # of a task, with what was answered
 
 
 @dataclass(frozen=True)
@@ -53,6 +66,23 @@ class SampleFindings:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """A scored row and what was answered.
+
+    Attributes:
+        prompt: the row's input.
+        right: every answer that counts as right.
+        learnt: what the version answered that had just learnt the task.
+        now: what the newest version answers.
+    """
+
+    prompt: str
+    right: tuple[str, ...]
+    learnt: str
+    now: str
+
+
+@dataclass(frozen=True)
 class Findings:
     """A sequence after its first T tasks.
 
@@ -64,7 +94,9 @@ class Findings:
         attention: None for a method without shared attention.
         reflected: for each task whether later ones reflect on anything of it.
         samples: of each task but the last; None where a task has none; empty where no text is made.
+        answers: of each task some of its scored rows, drawn whatever was answered.
         records: keys of the records that all this was read from.
+        finished_at: when the last of them was written (UTC).
     """
 
     experiment: Experiment
@@ -74,7 +106,9 @@ class Findings:
     attention: AttentionFindings | None
     reflected: tuple[bool, ...]
     samples: tuple[SampleFindings | None, ...]
+    answers: tuple[tuple[Answer, ...], ...]
     records: tuple[str, ...]
+    finished_at: datetime
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -105,6 +139,7 @@ class Findings:
                 reflected=self.reflected,
                 alignment=[None] * tasks if kl is None else kl,
                 gates=[None if ends is None else ends[1] for ends in self.gates],
+                trainings=[TrainingEnd.of(curve) for curve in self.curves],
             ),
         )
 
@@ -172,7 +207,9 @@ def collect(
         attention=attention,
         reflected=tuple(bool(record and record.metrics["bytes"]) for record in kept) + (False,) * (version - len(kept)),
         samples=tuple(_samples(*pair) for pair in zip(kept, compared, strict=True)) if compared else (),
+        answers=tuple(_answers(row[index], scored[-1][index], store) for index, row in enumerate(scored)),
         records=tuple(record.key for record in used.values()),
+        finished_at=max(record.finished_at for record in used.values()),
     )
 
 
@@ -190,6 +227,17 @@ def read_curve(record: StageRecord, store: ArtifactStore) -> Curve:
     """The training curve of a stage that has one."""
     curve: Curve = json.loads(store.get(record.metrics["curve"]))
     return curve
+
+
+def _answers(learnt: StageRecord, now: StageRecord, store: ArtifactStore) -> tuple[Answer, ...]:
+    """Some rows of what two versions answered to the same rows."""
+    before, after = (
+        [json.loads(line) for line in store.get(record.outputs["predictions"]).splitlines()] for record in (learnt, now)
+    )
+    return tuple(
+        Answer(after[i]["input"], tuple(after[i]["references"]), before[i]["prediction"], after[i]["prediction"])
+        for i in draw(len(after), SHOWN_ROWS)
+    )
 
 
 def _rows(record: StageRecord | None) -> Rows | None:

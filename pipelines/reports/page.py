@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from base64 import b64encode
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -16,10 +18,18 @@ from pipelines.sequence.experiment import Experiment
 from sapt_core.errors import SaptError
 from sapt_core.hashing import canonical_hash
 
-REPORT_VERSION = 1  # raised when equal findings give another page
+REPORT_VERSION = 2  # raised when equal findings give another page
 FOLDER = Path("runs/report")
 PAGE = "index.html"
 _STAMPED = re.compile(r'<meta name="sapt-report" content="([0-9a-f]{64})((?: [\w-]+\.png)*)">')
+
+
+@dataclass(frozen=True)
+class Link:
+    """Something of the run elsewhere: what it is, and its address where a browser can open it."""
+
+    text: str
+    address: str | None
 
 
 def find(experiment: Experiment, store: ArtifactStore, version: int | None) -> Findings:
@@ -47,7 +57,19 @@ def find(experiment: Experiment, store: ArtifactStore, version: int | None) -> F
     return collect(experiment, records, store, there if version is None else version)
 
 
-def build(findings: Findings) -> dict[str, bytes]:
+def verdict(findings: Findings) -> str:
+    """What came out, in one sentence: AP, what was forgotten, and what was worst."""
+    matrix, warned = findings.matrix, len(findings.diagnoses)
+    lowest, task = min(zip(matrix.rows[-1], matrix.tasks, strict=False))
+    fallen, forgotten = max(zip(matrix.forgotten(), matrix.tasks, strict=False), default=(0.0, ""))
+    lost = f"{matrix.f_ra():.2f} points forgotten on average" if len(matrix.tasks) > 1 else "nothing to forget yet"
+    if fallen > 0:
+        lost += f", most on {forgotten} ({fallen:.1f})"
+    told = f"{warned} warning{'s' * (warned > 1)}" if warned else "no warning"
+    return f"AP {matrix.ap():.2f}, {lost}; the lowest score is {lowest:.1f}, on {task}; {told}."
+
+
+def build(findings: Findings, links: Sequence[Link] = ()) -> dict[str, bytes]:
     """The report's files by name: the page, which needs no other, and its plots, for use elsewhere."""
     from pipelines.reports.sections import SECTIONS, Plot  # noqa: PLC0415  matplotlib, only where something is drawn
 
@@ -64,7 +86,9 @@ def build(findings: Findings) -> dict[str, bytes]:
     html = page.get_template("report.html.jinja").render(
         title=f"{config.method.name} over {total} tasks of {config.benchmark.suite}",
         state=f"{state} tasks are learnt. Backbone {findings.experiment.backbone.path}, seed {config.seed}, "
-        f"experiment {findings.experiment.key[:12]}.",
+        f"experiment {findings.experiment.key[:12]}. Last stage ended {findings.finished_at:%Y-%m-%d %H:%M} UTC.",
+        verdict=verdict(findings),
+        links=links,
         figures=[
             ("AP", f"{matrix.ap():.2f}", "mean score over the tasks"),
             ("F.Ra", f"{matrix.f_ra():.2f}", "mean points lost since the best"),
@@ -72,7 +96,7 @@ def build(findings: Findings) -> dict[str, bytes]:
             ("BWT", f"{matrix.bwt():+.2f}", "mean points since just learnt"),
         ],
         sections=sections,
-        digest=_stamp(findings),
+        digest=_stamp(findings, links),
         files=[f"{plot.name}.png" for plot in plots],
     )
     return {PAGE: html.encode(), **{f"{plot.name}.png": plot.png for plot in plots}}
@@ -88,12 +112,12 @@ def write(folder: Path, files: dict[str, bytes]) -> None:
         cli.write_output(folder / name, files[name])
 
 
-def standing(folder: Path, findings: Findings) -> dict[str, bytes] | None:
-    """The files of a report in ``folder`` if it was made of the same findings, else None."""
+def standing(folder: Path, findings: Findings, links: Sequence[Link] = ()) -> dict[str, bytes] | None:
+    """The files of a report in ``folder`` if it was made of the same findings and links, else None."""
     try:
         page = (folder / PAGE).read_bytes()
         stamped = _STAMPED.search(page.decode(errors="replace"))
-        if stamped is None or stamped[1] != _stamp(findings):
+        if stamped is None or stamped[1] != _stamp(findings, links):
             return None
         return {PAGE: page, **{name: (folder / name).read_bytes() for name in stamped[2].split()}}
     except OSError:
@@ -106,5 +130,5 @@ def default_folder(experiment: Experiment, version: int | None = None) -> Path:
     return folder if version is None else folder / f"version-{version}"
 
 
-def _stamp(findings: Findings) -> str:
-    return canonical_hash([REPORT_VERSION, findings.digest])
+def _stamp(findings: Findings, links: Sequence[Link]) -> str:
+    return canonical_hash([REPORT_VERSION, findings.digest, [[link.text, link.address] for link in links]])

@@ -10,8 +10,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from pipelines.reports.findings import Findings
+from pipelines.reports.findings import SHOWN_ROWS, Findings
 from sapt_core.judging import plots
+from sapt_core.judging.analysis import QUARTER_STEPS
+
+MOST_CHARACTERS = 200  # of an input or an answer
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,11 @@ class Section:
 def warnings(findings: Findings) -> Section:
     """Figures beyond their limits, and what to change."""
     limits = findings.experiment.config.diagnostics
-    measured = [f"fell by more than {limits.forgetting:g} points"]
+    measured = [
+        f"had a score of 0 when just learnt, a loss that was still falling by more than {limits.falling:g} nats over "
+        f"the last quarter of its steps, or fewer than {4 * QUARTER_STEPS} steps, too few to tell",
+        f"fell by more than {limits.forgetting:g} points",
+    ]
     if findings.matrix.single is not None:
         measured.append(f"was learnt more than {limits.transfer:g} points worse than alone")
     if findings.attention is not None and findings.attention.kl[-1] is not None:
@@ -88,6 +95,20 @@ def scores(findings: Findings) -> Section:
     )
     table = Table(f"Scores, 0 to 100, on the {split} rows", ("", *tasks), tuple(rows), folded=True)
     return Section("scores", "Scores", (plot, table))
+
+
+def answers(findings: Findings) -> Section:
+    """Some rows of every task, and what was answered."""
+    tasks, split = findings.tasks, findings.experiment.config.evaluation.split
+    rows = tuple(
+        (name, _cut(each.prompt), " / ".join(map(_cut, each.right)), _cut(each.learnt), _cut(each.now))
+        for name, found in zip(tasks, findings.answers, strict=True)
+        for each in found
+    )
+    head = ("task", "input", "right answer", "answer when just learnt", f"answer after {tasks[-1]}")
+    text = f"Some {split} rows of every task, drawn whatever was answered; texts over {MOST_CHARACTERS} characters cut."
+    table = Table(f"Up to {SHOWN_ROWS} rows a task", head, rows, left=len(head))
+    return Section("answers", "Answers", (text, table))
 
 
 def attention(findings: Findings) -> Section | None:
@@ -274,6 +295,7 @@ def settings(findings: Findings) -> Section:
 SECTIONS: tuple[Callable[[Findings], Section | None], ...] = (
     warnings,
     scores,
+    answers,
     attention,
     alignment,
     training,
@@ -293,6 +315,13 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]
 def _padded(cells: Iterable[str], width: int) -> list[str]:
     row = list(cells)
     return [*row, *[""] * (width - len(row))]
+
+
+def _cut(text: str) -> str:
+    """A text in bounds; an empty answer is told."""
+    if not text.strip():
+        return "(empty)"
+    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}…"
 
 
 def _either(parts: Sequence[str]) -> str:

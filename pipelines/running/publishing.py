@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 from cluster.stages import StageRecord
 from cluster.store import resolved
@@ -13,8 +14,9 @@ from cluster.tracking.outbox import Outbox
 from cluster.tracking.registry import SWEEP, Lineage, PoolRegistry
 from cluster.tracking.runs import LoggedDataset, Tracker
 from cluster.tracking.service import check_readable
+from pipelines.reports.page import Link
 from pipelines.sequence.experiment import Experiment
-from sapt_core.addresses import redacted
+from sapt_core.addresses import redacted, without_user
 from sapt_core.errors import TrackingError
 from sapt_core.settings import TrackingConfig
 from sapt_core.versions.manifest import Manifest
@@ -51,6 +53,16 @@ class SequenceRun:
                 "with, or --inline to write the folder alone."
             )
         return cls(tracker, run_id)
+
+    def links(self, version: int | None = None) -> tuple[Link, ...]:
+        """The run, and the ``version`` of the registered model that it ended with."""
+        config = self.tracker.config
+        web = without_user(config.uri).rstrip("/") if config.uri.startswith(("http://", "https://")) else None
+        folder = self.tracker.folder_of(self.run_id)
+        found = [(f"MLflow run {self.run_id}", f"#/experiments/{folder}/runs/{self.run_id}")]
+        if version is not None:
+            found.append((f"{config.model} version {version}", f"#/models/{quote(config.model)}/versions/{version}"))
+        return tuple(Link(text, None if web is None else f"{redacted(web)}/{place}") for text, place in found)
 
     def log_report(self, files: Mapping[str, bytes], version: int | None = None) -> str:
         """Put a report's files into the run; returns the artifact folder."""
@@ -116,6 +128,11 @@ class MLflowPublisher:
         assert self._run is not None  # noqa: S101
         return self._run
 
+    @property
+    def run(self) -> SequenceRun:
+        """The sequence's run."""
+        return SequenceRun(self._tracker, self.run_id)
+
     def stage(self, record: StageRecord, curve: Callable[[], list[dict[str, float]]]) -> None:
         """Log a stage as a child run, once."""
         self._outbox.put(lambda: self._log_stage(record, curve()))
@@ -179,7 +196,7 @@ class MLflowPublisher:
         said = "\n".join(warning["text"] for warning in summary["warnings"])
         self._tracker.log_tags(self.run_id, {"warnings": said or "none"})
         self._tracker.log_artifacts(self.run_id, {"summary.json": json.dumps(summary, indent=1, allow_nan=False)})
-        SequenceRun(self._tracker, self.run_id).log_report(report)
+        self.run.log_report(report)
         self._tracker.finish(self.run_id, "FINISHED")
 
     def abandon(self, *, killed: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from argparse import Namespace
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from sapt_core.errors import ServiceError, TrackingError
 from sapt_core.settings import StoreConfig
 
 if TYPE_CHECKING:
-    from pipelines.running.publishing import MLflowPublisher
+    pass
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +72,9 @@ def publish_sequence(
         try:
             run(experiment, store, executor, monitor)
             outbox.flush()  # the summary names the last version
-            _report(monitor, publisher)
+            files, said, kept = report(monitor, publisher.run.links(monitor.version))
+            publisher.finish(monitor.summary(), files)
+            monitor.console.print(f"report: {said if kept else f'in MLflow alone, for {said}'}", soft_wrap=True)
             outbox.flush()
         except BaseException as error:
             with suppress(TrackingError):  # the first error is the one to tell
@@ -80,22 +83,23 @@ def publish_sequence(
     return monitor
 
 
-def _report(monitor: Monitor, publisher: MLflowPublisher) -> None:
-    """Close the run in MLflow with its report, which is kept in the working directory too."""
+def report(monitor: Monitor, links: Sequence[page.Link] = ()) -> tuple[dict[str, bytes], str, bool]:
+    """The report of a sequence that has ended, kept in the working directory.
+
+    Returns:
+        Its files by name, then where its page lies and True, or why it could not be kept and False.
+    """
     folder = page.default_folder(monitor.experiment)
-    where = str(folder / page.PAGE)
-    files = page.standing(folder, monitor.findings)
+    files = page.standing(folder, monitor.findings, links)
     if files is None:
-        files = page.build(monitor.findings)
+        files = page.build(monitor.findings, links)
+        if is_passing(folder):
+            return files, "the working directory goes with the job", False
         try:
-            if is_passing(folder):
-                where = f"in MLflow, run {publisher.run_id}"
-            else:
-                page.write(folder, files)
+            page.write(folder, files)
         except ServiceError as error:
-            where = f"in MLflow alone, for {error}"
-    publisher.finish(monitor.summary(), files)
-    monitor.console.print(f"report: {where}")
+            return files, str(error), False
+    return files, str(folder / page.PAGE), True
 
 
 def inline_executor(arguments: Namespace, config: StoreConfig, store: ArtifactStore, stack: ExitStack) -> Executor[Any]:

@@ -6,27 +6,32 @@ import hashlib
 import json
 import os
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from cluster.store import ArtifactStore
+from cluster.stages import StageRecord, find_record
+from cluster.store import ArtifactStore, open_store
 from pipelines.sequence.graph import SequenceGraph, build_graph
 from sapt_core.backbones.loading import store_backbone
 from sapt_core.backbones.reference import BackboneRef, identify
 from sapt_core.config import ExperimentConfig, load_config
 from sapt_core.data import load_inputs, load_sequence
 from sapt_core.data.task import Task
-from sapt_core.errors import FaultsError, SaptError
+from sapt_core.errors import ConfigError, FaultsError, SaptError
 from sapt_core.hashing import canonical_hash
-from sapt_core.preflight import check_backbone, settle_precision
+from sapt_core.preflight import check_backbone, settle_precision, with_precision
 from sapt_core.settings import BackboneConfig, BenchmarkConfig
 from sapt_core.unused import keys_of, unused, warn_of_unused
 
 # Versions of stages that keys did not hold yet: left out, so that the records of that time stay valid.
 UNKEYED = {"pseudo_samples": 3, "train seekr": 2}
 
+
+DESCRIPTION = "experiment"  # kind of the record that tells what an experiment was made of
 
 CODE = tuple(f":/{name}/**.py" for name in ("pipelines", "cluster", "sapt_core"))
 
@@ -97,6 +102,39 @@ class Experiment:
         for data in (*(task.to_json() for task in (*self.tasks, *self.unseen)), *self.samples.values()):
             store.put(data)
         store_backbone(self.config.backbone, self.backbone, store)
+        self._describe(store)
+
+    def _describe(self, store: ArtifactStore) -> None:
+        """Keep under the config what else the experiment is made of, so that ``find_experiment`` needs no folder."""
+        values: dict[str, Any] = {
+            "backbone": self.backbone.model_dump(mode="json"),
+            "precision": self.config.train.precision,
+            "samples": list(self.samples),
+            "tasks": len(self.tasks),
+            "unseen": len(self.unseen),
+        }
+        texts = [hashlib.sha256(data).hexdigest() for data in self.samples.values()]
+        digests = [task.digest for task in (*self.tasks, *self.unseen)]
+        outputs = {f"{index:03d}": digest for index, digest in enumerate([*digests, *texts])}
+        for key in _described_under(self.config):
+            there = find_record(store, key)
+            if there is not None and (there.values, there.outputs) == (values, outputs):
+                return
+            if there is None:
+                record = StageRecord(
+                    kind=DESCRIPTION,
+                    name=DESCRIPTION,
+                    key=key,
+                    inputs={},
+                    outputs=outputs,
+                    values=values,
+                    metrics={},
+                    seconds=0.0,
+                    finished_at=datetime.now(UTC),
+                    world_size=1,
+                )
+                store.commit_record(key, record.model_dump(mode="json"))
+                return
 
 
 def load_experiment(path: Path, overrides: Sequence[str]) -> Experiment:
@@ -109,6 +147,55 @@ def load_experiment(path: Path, overrides: Sequence[str]) -> Experiment:
     config = load_config(path, overrides)
     warn_of_unused(unused(config), keys_of(overrides))
     return assemble(config, str(path))
+
+
+def find_experiment(path: Path, overrides: Sequence[str]) -> Experiment:
+    """An experiment that has run: of its folders, or, where they are gone, as the store remembers it.
+
+    Raises:
+        ConfigError: with all faults of the config.
+        SaptError: it can be had from neither, with all faults of the task files and of the backbone.
+    """
+    try:
+        return load_experiment(path, overrides)
+    except ConfigError:
+        raise
+    except SaptError as error:
+        config = load_config(path, overrides)
+        found = _remembered(config, open_store(config.store))
+        if found is None:
+            raise error from None
+        return found
+
+
+def _remembered(config: ExperimentConfig, store: ArtifactStore) -> Experiment | None:
+    """The newest experiment that was run with this config, from the store alone."""
+    newest = None
+    for key in _described_under(config):
+        there = find_record(store, key)
+        if there is None:
+            break
+        newest = there
+    if newest is None:
+        return None
+    values: dict[str, Any] = newest.values
+    digests = [newest.outputs[name] for name in sorted(newest.outputs)]
+    learnt, scored = values["tasks"], values["unseen"]
+    every = [Task.from_json(store.get(digest)) for digest in digests[: learnt + scored]]
+    samples = dict(zip(values["samples"], digests[learnt + scored :], strict=True))
+    tasks, unseen = tuple(every[:learnt]), tuple(every[learnt:])
+    ref = BackboneRef(**values["backbone"])
+    if config.train.precision == "auto":
+        config = with_precision(config, values["precision"])
+    given = {name: store.get(digest) for name, digest in samples.items()}
+    return Experiment(config, tasks, unseen, ref, build_graph(config, tasks, unseen, ref, samples), given, git_commit())
+
+
+def _described_under(config: ExperimentConfig) -> Iterator[str]:
+    """Keys of what a config was run with, oldest first: its folders may have held something else later on."""
+    unread: Any = dict.fromkeys(("cluster", "diagnostics", "store", "tracking"), True) | {"train": {"precision"}}
+    fields = config.model_dump(mode="json", exclude=unread)
+    return (canonical_hash([DESCRIPTION, number, fields]) for number in count())
 
 
 def assemble(

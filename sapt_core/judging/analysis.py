@@ -21,6 +21,7 @@ FOLDS = 5
 MIN_ROWS = 10  # of each kind: two in every fold
 MIN_TASKS = 3
 GATE_STEPS = 10
+QUARTER_STEPS = 4  # fewer in a quarter of a training tell nothing of where its loss goes
 STARVED = 0.5
 
 _TINY = float(np.finfo(np.float32).tiny)
@@ -49,6 +50,32 @@ def gate_ends(curve: Sequence[dict[str, float]]) -> tuple[float, float]:
     """Mean weight of the new block over the first and the last ``GATE_STEPS`` steps of a training curve."""
     gates = [entry["gate"] for entry in curve]
     return float(np.mean(gates[:GATE_STEPS])), float(np.mean(gates[-GATE_STEPS:]))
+
+
+@dataclass(frozen=True)
+class TrainingEnd:
+    """How a task's training ended.
+
+    Attributes:
+        steps: optimiser steps it had.
+        loss: mean over the last quarter of them, nats a label token.
+        falling: by how much the mean of the quarter before was higher; None of too few steps to tell.
+    """
+
+    steps: int
+    loss: float
+    falling: float | None
+
+    @classmethod
+    def of(cls, curve: Sequence[dict[str, float]]) -> TrainingEnd:
+        """The end of a training curve, which has a step or more."""
+        losses = [entry["loss"] for entry in curve]
+        quarter = max(1, len(losses) // 4)
+        last = float(np.mean(losses[-quarter:]))
+        falling = None
+        if quarter >= QUARTER_STEPS:
+            falling = float(np.mean(losses[-2 * quarter : -quarter])) - last
+        return cls(len(losses), last, falling)
 
 
 @dataclass(frozen=True)
@@ -138,24 +165,30 @@ class Diagnosis:
     Attributes:
         kind: what went wrong.
         task: with which task.
-        figure: points of score, or nats for a misalignment.
+        figure: points of score, or nats for a misalignment; of a task that is undertrained, nats that its loss was
+            still falling by, 0 where that cannot be told.
         limit: of the config's ``diagnostics``.
         cure: which fields to change, in words.
+        evidence: what tells that a task is undertrained.
     """
 
-    kind: Literal["forgetting", "no transfer", "misalignment"]
+    kind: Literal["undertrained", "forgetting", "no transfer", "misalignment"]
     task: str
     figure: float
     limit: float
     cure: str
+    evidence: str = ""
 
     @property
     def size(self) -> str:
-        """The figure with its unit."""
-        return f"{self.figure:.2f} nats" if self.kind == "misalignment" else f"{self.figure:.1f} points"
+        """The figure with its unit, or what takes its place."""
+        return self.evidence or (
+            f"{self.figure:.2f} nats" if self.kind == "misalignment" else f"{self.figure:.1f} points"
+        )
 
     def __str__(self) -> str:
         found = {
+            "undertrained": f"{self.task}: {self.size}",
             "forgetting": f"{self.task} fell by {self.size}",
             "no transfer": f"{self.task} was learnt {self.size} worse than alone",
             "misalignment": f"attention of {self.task} is {self.size} from where it was learnt",
@@ -172,12 +205,14 @@ class Circumstances:
         reflected: for each task whether reflection held it: λ is not 0 and it has pseudo-samples.
         alignment: KL of each task at the version looked at; None where it was not measured.
         gates: for each task the new block's mean weight at the end of its training; None without attention.
+        trainings: how each task's training ended.
     """
 
     shared: bool
     reflected: Sequence[bool]
     alignment: Sequence[float | None]
     gates: Sequence[float | None]
+    trainings: Sequence[TrainingEnd]
 
 
 def diagnose(matrix: ScoreMatrix, limits: DiagnosticsConfig, seen: Circumstances) -> tuple[Diagnosis, ...]:
@@ -190,6 +225,11 @@ def diagnose(matrix: ScoreMatrix, limits: DiagnosticsConfig, seen: Circumstances
     """
     found: list[Diagnosis] = []
     last = len(matrix.rows) - 1
+    for name, row, training in zip(matrix.tasks, matrix.rows, seen.trainings, strict=False):
+        evidence = _undertrained(training, row[-1], limits.falling)
+        if evidence:
+            cure = "Train longer (train.epochs), or at another rate (train.learning_rate)."
+            found.append(Diagnosis("undertrained", name, training.falling or 0.0, limits.falling, cure, evidence))
     for j, fallen in enumerate(matrix.forgotten()):
         if fallen > limits.forgetting:
             cure = _cure_forgetting(limits, seen, j)
@@ -203,6 +243,22 @@ def diagnose(matrix: ScoreMatrix, limits: DiagnosticsConfig, seen: Circumstances
             found.append(Diagnosis("misalignment", matrix.tasks[j], moved, limits.misalignment, cure))
     kinds = [each.kind for each in found]
     return tuple(sorted(found, key=lambda each: (kinds.index(each.kind), -each.figure)))
+
+
+def _undertrained(training: TrainingEnd, score: float, limit: float) -> str:
+    """What tells that a task was not learnt to the end; nothing if nothing does.
+
+    A score of 0, a loss that was still falling, or too few steps to know whether it was.
+    """
+    falling = training.falling
+    told = []
+    if score == 0:
+        told.append("score 0 when just learnt")
+    if falling is None:
+        told.append("too few steps to tell whether its loss had settled")
+    elif falling > limit:
+        told.append(f"its loss was still falling, by {falling:.2f} nats over the last quarter")
+    return f"{'; '.join(told)} ({training.steps} steps, last losses {training.loss:.2f} nats)" if told else ""
 
 
 def _cure_forgetting(limits: DiagnosticsConfig, seen: Circumstances, j: int) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from cluster.store import open_store
 from cluster.tracking.registry import Lineage, PoolRegistry
 from cluster.tracking.runs import Tracker
+from pipelines.sequence.experiment import DESCRIPTION
 from sapt_core.settings import StoreConfig, TrackingConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,7 +78,9 @@ def records(store: Path) -> dict[str, tuple[str, int]]:
     """Name and time of every stage record, by file name."""
     found = {}
     for path in (store / "records").glob("*.json"):
-        found[path.name] = (json.loads(path.read_text())["name"], path.stat().st_mtime_ns)
+        record = json.loads(path.read_text())
+        if record["kind"] != DESCRIPTION:
+            found[path.name] = (record["name"], path.stat().st_mtime_ns)
     return found
 
 

@@ -22,11 +22,13 @@ from pipelines.reports import page as pages
 from pipelines.sequence.experiment import load_experiment
 from sapt_core.judging.analysis import alignment
 from sapt_core.settings import TrackingConfig
-from tests.pipelines.commands import QUICKSTART, TINY, Finished, Outcome, change_metrics, level_scores
+from tests.pipelines.commands import QUICKSTART, ROOT, TINY, Finished, Outcome, change_metrics, level_scores
 
 pytest_plugins = ["tests.mlflow_servers"]
 
 Call = Callable[[Callable[[], None], list[str]], Outcome]
+SECTIONS = ["warnings", "scores", "answers", "attention", "alignment", "training", "settings"]
+SETTLED = "diagnostics.falling=100"  # whatever the loss of a tiny run does
 PLOTS = {"scores", "attention", "attention-history", "alignment", "curves"}
 
 
@@ -70,7 +72,16 @@ def test_the_report_of_a_finished_run(finished: Finished, call: Call, tmp_path: 
     assert {path.name for path in (tmp_path / "new").iterdir()} == {"index.html", *(f"{name}.png" for name in PLOTS)}
     text = (tmp_path / "new/index.html").read_text()
     page = Page(text)
-    assert page.sections == ["warnings", "scores", "attention", "alignment", "training", "pseudo-samples", "settings"]
+    assert page.sections == [
+        "warnings",
+        "scores",
+        "answers",
+        "attention",
+        "alignment",
+        "training",
+        "pseudo-samples",
+        "settings",
+    ]
     assert all(image["alt"] for image in page.images)
     assert len(page.images) == len(PLOTS)
     assert f"<dd>{finished.summary['ap']:.2f}</dd>" in text
@@ -114,7 +125,15 @@ def test_an_older_version(finished: Finished, call: Call, tmp_path: Path, monkey
     assert ended.code == 0, ended.err
     page = tmp_path / "runs/report" / finished.summary["key"][:12] / "version-1/index.html"
     assert "The first 1 of 2 tasks are learnt" in page.read_text()
-    assert Page(page.read_text()).sections == ["warnings", "scores", "attention", "alignment", "training", "settings"]
+    assert Page(page.read_text()).sections == [
+        "warnings",
+        "scores",
+        "answers",
+        "attention",
+        "alignment",
+        "training",
+        "settings",
+    ]
 
 
 @pytest.mark.parametrize("version", ["3", "0", "-1"])
@@ -194,15 +213,90 @@ def test_answers_of_pairs_are_held_against_the_tasks_own(copied: Finished) -> No
 
 def test_warnings_are_told_with_their_cures(copied: Finished) -> None:
     level_scores(copied.store)
-    assert "None: no task fell" in pages.build(found(copied.store))["index.html"].decode()
+    quiet = pages.build(found(copied.store, SETTLED))["index.html"].decode()
+    assert "None: no task had a score of 0" in quiet
     # Half of the first task's weight has gone to the second one's block: 1 log(1 / 0.5) nats.
     change_metrics(copied.store, "attend[v01]", weights=[[0.5, 0.5], [0.0, 1.0]])
-    (diagnosis,) = found(copied.store).diagnoses
+    (diagnosis,) = found(copied.store, SETTLED).diagnoses
     assert (diagnosis.kind, diagnosis.task, diagnosis.size) == ("misalignment", "animal", "0.69 nats")
-    text = pages.build(found(copied.store))["index.html"].decode()
+    text = pages.build(found(copied.store, SETTLED))["index.html"].decode()
     assert "misalignment: animal (0.69 nats)" in text
     assert diagnosis.cure in text
-    assert found(copied.store, "diagnostics.misalignment=0.7").diagnoses == ()
+    assert found(copied.store, SETTLED, "diagnostics.misalignment=0.7").diagnoses == ()
+
+
+def test_an_undertrained_run_warns(finished: Finished) -> None:
+    found_now = found(finished.store, "diagnostics.falling=0.05")
+    told_of = [each for each in found_now.diagnoses if each.kind == "undertrained"]
+    assert [each.task for each in told_of] == ["animal", "basket"]
+    assert all("24 steps, last losses" in each.evidence for each in told_of)
+    text = pages.build(found_now)["index.html"].decode()
+    assert "undertrained: animal (" in text
+    assert "warning: undertrained: animal: " in finished.outcome.out
+
+
+def test_answers_are_shown_beside_the_right_ones(finished: Finished) -> None:
+    findings = found(finished.store)
+    assert [len(each) for each in findings.answers] == [3, 3]
+    task = findings.experiment.tasks[0]
+    right = {row.input: row.references for row in task.test}
+    assert all(right[each.prompt] == each.right for each in findings.answers[0])
+    assert all(each.learnt == each.now for each in findings.answers[1])  # no task came after it
+    text = pages.build(findings)["index.html"].decode()
+    assert all(html.escape(each.prompt, quote=False)[:200] in text for each in findings.answers[1])
+
+
+def test_an_inline_run_ends_with_its_report(finished: Finished) -> None:
+    page = f"runs/report/{finished.summary['key'][:12]}/index.html"
+    assert f"report: {page}" in finished.outcome.out
+    assert (finished.store.parent / page).read_bytes() == pages.build(found(finished.store))["index.html"]
+
+
+def test_the_page_begins_with_a_verdict_and_a_date(finished: Finished) -> None:
+    findings = found(finished.store)
+    text = html.unescape(pages.build(findings)["index.html"].decode())
+    (said,) = re.findall(r'<p class="verdict">(.*?)</p>', text)
+    assert said == pages.verdict(findings)
+    lowest = min(findings.matrix.rows[-1])
+    assert said.startswith(f"AP {finished.summary['ap']:.2f}, {finished.summary['f_ra']:.2f} points forgotten")
+    assert f"the lowest score is {lowest:.1f}, on " in said
+    newest = max(json.loads(path.read_text())["finished_at"] for path in (finished.store / "records").glob("*.json"))
+    assert f"Last stage ended {newest[:16].replace('T', ' ')} UTC." in text
+
+
+def test_links_lead_to_the_run(finished: Finished) -> None:
+    links = [
+        pages.Link("MLflow run 1", "https://mlflow.example/#/experiments/0/runs/1"),
+        pages.Link("quickstart version 4", None),
+    ]
+    text = pages.build(found(finished.store), links)["index.html"].decode()
+    assert '<a href="https://mlflow.example/#/experiments/0/runs/1">MLflow run 1</a>.' in text
+    assert "quickstart version 4." in text
+
+
+def test_the_folders_may_be_gone(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "pipelines/backbones/tiny", "backbone")
+    for name, word in (("first", "fox"), ("second", "owl")):
+        rows = [{"input": f"{who} met a {word}.", "output": [word]} for who in ("ada", "ben", "cid", "dan", "eve")]
+        Path("data", name).mkdir(parents=True)
+        for split in ("train", "test"):
+            Path("data", name, f"{split}.json").write_text(json.dumps({"Definition": "", "Instances": rows}))
+    tiny = [each for each in TINY if not each.startswith(("backbone", "benchmark"))]
+    given = ["--config", QUICKSTART, *tiny, "--inline", "backbone.path=backbone", "benchmark.suite=folder"]
+    given += ["benchmark.data_dir=data", "benchmark.tasks=first,second", "benchmark.template=superni"]
+    given += ["benchmark.metric=rouge_l", "evaluation.single_task=false", "train.epochs=1", "store.uri=store"]
+    assert (ran := call(continual.main, given)).code == 0, ran.err
+    (page,) = Path("runs/report").glob("*/index.html")
+    before = page.read_bytes()
+    shutil.rmtree("data")
+    shutil.rmtree("backbone")
+    ended = call(report.main, [*given, "--out", "again"])
+    assert ended.code == 0, ended.err
+    assert Path("again/index.html").read_bytes() == before
+    other = call(report.main, [*given, "seed=1", "--out", "other"])
+    assert other.code == 2
+    assert "data" in other.err
 
 
 @pytest.fixture
@@ -251,7 +345,7 @@ def publish(
     """Publish the tiny sequence, of which no stage is left to run, so that Ray is not asked for."""
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
-    return lambda: call(continual.main, arguments(copied.store, *tracking_arguments(sqlite_tracking)))
+    return lambda: call(continual.main, arguments(copied.store, *tracking_arguments(sqlite_tracking), SETTLED))
 
 
 def test_a_published_run_ends_with_its_report(
@@ -287,7 +381,7 @@ def test_a_published_run_ends_with_its_report(
     ]
     assert child.data.metrics["real"] == 22
 
-    def fail(_: told.Findings) -> dict[str, bytes]:
+    def fail(_: told.Findings, __: object) -> dict[str, bytes]:
         raise AssertionError("drawn again")
 
     monkeypatch.setattr(pages, "build", fail)

@@ -11,6 +11,7 @@ import pytest
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from pipelines import continual, evaluate, predict, report
+from pipelines.sequence.experiment import DESCRIPTION
 from sapt_core import preflight
 from sapt_core.methods.base import known_methods
 from sapt_core.training import generator
@@ -27,7 +28,9 @@ def run(call: Call, store: Path, *overrides: str) -> tuple[dict[str, Any], dict[
     ended = call(continual.main, [*command(store)[2:], *overrides, "--summary", str(store / "summary.json")])
     assert ended.code == 0, ended.out + ended.err
     added = [json.loads(path.read_text()) for path in set((store / "records").glob("*.json")) - known]
-    return json.loads((store / "summary.json").read_text()), {record["name"]: record for record in added}
+    return json.loads((store / "summary.json").read_text()), {
+        record["name"]: record for record in added if record["kind"] != DESCRIPTION
+    }
 
 
 def manifest(store: Path, digest: str) -> Manifest:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from sapt_core.judging.analysis import (
     MIN_ROWS,
     Circumstances,
+    TrainingEnd,
     alignment,
     diagnose,
     draw,
@@ -156,7 +157,10 @@ def test_spearman_of_too_little(first: list[float | None], second: list[float | 
 #                    best 80 -> 60      50 -> 49
 MATRIX = ScoreMatrix(("a", "b", "c"), ((70.0,), (80.0, 50.0), (60.0, 49.0, 30.0)), (72.0, 49.0, 40.0))
 LIMITS = DiagnosticsConfig(forgetting=5, transfer=5, misalignment=0.5)
-CALM = Circumstances(shared=True, reflected=[True, True, False], alignment=[0.0, 0.0, 0.0], gates=[1.0, 1.0, 1.0])
+SETTLED = [TrainingEnd(steps=40, loss=0.1, falling=0.1)] * 3  # at the limit
+CALM = Circumstances(
+    shared=True, reflected=[True, True, False], alignment=[0.0, 0.0, 0.0], gates=[1.0, 1.0, 1.0], trainings=SETTLED
+)
 
 
 def test_warnings_by_hand() -> None:
@@ -172,11 +176,43 @@ def test_warnings_by_hand() -> None:
 
 def test_a_figure_at_its_limit_is_no_failure() -> None:
     at = DiagnosticsConfig(forgetting=20, transfer=10, misalignment=0.5)
-    assert diagnose(MATRIX, at, Circumstances(True, [True] * 3, [0.5, 0.5, 0.5], [1.0] * 3)) == ()
+    assert diagnose(MATRIX, at, Circumstances(True, [True] * 3, [0.5, 0.5, 0.5], [1.0] * 3, SETTLED)) == ()
+
+
+def test_an_undertrained_task_is_told_with_its_evidence() -> None:
+    matrix = ScoreMatrix(("a", "b", "c"), ((50.0,), (50.0, 0.0), (50.0, 0.0, 50.0)))
+    trainings = [TrainingEnd(40, 2.5, 0.75), TrainingEnd(24, 3.1, 0.0), TrainingEnd(6, 1.0, None)]
+    seen = Circumstances(**{**CALM.__dict__, "trainings": trainings})
+    assert [(each.kind, each.figure, str(each).partition(". ")[0]) for each in diagnose(matrix, LIMITS, seen)] == [
+        (
+            "undertrained",
+            0.75,
+            "undertrained: a: its loss was still falling, by 0.75 nats over the last quarter (40 steps, last losses "
+            "2.50 nats) (limit 0.1)",
+        ),
+        (
+            "undertrained",
+            0.0,
+            "undertrained: b: score 0 when just learnt (24 steps, last losses 3.10 nats) (limit 0.1)",
+        ),
+        (
+            "undertrained",
+            0.0,
+            "undertrained: c: too few steps to tell whether its loss had settled (6 steps, last losses 1.00 nats) "
+            "(limit 0.1)",
+        ),
+    ]
+
+
+def test_the_end_of_a_training_by_hand() -> None:
+    losses = [9.0] * 8 + [3.0] * 4 + [2.0] * 4
+    assert TrainingEnd.of([{"loss": loss} for loss in losses]) == TrainingEnd(steps=16, loss=2.0, falling=1.0)
+    assert TrainingEnd.of([{"loss": 4.0}] * 15) == TrainingEnd(steps=15, loss=4.0, falling=None)
+    assert TrainingEnd.of([{"loss": 4.0}]) == TrainingEnd(steps=1, loss=4.0, falling=None)
 
 
 def test_the_worst_comes_first_within_its_kind() -> None:
-    seen = Circumstances(True, [True, True, False], [0.6, 2.0, 0.7], [1.0] * 3)
+    seen = Circumstances(True, [True, True, False], [0.6, 2.0, 0.7], [1.0] * 3, SETTLED)
     found = [each for each in diagnose(MATRIX, LIMITS, seen) if each.kind == "misalignment"]
     assert [(each.task, each.size) for each in found] == [("b", "2.00 nats"), ("c", "0.70 nats"), ("a", "0.60 nats")]
     assert "reflection.weight" in found[0].cure
@@ -203,4 +239,4 @@ def test_without_tasks_alone_there_is_no_transfer_to_judge() -> None:
 
 def test_one_task_has_forgotten_nothing() -> None:
     one = ScoreMatrix(("a",), ((50.0,),), (50.0,))
-    assert diagnose(one, LIMITS, Circumstances(True, [False], [0.0], [1.0])) == ()
+    assert diagnose(one, LIMITS, Circumstances(True, [False], [0.0], [1.0], SETTLED)) == ()
