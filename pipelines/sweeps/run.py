@@ -22,7 +22,7 @@ from pipelines.console.tables import text_table
 from pipelines.running.sequence import publish_sequence, ray_executor
 from pipelines.sequence.experiment import Experiment, assemble
 from pipelines.sweeps import trials
-from pipelines.sweeps.space import Scalar, Sweep, describe
+from pipelines.sweeps.space import Scalar, Sweep, describe, shown
 from pipelines.sweeps.trials import Setup, TrialRecord
 from sapt_core.errors import DivergenceError, SaptError, TrackingError
 from sapt_core.hashing import canonical_hash
@@ -214,6 +214,8 @@ class SweepRun:
                 outbox.put(lambda: tracker.log_artifacts(self._parent, told))
                 outbox.flush()
                 chosen = trials.best(self.after)
+                if chosen is not None:
+                    outbox.put(lambda: self._tell_best(tracker, chosen))
                 if config.champion and chosen is not None:
                     self._crown(chosen, checked)
                 outbox.put(lambda: self._close("FINISHED"))
@@ -226,6 +228,12 @@ class SweepRun:
                     with suppress(TrackingError):  # the first error is the one to tell
                         self._close("KILLED")
                 raise
+
+    def _tell_best(self, tracker: Tracker, chosen: TrialRecord) -> None:
+        """Say in the sweep's run which trial was best: its point in tags, as a sweep that grows may find a better."""
+        tracker.log_tags(self._parent, {f"best/{name}": shown(value) for name, value in chosen.point.items()})
+        figures = {name: getattr(chosen, name)[-1] for name in ("ap", "f_ra")}
+        tracker.log_scores(self._parent, len(self.after), {f"best/{name}": value for name, value in figures.items()})
 
     def _close(self, state: Literal["FAILED", "KILLED", "FINISHED"]) -> None:
         """Close the runs of the sweep and of the trials that are still open."""

@@ -14,10 +14,9 @@ import matplotlib as mpl
 import optuna
 
 from pipelines.sweeps.space import Scalar, Sweep, shown
-from pipelines.sweeps.trials import TrialRecord, study_of
+from pipelines.sweeps.trials import LABELS, TrialRecord, level, study_of
 from sapt_core.judging.plots import grid_map
 
-LABELS = {"ap": "AP (dev)", "f_ra": "F.Ra (dev)"}
 DPI = 110
 MOST_SURFACES = 3  # pairs of fields; more are told by the parallel coordinates
 
@@ -26,19 +25,22 @@ def draw(sweep: Sweep, trials: Sequence[TrialRecord]) -> dict[str, bytes]:
     """Plots by name, of trials that learnt all tasks.
 
     Response surfaces of AP and F.Ra over pairs of fields, the Pareto front, parallel coordinates of AP, and how much
-    of AP's variance each field explains.
+    of AP's variance each field explains. A figure in which all trials agree is drawn in none of them.
     """
     mpl.use("agg")
     from optuna.visualization import matplotlib as plots  # noqa: PLC0415  after the backend is chosen
 
     whole = [each for each in trials if each.state == "finished"]
+    told_apart = [name for name in LABELS if name not in level(whole)]
     study = study_of(sweep, whole, ("ap", "f_ra"))
     fields = list(sweep.config.space)
     found: dict[str, bytes] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         for first, second in itertools.islice(itertools.combinations(fields, 2), MOST_SURFACES):
-            for index, name in enumerate(("ap", "f_ra")):
+            for index, name in enumerate(LABELS):
+                if name not in told_apart:
+                    continue
                 file = f"surface_{name}_{_short(first)}_{_short(second)}.png"
                 values = sweep.config.space[first].values, sweep.config.space[second].values
                 if values[0] is not None and values[1] is not None:
@@ -46,10 +48,11 @@ def draw(sweep: Sweep, trials: Sequence[TrialRecord]) -> dict[str, bytes]:
                 else:
                     told = {"params": [first, second], "target": _value(index), "target_name": LABELS[name]}
                     found[file] = _png(plots.plot_contour, study, **told)
-        found["pareto_front.png"] = _png(plots.plot_pareto_front, study, target_names=list(LABELS.values()))
-        of_ap = {"target": _value(0), "target_name": LABELS["ap"]}
-        found["parallel_coordinates.png"] = _png(plots.plot_parallel_coordinate, study, **of_ap)
-        if len({trial.values[0] for trial in study.trials}) > 1:  # of one value nothing is explained
+        if told_apart:
+            found["pareto_front.png"] = _png(plots.plot_pareto_front, study, target_names=list(LABELS.values()))
+        if "ap" in told_apart:
+            of_ap = {"target": _value(0), "target_name": LABELS["ap"]}
+            found["parallel_coordinates.png"] = _png(plots.plot_parallel_coordinate, study, **of_ap)
             evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
             found["importance.png"] = _png(plots.plot_param_importances, study, evaluator=evaluator, **of_ap)
     return found

@@ -30,6 +30,8 @@ from sapt_core.judging.metrics import ScoreMatrix
 from sapt_core.preflight import with_precision
 from sapt_core.settings import StoreConfig
 
+LABELS = {"ap": "AP (dev)", "f_ra": "F.Ra (dev)"}
+
 
 class TrialRecord(BaseModel):
     """A trial that has ended.
@@ -198,6 +200,13 @@ def best(trials: Sequence[TrialRecord]) -> TrialRecord | None:
     return max(whole, key=lambda each: (each.ap[-1], -each.f_ra[-1], describe(each.point)), default=None)
 
 
+def level(trials: Sequence[TrialRecord]) -> dict[str, float]:
+    """Figures in which all trials that learnt all tasks agree, to what the table shows: a plot would draw rounding."""
+    whole = [each for each in trials if each.state == "finished"]
+    ends = {name: {round(getattr(each, name)[-1], 2) for each in whole} for name in ("ap", "f_ra")}
+    return {name: values.pop() for name, values in ends.items() if len(values) == 1}
+
+
 def front(sweep: Sweep, trials: Sequence[TrialRecord]) -> list[dict[str, Scalar]]:
     """Points that learnt all tasks and that no other beats in AP without losing in F.Ra, by falling AP."""
     found = study_of(sweep, trials, ("ap", "f_ra")).best_trials
@@ -269,6 +278,11 @@ def remarks(trials: Sequence[TrialRecord], shared_seconds: float) -> list[str]:
         said.append(
             f"Best: {describe(chosen.point)}, with AP {chosen.ap[-1]:.2f} and F.Ra {chosen.f_ra[-1]:.2f} "
             "(the highest AP; of equal ones the lower F.Ra)."
+        )
+    for name, value in level(trials).items() if len(trials) > 1 else ():
+        said.append(
+            f"{LABELS[name]} is {value:.2f} in every trial that learnt all tasks, so there is no plot of it: try "
+            "values that lie further apart, or harder tasks."
         )
     spent = cost(trials, shared_seconds)
     if spent.ratio is not None:

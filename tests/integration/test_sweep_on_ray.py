@@ -71,6 +71,9 @@ def test_a_sweep_its_runs_and_its_champion(folder: Path) -> None:
     runs = client.search_runs([client.get_experiment_by_name("quickstart").experiment_id])
     (parent,) = [each for each in runs if each.info.run_name == "sweep tiny"]
     assert parent.info.status == "FINISHED"
+    assert parent.data.metrics["best/ap"] == chosen.ap[-1]
+    assert parent.data.metrics["best/f_ra"] == chosen.f_ra[-1]
+    assert {name: float(parent.data.tags[f"best/{name}"]) for name in chosen.point} == chosen.point
     children = [each for each in runs if each.data.tags.get(PARENT) == parent.info.run_id]
     assert len(children) == 4
     assert {each.info.status for each in children} == {"FINISHED"}
@@ -78,7 +81,9 @@ def test_a_sweep_its_runs_and_its_champion(folder: Path) -> None:
     history = client.get_metric_history(children[0].info.run_id, "ap")
     assert [metric.step for metric in history] == [1, 2]
     artifacts = {file.path for file in client.list_artifacts(parent.info.run_id)}
-    assert {"tiny.md", "pareto_front.png", "surface_ap_weight_temperature.png"} <= artifacts
+    apart = {"ap", "f_ra"} - trials.level(ended(path)).keys()
+    drawn = {f"surface_{name}_weight_temperature.png" for name in apart}
+    assert {"tiny.md", *drawn} <= artifacts
     version = client.get_model_version_by_alias("quickstart", "champion")
     assert int(version.version) == 2
     assert "champion: quickstart version 2" in done.out

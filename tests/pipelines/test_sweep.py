@@ -207,7 +207,9 @@ def test_a_sweep_in_one_process(tmp_path: Path, call: Call) -> None:
     assert all(len(each.ap) == 2 for each in there)
     assert "Best: " in ended.out
     names = {file.name for file in (tmp_path / "results").glob("*.png")}
-    assert {"surface_ap_weight_temperature.png", "surface_f_ra_weight_temperature.png", "pareto_front.png"} < names
+    apart = {"ap", "f_ra"} - trials.level(there).keys()
+    drawn = {name.split("_weight")[0].removeprefix("surface_") for name in names if name.startswith("surface")}
+    assert drawn == apart
     before = {file.name: file.read_bytes() for file in (tmp_path / "results").glob("*.json")}
     again = call(command.main, ["--config", str(path), "--inline"])
     assert again.code == 0
@@ -373,6 +375,24 @@ def test_plots_of_a_sweep(tmp_path: Path) -> None:
     made = draw(sweep, there)
     assert len(made) == 5
     assert all(png.startswith(b"\x89PNG") for png in made.values())
+
+
+def test_what_does_not_spread_is_told_and_not_drawn(tmp_path: Path) -> None:
+    sweep = load_sweep(written(tmp_path))
+    points = [{"reflection.weight": weight, "attention.temperature": t} for weight in (0.1, 2.0) for t in (0.1, 1.0)]
+    noise = [record(1.0, (1.0, 100.0 - n / 1000), 0.0, point=point) for n, point in enumerate(points)]
+    assert trials.level(noise) == {"ap": 100.0, "f_ra": 0.0}
+    assert draw(sweep, noise) == {}
+    said = trials.remarks(noise, 0.0)
+    assert sum("so there is no plot of it" in each for each in said) == 2
+    assert any(each.startswith("AP (dev) is 100.00 in every trial") for each in said)
+    half = [record(1.0, (1.0, 90.0 + n), 0.0, point=point) for n, point in enumerate(points)]
+    assert set(draw(sweep, half)) == {
+        "surface_ap_weight_temperature.png",
+        "pareto_front.png",
+        "parallel_coordinates.png",
+        "importance.png",
+    }
 
 
 def test_a_record_is_named_by_its_sweep_and_point() -> None:
