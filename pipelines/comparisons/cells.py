@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
 from pydantic import Field, ValidationError, model_validator
@@ -25,6 +25,10 @@ from sapt_core.unused import keys_of, named, unused, warn_of_unused
 
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
 Orders = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
+
+Column = Literal[
+    "AP", "alone", "F.Ra", "FWT", "BWT", "unseen", "trained", "stored", "forward", "train s", "source s", "kept"
+]
 
 
 class Row(Section):
@@ -45,7 +49,10 @@ class ComparisonConfig(Section):
     orders: Orders | None = Field(None, description="Numbered task orders; default: the base's.")
     seeds: Seeds = Field((0,), description="Seeds of a row that names none.")
     rows: tuple[Row, ...] = Field(min_length=1, description="Lines of the table.")
-    results: Path = Field(description="Folder of the committed records, one JSON file a cell.")
+    results: Path = Field(description="Folder of the records, one JSON file a cell.")
+    columns: Annotated[tuple[Column, ...], Field(min_length=1)] | None = Field(
+        None, description="Figures in the table; default: all."
+    )
     attention: bool = Field(False, description="Show each version's mean attention on every task it has learnt.")
 
     @model_validator(mode="after")

@@ -99,6 +99,13 @@ def results(comparison: Comparison, records: Sequence[Record]) -> Results:
                 row.note,
             )
         )
+    chosen = comparison.config.columns
+    shown = [
+        index
+        for index, name in enumerate(header)
+        if chosen is None or name in chosen or name in {"row", "cells", "note"}
+    ]
+    header, rows = [header[i] for i in shown], [tuple(row[i] for i in shown) for row in rows]
     attention = _attention(used) if comparison.config.attention else ()
     remarks = _remarks(comparison, records, used)
     progress = tuple((name, _progress(group)) for name, group in groups.items() if group)

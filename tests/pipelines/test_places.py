@@ -27,7 +27,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-RESULTS = {"comparisons": "docs/results/", "sweeps": "runs/sweeps/"}
+RESULTS = {"comparisons": "runs/comparisons/", "sweeps": "runs/sweeps/"}
 
 
 @pytest.mark.parametrize(

@@ -99,9 +99,20 @@ def test_a_comparison_ends_in_its_table(call: Call, tmp_path: Path, monkeypatch:
     small = [*TINY, "evaluation.single_task=false", "--rows", "sequential", "--seeds", "0"]
     ended = call(compare.main, [*given, *small, "--inline"])
     assert ended.code == 0, ended.err
-    assert "1 of 3" in ended.out
-    left = sorted(path.name for path in Path("docs/results/quickstart").iterdir())
+    assert "row" in ended.out
+    left = sorted(path.name for path in Path("runs/comparisons/quickstart").iterdir())
     assert left == ["ap_after_each_task.png", "sequential_seed0.json"]
+
+
+def test_a_fresh_clone_computes_its_own_comparison(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (words,) = commands("python", "compare")
+    monkeypatch.chdir(tmp_path)
+    for folder in ("pipelines/configs", "pipelines/backbones", "docs/results"):
+        (tmp_path / folder).parent.mkdir(exist_ok=True)
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    planned = call(compare.main, [*words[2:], "--dry-run"])
+    assert planned.code == 0, planned.err
+    assert "2 cells to learn" in planned.out
 
 
 @pytest.fixture
@@ -163,5 +174,9 @@ def test_a_sweep_ends_in_its_table(call: Call, tmp_path: Path, monkeypatch: pyte
     given = [word.replace("pipelines/configs", str(ROOT / "pipelines/configs")) for word in words[2:]]
     ended = call(sweep.main, [*given, *TINY, "train.epochs=1", "evaluation.single_task=false", "--inline"])
     assert ended.code == 0, ended.out + ended.err
-    assert "Best: reflection.weight=" in ended.out
-    assert len(list(Path("runs/sweeps/quickstart").glob("trial_*.json"))) == 4
+    assert "Best: train.learning_rate=" in ended.out
+    there = [json.loads(path.read_text()) for path in Path("runs/sweeps/quickstart").glob("trial_*.json")]
+    assert len(there) == 4
+    (shared,) = re.findall(r"(\d+) stages, of which several trials have need", ended.out)
+    alone = sum(each["run_stages"] + each["shared_stages"] for each in there)
+    assert (int(shared) + sum(each["run_stages"] for each in there)) / alone < 0.7  # a fraction, as promised

@@ -91,6 +91,12 @@ def test_markdown_by_hand(tmp_path: Path) -> None:
     )
 
 
+def test_a_table_shows_the_columns_that_are_asked_for() -> None:
+    made = results(comparison(columns=("F.Ra", "AP")), [record("full", 0, 10.0)])
+    assert made.header == ("row", "cells", "AP", "F.Ra", "note")
+    assert made.rows[0] == ("full", "1 of 2", "10.00", "1.00", "a|b")
+
+
 def test_attention_and_unseen_tasks_by_hand() -> None:
     transfer = {"unseen": {"x": (1.0, 2.0), "y": (3.0, 4.0)}, "zero_shot": {"x": 0.0, "y": 0.0}}
     there = [record("full", 0, 10.0, **transfer), record("full", 1, 12.0, **transfer), record("plain", 0, 5.0)]
