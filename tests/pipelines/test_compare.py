@@ -443,10 +443,8 @@ def test_what_ships_validates(shipped: Path, caplog: pytest.LogCaptureFixture) -
     found = load_comparison(shipped)
     assert caplog.messages == []  # nothing is set in vain
     # A demo's records are the machine's own: a fresh clone computes them.
-    assert (
-        str(found.config.results)
-        == f"{'runs/comparisons' if found.name == 'quickstart' else 'docs/results'}/{found.name}"
-    )
+    parent = "runs/comparisons" if found.name == "quickstart" else "docs/results"
+    assert str(found.config.results) == f"{parent}/{found.name}"
     head = shipped.read_text().splitlines()[1]
     assert head.startswith(f"# python pipelines/compare.py --config pipelines/configs/comparisons/{shipped.name}")
 
