@@ -32,7 +32,8 @@ def main() -> None:
     places.check_lasting({"--out": folder}, experiment.config, inline=arguments.inline)
     cli.check_output(folder / page.PAGE)
     findings = page.find(experiment, open_store(experiment.config.store), arguments.version)
-    run, links = None, ()
+    run = None
+    links: tuple[page.Link, ...] = ()
     if not arguments.inline:
         from pipelines.running.publishing import SequenceRun
 

@@ -27,6 +27,7 @@ TINY = (
     "generator.steps=2",
     "generator.max_tokens=24",
 )
+SETTLED = "diagnostics.falling=100"  # whatever the loss of a tiny run does
 
 
 @dataclass(frozen=True)

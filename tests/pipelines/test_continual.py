@@ -25,6 +25,7 @@ from sapt_core.errors import SaptError
 from tests.pipelines.commands import (
     QUICKSTART,
     ROOT,
+    SETTLED,
     TINY,
     Finished,
     Outcome,
@@ -203,7 +204,7 @@ def test_warnings_are_told_and_kept(
     before = contents(copied.store)
     summary = tmp_path / "again.json"
     again = call(
-        continual.main, [*command(copied.store)[2:], "--summary", str(summary), "diagnostics.misalignment=0.6"]
+        continual.main, [*command(copied.store)[2:], "--summary", str(summary), "diagnostics.misalignment=0.6", SETTLED]
     )
     assert again.code == 0, again.err
     assert contents(copied.store) == before  # another limit computes nothing

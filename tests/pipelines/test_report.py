@@ -22,13 +22,13 @@ from pipelines.reports import page as pages
 from pipelines.sequence.experiment import load_experiment
 from sapt_core.judging.analysis import alignment
 from sapt_core.settings import TrackingConfig
-from tests.pipelines.commands import QUICKSTART, ROOT, TINY, Finished, Outcome, change_metrics, level_scores
+from tests.pipelines.commands import QUICKSTART, ROOT, SETTLED, TINY, Finished, Outcome, change_metrics, level_scores
 
 pytest_plugins = ["tests.mlflow_servers"]
 
 Call = Callable[[Callable[[], None], list[str]], Outcome]
 SECTIONS = ["warnings", "scores", "answers", "attention", "alignment", "training", "settings"]
-SETTLED = "diagnostics.falling=100"  # whatever the loss of a tiny run does
+
 PLOTS = {"scores", "attention", "attention-history", "alignment", "curves"}
 
 
