@@ -209,7 +209,7 @@ def test_warnings_are_told_and_kept(
     assert again.code == 0, again.err
     assert contents(copied.store) == before  # another limit computes nothing
     (warning,) = json.loads(summary.read_text())["warnings"]
-    assert set(warning) == {"kind", "task", "figure", "limit", "cure", "text"}
+    assert set(warning) == {"kind", "task", "figure", "limit", "cure", "evidence", "text"}
     assert (warning["kind"], warning["task"], warning["limit"]) == ("misalignment", "animal", 0.6)
     assert warning["figure"] == pytest.approx(math.log(2))
     assert f"warning: {warning['text']}" in again.out.splitlines()
