@@ -99,7 +99,7 @@ def load_embeddings(ref: BackboneRef, store: BlobStore) -> tuple[PreTrainedModel
     folder = _folder(ref, store)
     config = load_model_config(folder, ref.path)
     model = skeleton(config).requires_grad_(False).train(False)
-    layer = model.get_input_embeddings()  # type: ignore[no-untyped-call]
+    layer = model.get_input_embeddings()
     if type(layer) is not nn.Embedding or getattr(config, "quantization_config", None) is not None:
         return load_backbone(ref, store)
     matrix = _read_matrix(folder, model, layer, ref.path)
