@@ -13,7 +13,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from threading import Event, Thread
 from typing import Any
@@ -70,7 +70,7 @@ class _Lease:
                 owner = _owner(held)
                 if held != seen:
                     seen, since = held, time.monotonic()
-                if _has_died(owner) or time.monotonic() - since > EXPIRY_SECONDS:
+                if has_died(owner) or time.monotonic() - since > EXPIRY_SECONDS:
                     # Of several that find it dead, the last to write has it.
                     self._store._write(self._name, self._content())
                     time.sleep(SETTLE_SECONDS)
@@ -122,8 +122,8 @@ def _owner(held: bytes) -> dict[str, Any]:
     return owner if isinstance(owner, dict) else {}
 
 
-def _has_died(owner: dict[str, Any]) -> bool:
-    """Whether the owner was a process of this machine and is none any more."""
+def has_died(owner: Mapping[str, Any]) -> bool:
+    """Whether the owner (``host``, ``process``) was a process of this machine and is none any more."""
     if owner.get("host") != socket.gethostname() or not isinstance(owner.get("process"), int):
         return False
     try:

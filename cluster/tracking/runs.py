@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
+import socket
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
+from cluster.store.lease import has_died
 from cluster.tracking.service import client_of, experiment_of, reported
 from sapt_core.errors import DivergenceError
 from sapt_core.settings import TrackingConfig
@@ -26,7 +29,9 @@ if TYPE_CHECKING:
 
 RUN_KEY = "sapt.run_key"
 STAGE_KEY = "sapt.stage_key"
+WRITER = "sapt.writer"
 PARENT = "mlflow.parentRunId"
+_WRITING_SECONDS = 600
 
 # Limits of MLflow 3 (mlflow.utils.validation).
 _METRICS_PER_BATCH = 1000
@@ -94,8 +99,8 @@ class Tracker:
     ) -> str:
         """Open the parent run of a sequence or of a comparison, or go on in the one that has ``key``.
 
-        MLflow has no create-if-absent: two drivers that start the same new sequence within the same instant
-        make two runs, of which later ones go on in the older.
+        MLflow has no create-if-absent: of two drivers that start the same new sequence at once both make a run; each
+        then looks again, and who has not the older one goes on in that.
 
         Args:
             name: shown in the UI.
@@ -110,16 +115,13 @@ class Tracker:
         try:
             with reported(self.config.uri):
                 client, experiment = client_of(self.config.uri), experiment_of(self.config)
-                runs = self._search(experiment, {RUN_KEY: key})
-                run = runs[0] if runs else client.create_run(experiment, run_name=name, tags={RUN_KEY: key})
-                run_id: str = run.info.run_id
-                if run.info.status != "RUNNING":
-                    client.update_run(run_id, status="RUNNING")
-                wanted = {metric_name(k): _cut(str(v), _MAX_PARAM) for k, v in params.items()}
-                nested = {PARENT: parent} if parent is not None else {}
-                new = {k: v for k, v in wanted.items() if k not in run.data.params}
-                self._log(run_id, params=new, tags={**tags, **nested})
-                return run_id
+                found = self._first(experiment, {RUN_KEY: key})
+                made = found or client.create_run(experiment, run_name=name, tags={RUN_KEY: key})
+                self._open(made, params, tags, parent)
+                run = made if found else self._first_of(made, experiment, {RUN_KEY: key})
+                if run.info.run_id != made.info.run_id:
+                    self._open(run, params, tags, parent)
+                return str(run.info.run_id)
         except KeyboardInterrupt:  # nobody else has the id by which to close it
             with reported(self.config.uri):
                 for run in self._search(experiment_of(self.config), {RUN_KEY: key}):
@@ -131,8 +133,8 @@ class Tracker:
         """Id of the run that ``start_sequence`` opened with ``key``, as it stands; None if there is none."""
         with reported(self.config.uri):
             experiment = client_of(self.config.uri).get_experiment_by_name(self.config.experiment)
-            runs = self._search(str(experiment.experiment_id), {RUN_KEY: key}) if experiment else []
-            return str(runs[0].info.run_id) if runs else None
+            run = self._first(str(experiment.experiment_id), {RUN_KEY: key}) if experiment else None
+            return None if run is None else str(run.info.run_id)
 
     def folder_of(self, run_id: str) -> str:
         """Id of the MLflow experiment that a run is in."""
@@ -150,7 +152,7 @@ class Tracker:
         seconds: float,
         tags: Mapping[str, str] | None = None,
     ) -> str:
-        """Write a finished stage as a child of ``parent``; once, however often it is called.
+        """Write a finished stage as a child of ``parent``; once, however often it is called, and by how many drivers.
 
         Args:
             key: the stage's key (hex digest).
@@ -170,19 +172,21 @@ class Tracker:
         now = _now()
         with reported(self.config.uri):
             client, experiment = client_of(self.config.uri), experiment_of(self.config)
-            for run in self._search(experiment, {PARENT: parent, STAGE_KEY: key}):
+            child = {PARENT: parent, STAGE_KEY: key}
+            for run in self._search(experiment, child):
                 if run.info.status == "FINISHED":
                     return str(run.info.run_id)
-                client.delete_run(run.info.run_id)  # a process died while it wrote this one
+                if _is_left(run):
+                    client.delete_run(run.info.run_id)
             run = client.create_run(
                 experiment,
                 run_name=name,
                 start_time=now - int(seconds * 1000),
-                tags={PARENT: parent, STAGE_KEY: key},
+                tags={**child, WRITER: json.dumps({**_writer(), "since": now})},
             )
             self._log(run.info.run_id, points, tags=tags or {})
             client.set_terminated(run.info.run_id, status="FINISHED", end_time=now)
-            return str(run.info.run_id)
+            return str(self._first_of(run, experiment, child).info.run_id)
 
     def log_scores(self, run_id: str, step: int, metrics: Mapping[str, float]) -> None:
         """Add one point to each metric; in a sequence ``step`` is the number of tasks learnt.
@@ -233,19 +237,38 @@ class Tracker:
             self._log(run_id, tags=tags)
 
     def finish(self, run_id: str, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
-        """Close a run; ``start_sequence`` opens it again. A stage's run that an interrupt left half-written goes."""
+        """Close a run; ``start_sequence`` opens it again. What an interrupt left half-written of a stage goes."""
         with reported(self.config.uri):
             client, experiment = client_of(self.config.uri), experiment_of(self.config)
             for child in self._search(experiment, {PARENT: run_id}):
-                if STAGE_KEY in child.data.tags and child.info.status == "RUNNING":
+                if STAGE_KEY in child.data.tags and child.info.status == "RUNNING" and _is_left(child):
                     client.delete_run(child.info.run_id)
             client.set_terminated(run_id, status=status)
 
+    def _open(self, run: Run, params: Mapping[str, Any], tags: Mapping[str, str], parent: str | None) -> None:
+        """Let a run go on; parameters that it has stay as they are."""
+        if run.info.status != "RUNNING":
+            client_of(self.config.uri).update_run(run.info.run_id, status="RUNNING")
+        wanted = {metric_name(k): _cut(str(v), _MAX_PARAM) for k, v in params.items()}
+        nested = {PARENT: parent} if parent is not None else {}
+        new = {k: v for k, v in wanted.items() if k not in run.data.params}
+        self._log(run.info.run_id, params=new, tags={**tags, **nested})
+
     def _search(self, experiment: str, tags: Mapping[str, str]) -> list[Run]:
-        """Runs with these tags, oldest first."""
+        """Runs with these tags, oldest first, in an order that all drivers see."""
         condition = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
-        client = client_of(self.config.uri)
-        return list(client.search_runs([experiment], condition, order_by=["attributes.start_time ASC"]))
+        runs = client_of(self.config.uri).search_runs([experiment], condition, order_by=["attributes.start_time ASC"])
+        return sorted(runs, key=lambda run: (run.info.start_time, run.info.run_id))
+
+    def _first(self, experiment: str, tags: Mapping[str, str]) -> Run | None:
+        return next(iter(self._search(experiment, tags)), None)
+
+    def _first_of(self, made: Run, experiment: str, tags: Mapping[str, str]) -> Run:
+        """The oldest run with these tags; ``made`` is one of them, and goes if it is not that one."""
+        first = self._first(experiment, tags) or made
+        if first.info.run_id != made.info.run_id:
+            client_of(self.config.uri).delete_run(made.info.run_id)
+        return first
 
     def _log(
         self,
@@ -265,6 +288,20 @@ class Tracker:
             client.log_batch(run_id, params=chunk)
         if tags:
             client.log_batch(run_id, tags=[RunTag(name, _cut(value, _MAX_TAG)) for name, value in tags.items()])
+
+
+def _writer() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "process": os.getpid()}
+
+
+def _is_left(run: Run) -> bool:
+    """Whether nobody writes an unfinished stage any more: writing takes seconds, and a driver writes one at a time."""
+    try:
+        writer = json.loads(run.data.tags.get(WRITER, ""))
+    except ValueError:  # of an earlier release
+        return True
+    own = {name: writer.get(name) for name in _writer()} == _writer()
+    return own or has_died(writer) or _now() - writer["since"] > _WRITING_SECONDS * 1000
 
 
 def _require_finite(what: str, points: Sequence[tuple[str, int, float]]) -> None:

@@ -12,6 +12,7 @@ import sqlite3
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -22,6 +23,7 @@ from hypothesis import strategies as st
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
+from cluster.tracking import runs as tracking_runs
 from cluster.tracking import service
 from cluster.tracking.runs import LoggedDataset, Tracker, metric_name
 from cluster.tracking.service import check, check_readable, client_of, resolved
@@ -391,6 +393,62 @@ def test_half_written_stage_is_replaced(
     children = [run for run in runs(config) if "mlflow.parentRunId" in run.data.tags]
     assert [run.info.run_id for run in children] == [run_id]
     assert len(client_of(config.uri).get_metric_history(run_id, "loss")) == 1
+
+
+def test_two_drivers_at_once_write_one_run_and_each_stage_once(
+    tracker: Tracker, config: TrackingConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, processes = client_of(config.uri), iter([os.getpid(), os.getppid()])
+    mine = threading.local()
+
+    def writer() -> dict[str, object]:
+        mine.process = getattr(mine, "process", None) or next(processes)
+        return {"host": socket.gethostname(), "process": mine.process}
+
+    monkeypatch.setattr(tracking_runs, "_writer", writer)
+    # Both have looked for a run, and for the stage's, and found none; both make one.
+    meeting = threading.Barrier(2, timeout=60)
+
+    def together(call: Callable[..., object]) -> Callable[..., object]:
+        def called(*args: object, **kwargs: object) -> object:
+            meeting.wait()
+            done = call(*args, **kwargs)
+            meeting.wait()
+            return done
+
+        return called
+
+    monkeypatch.setattr(client, "create_run", together(client.create_run))
+
+    def driver(loss: float) -> tuple[str, str]:
+        parent = start(tracker)
+        return parent, tracker.log_stage(parent, "train", key="f00d", metrics={"loss": loss}, seconds=1.0)
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(driver, [0.5, 0.5])
+    assert first == second
+    assert {run.info.run_id: run.info.status for run in runs(config)} == {first[0]: "RUNNING", first[1]: "FINISHED"}
+    assert len(client.get_metric_history(first[1], "loss")) == 1
+
+
+def test_another_drivers_stage_is_left_until_that_one_has_died(
+    tracker: Tracker, config: TrackingConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent, client = start(tracker), client_of(config.uri)
+
+    def stop(*args: object, **kwargs: object) -> None:
+        raise OSError("x")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(client, "set_terminated", stop)
+        patch.setattr(tracking_runs, "_writer", lambda: {"host": "elsewhere", "process": 1})
+        with pytest.raises(TrackingError):
+            tracker.log_stage(parent, "train", key="f00d", metrics={}, seconds=1.0)
+    tracker.finish(parent, "KILLED")
+    assert sorted(run.info.status for run in runs(config)) == ["KILLED", "RUNNING"]
+    monkeypatch.setattr(tracking_runs, "_WRITING_SECONDS", -1)
+    tracker.finish(parent, "KILLED")
+    assert [run.info.status for run in runs(config)] == ["KILLED"]
 
 
 def test_closing_a_sequence_leaves_no_stage_half_written(
