@@ -55,6 +55,8 @@ def test_every_field_is_described_and_on_the_page(made: tuple[str, dict[str, str
             assert inner or f"| `{before}{name}` |" in made[0]
             assert not inner or f"### `{before}{name}`" in made[0]
             for each in inner:
+                if not each.__module__.startswith("sapt_core."):  # a method of another test's
+                    continue
                 walk(each, f"{before}{name}.")
 
     for model in KINDS.values():

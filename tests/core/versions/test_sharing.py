@@ -61,7 +61,7 @@ def at_once(asked: Sequence[Callable[[], T]]) -> list[list[T]]:
 
 
 def asking(predictor: Predictor, texts: list[str], task: int | None = None) -> Callable[[], list[Prediction]]:
-    told = None if task is None else [TASKS[task]] * len(texts)
+    told = None if task is None else [TASKS[task].name] * len(texts)
     return lambda: predictor.predict(texts, told)
 
 

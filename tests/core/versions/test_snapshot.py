@@ -48,6 +48,7 @@ def stored(name: str, store: DictStore, *, blocks: int = 3) -> tuple[Manifest, t
         pool.freeze()
         fill(pool, 1, seed=len(digests) + 1)
         digests.append(store_block(pool, store))
+    pool.freeze()
     manifest = Manifest(
         method={"name": "sapt"},
         backbone=tiny_ref(),
