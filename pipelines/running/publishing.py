@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 from urllib.parse import quote
 
@@ -182,9 +183,13 @@ class MLflowPublisher:
         )
         self.versions.append(number)
 
-    def finish(self, summary: Mapping[str, Any], report: Mapping[str, bytes]) -> None:
-        """Close the parent run with the figures of the end, its warnings and its report."""
-        self._outbox.put(lambda: self._finish(summary, report))
+    def finish(self, summary: Mapping[str, Any], report: Callable[[], Mapping[str, bytes]]) -> None:
+        """Close the parent run with the figures of the end, its warnings and its report.
+
+        The report is made where MLflow is told of it: a hundred tasks take half a minute to draw.
+        """
+        made = cache(report)
+        self._outbox.put(lambda: self._finish(summary, made()))
 
     def _finish(self, summary: Mapping[str, Any], report: Mapping[str, bytes]) -> None:
         figures = {name: summary[name] for name in ("ap", "f_ra", "fwt", "bwt") if summary[name] is not None}

@@ -73,7 +73,7 @@ def publish_sequence(
             run(experiment, store, executor, monitor)
             outbox.flush()  # the summary names the last version
             files, said, kept = report(monitor, publisher.run.links(monitor.version))
-            publisher.finish(monitor.summary(), files)
+            publisher.finish(monitor.summary(), lambda: files)
             monitor.console.print(f"report: {said if kept else f'in MLflow alone, for {said}'}", soft_wrap=True)
             outbox.flush()
         except BaseException as error:

@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from pipelines import compare
 from pipelines.comparisons.cells import Comparison, ComparisonConfig, Row, load_comparison
 from pipelines.comparisons.records import read_records
 from pipelines.console import cli
+from pipelines.reports import page
 from pipelines.running import sequence
 from pipelines.sequence import bodies
 from sapt_core.errors import ConfigError, SaptError
@@ -303,9 +305,16 @@ def test_what_stops_everything_is_no_failure_of_a_cell(
 
 
 def test_sequences_are_children_of_the_comparisons_run(
-    again: Path, call: Call, sqlite_tracking: TrackingConfig
+    again: Path, call: Call, sqlite_tracking: TrackingConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.rmtree(again.parent / "results")
+    build, threads = page.build, []
+
+    def built(*given: Any) -> dict[str, bytes]:
+        threads.append(threading.current_thread())
+        return build(*given)
+
+    monkeypatch.setattr(page, "build", built)
     # All stages are done, so that no Ray is started.
     arguments = ["--config", str(again), f"tracking.uri={sqlite_tracking.uri}", "tracking.experiment=unit"]
     ended = call(compare.main, [*arguments, "--seeds", "0"])
@@ -323,6 +332,9 @@ def test_sequences_are_children_of_the_comparisons_run(
         children = {each.info.run_name for each in runs if each.data.tags.get(PARENT) == run.info.run_id}
         assert {"train[00 animal]", "train[01 basket]"} <= children
     assert client.search_registered_models() == []
+    # Drawing holds up no stage.
+    assert len(threads) == 2
+    assert threading.main_thread() not in threads
 
 
 # What people get wrong
