@@ -33,6 +33,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, LlamaConfig, LlamaFo
 
 from pipelines.console.machine import machine_of
 from sapt_core.backbones.device import autocast
+from sapt_core.blobs import NoCheckpoints
 from sapt_core.data.collate import IGNORED_LABEL, Collator, epoch_batches
 from sapt_core.pool.model import SaptModel
 from sapt_core.pool.pool import new_pool
@@ -149,16 +150,6 @@ def texts(count: int, vocabulary: int, *, prompt: tuple[int, int], answer: tuple
         {name: [draw.randrange(5, vocabulary) for _ in range(draw.randint(*span))] for name, span in lengths.items()}
         for _ in range(count)
     ]
-
-
-class NoCheckpoints:
-    """Of a training that is not resumed."""
-
-    def load(self, read: Callable[[Path], Any]) -> None:
-        """Nothing is there."""
-
-    def save(self, write: Callable[[Path], None]) -> None:
-        """Nothing is kept."""
 
 
 def train_here(

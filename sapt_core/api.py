@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from sapt_core.backbones.loading import load_backbone, store_backbone
 from sapt_core.backbones.reference import BackboneRef, identify
-from sapt_core.blobs import BlobStore
+from sapt_core.blobs import BlobStore, NoCheckpoints
 from sapt_core.config import ExperimentConfig
 from sapt_core.data.prepare import prepare_task
 from sapt_core.data.task import Example, LearntTask, Task, dev_rows
@@ -172,16 +172,6 @@ def make_task(
     return Task(name, definition, kept, tuple(rows[index] for index in sorted(dev)), tuple(tested), "superni", metric)
 
 
-class _NoCheckpoints:
-    """Of a training that starts anew after an interruption."""
-
-    def load(self, read: Callable[[Path], Any]) -> None:
-        return None
-
-    def save(self, write: Callable[[Path], None]) -> None:
-        pass
-
-
 def _learn(
     task: Task,
     config: ExperimentConfig,
@@ -198,7 +188,7 @@ def _learn(
     }
     prepared = prepare_task(task, tokenizer, is_encoder_decoder=bool(backbone.config.is_encoder_decoder), **lengths)
     manifest, _ = learn_task(
-        Workplace(backbone, tokenizer, ref, store, _NoCheckpoints()),
+        Workplace(backbone, tokenizer, ref, store, NoCheckpoints()),
         LearningSettings(
             method=config.method,
             pet=config.pet,

@@ -69,3 +69,13 @@ class Checkpoints(Protocol):
         Every worker calls it; ``write`` is called by rank 0 alone.
         """
         ...
+
+
+class NoCheckpoints:
+    """Of a training that starts anew after an interruption."""
+
+    def load(self, read: Callable[[Path], T]) -> T | None:
+        """Nothing is there."""
+
+    def save(self, write: Callable[[Path], None]) -> None:
+        """Nothing is kept."""

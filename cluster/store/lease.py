@@ -60,7 +60,7 @@ class _Lease:
     def __init__(self, store: ArtifactStore, key: str) -> None:
         self._store = store
         self._name = f"leases/{checked(key)}.json"
-        self._owner = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "process": os.getpid()}
+        self._owner = {"id": uuid.uuid4().hex, **this_process()}
         self._renewals = 0
 
     def acquire(self, stage: str) -> None:
@@ -120,6 +120,11 @@ def _owner(held: bytes) -> dict[str, Any]:
     except ValueError:
         return {}
     return owner if isinstance(owner, dict) else {}
+
+
+def this_process() -> dict[str, Any]:
+    """What ``has_died`` tells a process by, as JSON."""
+    return {"host": socket.gethostname(), "process": os.getpid()}
 
 
 def has_died(owner: Mapping[str, Any]) -> bool:

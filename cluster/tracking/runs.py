@@ -9,9 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
-import socket
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
-from cluster.store.lease import has_died
+from cluster.store.lease import has_died, this_process
 from cluster.tracking.service import client_of, experiment_of, reported
 from sapt_core.errors import DivergenceError
 from sapt_core.settings import TrackingConfig
@@ -182,7 +180,7 @@ class Tracker:
                 experiment,
                 run_name=name,
                 start_time=now - int(seconds * 1000),
-                tags={**child, WRITER: json.dumps({**_writer(), "since": now})},
+                tags={**child, WRITER: json.dumps({**this_process(), "since": now})},
             )
             self._log(run.info.run_id, points, tags=tags or {})
             client.set_terminated(run.info.run_id, status="FINISHED", end_time=now)
@@ -290,17 +288,13 @@ class Tracker:
             client.log_batch(run_id, tags=[RunTag(name, _cut(value, _MAX_TAG)) for name, value in tags.items()])
 
 
-def _writer() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "process": os.getpid()}
-
-
 def _is_left(run: Run) -> bool:
     """Whether nobody writes an unfinished stage any more: writing takes seconds, and a driver writes one at a time."""
     try:
         writer = json.loads(run.data.tags.get(WRITER, ""))
     except ValueError:  # of an earlier release
         return True
-    own = {name: writer.get(name) for name in _writer()} == _writer()
+    own = writer.items() >= this_process().items()
     return own or has_died(writer) or _now() - writer["since"] > _WRITING_SECONDS * 1000
 
 

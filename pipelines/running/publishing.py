@@ -186,7 +186,7 @@ class MLflowPublisher:
     def finish(self, summary: Mapping[str, Any], report: Callable[[], Mapping[str, bytes]]) -> None:
         """Close the parent run with the figures of the end, its warnings and its report.
 
-        The report is made where MLflow is told of it: a hundred tasks take half a minute to draw.
+        The report is made where MLflow is told of it: drawing many tasks takes long, and stages would wait.
         """
         made = cache(report)
         self._outbox.put(lambda: self._finish(summary, made()))

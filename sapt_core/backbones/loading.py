@@ -100,9 +100,7 @@ def load_embeddings(ref: BackboneRef, store: BlobStore) -> tuple[PreTrainedModel
     config = load_model_config(folder, ref.path)
     model = skeleton(config).requires_grad_(False).train(False)
     layer = model.get_input_embeddings()
-    if type(layer) is not nn.Embedding or getattr(config, "quantization_config", None) is not None:
-        return load_backbone(ref, store)
-    matrix = _read_matrix(folder, model, layer, ref.path)
+    matrix = _read_matrix(folder, model, layer, ref.path) if type(layer) is nn.Embedding else None
     if matrix is None:
         return load_backbone(ref, store)
     dtype = own_dtype(folder, config, ref.path) if ref.dtype == "auto" else getattr(torch, ref.dtype)

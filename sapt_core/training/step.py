@@ -115,7 +115,7 @@ def run_step(  # noqa: PLR0917
     own = torch.stack([loss, gate, *values[:terms], *(counts * values[terms:] / len(rows))])
     figures = accelerator.reduce(own, reduction="sum")
     norm = _clip(accelerator, optimizer, config)
-    # The one time that a step waits for the device.
+    # All figures in one wait for the device.
     *found, length = torch.cat([figures, norm.reshape(1)]).tolist()
     return dict(zip(["loss", "gate", *step.names], found, strict=True)), length
 

@@ -405,7 +405,7 @@ def test_two_drivers_at_once_write_one_run_and_each_stage_once(
         mine.process = getattr(mine, "process", None) or next(processes)
         return {"host": socket.gethostname(), "process": mine.process}
 
-    monkeypatch.setattr(tracking_runs, "_writer", writer)
+    monkeypatch.setattr(tracking_runs, "this_process", writer)
     # Both have looked for a run, and for the stage's, and found none; both make one.
     meeting = threading.Barrier(2, timeout=60)
 
@@ -441,7 +441,7 @@ def test_another_drivers_stage_is_left_until_that_one_has_died(
 
     with monkeypatch.context() as patch:
         patch.setattr(client, "set_terminated", stop)
-        patch.setattr(tracking_runs, "_writer", lambda: {"host": "elsewhere", "process": 1})
+        patch.setattr(tracking_runs, "this_process", lambda: {"host": "elsewhere", "process": 1})
         with pytest.raises(TrackingError):
             tracker.log_stage(parent, "train", key="f00d", metrics={}, seconds=1.0)
     tracker.finish(parent, "KILLED")

@@ -204,6 +204,23 @@ def test_a_change_runs_what_depends_on_it(finished: Finished, ray_cluster: Clust
     assert (again.code, again.started) == (0, ["train[01 ticket]"]), again.out + again.err
 
 
+RAY = str(Path(sys.executable).with_name("ray"))
+
+
+def submitted(cluster: Cluster, name: str, script: list[str], *options: str) -> subprocess.CompletedProcess[str]:
+    """What became of a job of ``ray job submit`` with this checkout as its working directory."""
+    submit = [RAY, "job", "submit", "--address", cluster.dashboard, "--working-dir", ".", "--submission-id", name]
+    return subprocess.run(
+        [*submit, *options, "--", "python", *script],
+        cwd=ROOT,
+        env=cluster.environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=480,
+    )
+
+
 def test_submitted_job(
     ray_cluster: Cluster, mlflow_on_sqlite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,22 +231,11 @@ def test_submitted_job(
         "tracking.model=job",
         "cluster.train_workers=1",
     )
-    submit = ["job", "submit", "--address", ray_cluster.dashboard, "--working-dir", ".", "--submission-id", "tiny"]
-    commit = ["--runtime-env-json", '{"env_vars": {"GIT_COMMIT": "of the job"}}']
-    ray = str(Path(sys.executable).with_name("ray"))
-    job = subprocess.run(
-        [ray, *submit, *commit, "--", "python", *script],
-        cwd=ROOT,
-        env=ray_cluster.environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=480,
-    )
+    job = submitted(ray_cluster, "tiny", script, "--runtime-env-json", '{"env_vars": {"GIT_COMMIT": "of the job"}}')
     assert job.returncode == 0, job.stdout + job.stderr
     assert "registered: job version 2" in job.stdout
     asked = subprocess.run(
-        [ray, "job", "status", "--address", ray_cluster.dashboard, "tiny"],
+        [RAY, "job", "status", "--address", ray_cluster.dashboard, "tiny"],
         env=ray_cluster.environment,
         capture_output=True,
         text=True,
@@ -239,7 +245,7 @@ def test_submitted_job(
     assert [tags["git_commit"] for tags in published(mlflow_on_sqlite, "job")] == ["of the job"] * 2
     without = {name: value for name, value in ray_cluster.environment.items() if name != "RAY_AUTH_TOKEN"}
     refused = subprocess.run(
-        [ray, "job", "status", "--address", ray_cluster.dashboard, "tiny"],
+        [RAY, "job", "status", "--address", ray_cluster.dashboard, "tiny"],
         env={**without, "HOME": str(tmp_path)},
         capture_output=True,
         text=True,
@@ -251,16 +257,7 @@ def test_submitted_job(
 def test_a_job_whose_results_would_go_with_the_cluster_is_refused(ray_cluster: Cluster, tmp_path: Path) -> None:
     """Submitted from a checkout that has a finished store: the job has a copy of the checkout without it."""
     script = command("runs/store", "sqlite:///runs/mlflow.db", "--summary", "summary.json")
-    submit = ["job", "submit", "--address", ray_cluster.dashboard, "--working-dir", ".", "--submission-id", "passing"]
-    job = subprocess.run(
-        [str(Path(sys.executable).with_name("ray")), *submit, "--", "python", *script],
-        cwd=ROOT,
-        env=ray_cluster.environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=480,
-    )
+    job = submitted(ray_cluster, "passing", script)
     said = job.stdout + job.stderr
     assert job.returncode != 0, said
     for fault in (

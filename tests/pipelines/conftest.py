@@ -8,13 +8,15 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from pipelines.console import cli
-from tests.pipelines.commands import ROOT, Finished, Outcome, command
+from sapt_core.settings import TrackingConfig
+from tests.pipelines.commands import ROOT, Finished, Outcome, command, publish
 
 # As if they were not installed: accelerate asks for boto3 and uses it where it is there.
 BLOCKER = """
@@ -90,3 +92,14 @@ def call(
         return Outcome(code, captured.out, captured.err)
 
     return called
+
+
+@pytest.fixture
+def at_work(copied: Finished, sqlite_tracking: TrackingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder where the tiny sequence has run as the quickstart."""
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    copied.store.rename("runs/store")
+    tracking = sqlite_tracking.model_copy(update={"experiment": "quickstart", "model": "quickstart"})
+    publish(replace(copied, store=tmp_path / "runs/store"), tracking)
+    shutil.copy(tracking.uri.removeprefix("sqlite:///"), "runs/mlflow.db")

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
-import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +15,12 @@ from safetensors.torch import load_file
 import pipelines
 import sapt_core
 from sapt_core.errors import ConfigError, DataError, RequestError, SaptError, SnapshotError
-from sapt_core.settings import TrackingConfig
-from tests.pipelines.commands import QUICKSTART, ROOT, TINY, Finished, publish
+from tests.pipelines.commands import QUICKSTART, ROOT, TINY, Finished
 
 pytest_plugins = ["tests.mlflow_servers"]
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs/api.md").read_text(encoding="utf-8"), re.DOTALL)
 MOST_ARGUMENTS = 6
-
-
-@pytest.fixture
-def at_work(copied: Finished, sqlite_tracking: TrackingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a folder where the tiny sequence has run as the quickstart."""
-    monkeypatch.chdir(tmp_path)
-    Path("runs").mkdir()
-    copied.store.rename("runs/store")
-    tracking = sqlite_tracking.model_copy(update={"experiment": "quickstart", "model": "quickstart"})
-    publish(replace(copied, store=tmp_path / "runs/store"), tracking)
-    shutil.copy(tracking.uri.removeprefix("sqlite:///"), "runs/mlflow.db")
 
 
 def test_every_block_of_the_page_runs(at_work: None, copied: Finished) -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -40,23 +39,15 @@ TASKS = {"animal", "basket"}
 
 
 @pytest.fixture
-def at_work(
-    copied: Finished, sqlite_tracking: TrackingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[None]:
-    """In a folder where the tiny sequence has run as the quickstart."""
-    monkeypatch.chdir(tmp_path)
-    Path("runs").mkdir()
-    copied.store.rename("runs/store")
-    tracking = sqlite_tracking.model_copy(update={"experiment": "quickstart", "model": "quickstart"})
-    publish(replace(copied, store=tmp_path / "runs/store"), tracking)
-    shutil.copy(tracking.uri.removeprefix("sqlite:///"), "runs/mlflow.db")
+def tracked(at_work: None) -> Iterator[None]:
+    """MLflow looks where that sequence is registered."""
     mlflow.set_tracking_uri("sqlite:///runs/mlflow.db")
     yield
     mlflow.set_tracking_uri(None)  # type: ignore[arg-type]
 
 
 @pytest.fixture
-def model(at_work: None) -> PyFuncModel:
+def model(tracked: None) -> PyFuncModel:
     return mlflow.pyfunc.load_model("models:/quickstart@latest")
 
 
@@ -173,7 +164,7 @@ def test_params(model: PyFuncModel) -> None:
         posted(model, {**prompt, "params": {"max_new_tokens": 0, "num_beams": 0}})
 
 
-@pytest.mark.usefixtures("at_work")
+@pytest.mark.usefixtures("tracked")
 def test_a_method_that_needs_the_task_answers(copied: Finished) -> None:
     store = LocalStore("runs/store")
     changes = {"method": find_method("per_task").model_validate({}), "attention": None, "router": None}
@@ -188,7 +179,7 @@ def test_a_method_that_needs_the_task_answers(copied: Finished) -> None:
         posted(model, {"dataframe_records": [rows[0], {"prompt": "ada met a grey fox."}]})
 
 
-@pytest.mark.usefixtures("at_work")
+@pytest.mark.usefixtures("tracked")
 def test_the_python_of_the_page() -> None:
     (block,) = PYTHON
     names: dict[str, Any] = {}
@@ -197,7 +188,7 @@ def test_the_python_of_the_page() -> None:
 
 
 @pytest.mark.integration
-@pytest.mark.usefixtures("at_work")
+@pytest.mark.usefixtures("tracked")
 def test_the_server_and_the_commands_of_the_page(
     call: Callable[[Callable[[], None], list[str]], Outcome], unused_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
