@@ -33,8 +33,8 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, LlamaConfig, LlamaFo
 
 from pipelines.console.machine import machine_of
 from sapt_core.backbones.device import autocast
-from sapt_core.blobs import NoCheckpoints
 from sapt_core.data.collate import IGNORED_LABEL, Collator, epoch_batches
+from sapt_core.io.blobs import NoCheckpoints
 from sapt_core.pool.model import SaptModel
 from sapt_core.pool.pool import new_pool
 from sapt_core.settings import AttentionConfig, LoRAConfig, TrainConfig

@@ -25,9 +25,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from cluster.store import ArtifactStore
 from cluster.store.lease import leased
 from cluster.store.patience import patiently
-from sapt_core.blobs import Checkpoints
 from sapt_core.errors import DivergenceError, StoreError
-from sapt_core.hashing import canonical_hash
+from sapt_core.io.blobs import Checkpoints
+from sapt_core.io.hashing import canonical_hash
 
 Json: TypeAlias = Any
 

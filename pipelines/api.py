@@ -6,7 +6,7 @@ from cluster import store as stores
 from cluster.store import ArtifactStore
 from pipelines.console.versions import registered, snapshot
 from sapt_core.api import Pool
-from sapt_core.config import load_places
+from sapt_core.config.experiment import load_places
 from sapt_core.settings import PlacesConfig
 
 _DEFAULTS = PlacesConfig()

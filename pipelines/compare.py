@@ -140,7 +140,7 @@ def _arguments() -> argparse.Namespace:
 def _configs(arguments: argparse.Namespace) -> str:
     """A YAML document a row, each a config that `sapt learn` takes."""
     from pipelines.comparisons.cells import load_comparison
-    from sapt_core.config import written
+    from sapt_core.config.experiment import written
 
     comparison = load_comparison(arguments.config, arguments.overrides)
     rows = arguments.rows or [row.name for row in comparison.config.rows]

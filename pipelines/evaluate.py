@@ -14,9 +14,9 @@ from pipelines.console import cli, places
 from pipelines.console.commands import pasted
 
 if TYPE_CHECKING:
-    from sapt_core.blobs import BlobStore
-    from sapt_core.config import ExperimentConfig
+    from sapt_core.config.experiment import ExperimentConfig
     from sapt_core.data.task import Task
+    from sapt_core.io.blobs import BlobStore
     from sapt_core.versions.manifest import Manifest
 
 BLOCKS_SHOWN = 3

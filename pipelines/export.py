@@ -33,7 +33,7 @@ def main() -> None:
     arguments = cli.parse(parser)
 
     from pipelines.console.versions import open_version
-    from sapt_core.config import load_config, load_places
+    from sapt_core.config.experiment import load_config, load_places
     from sapt_core.versions.export import export_block, export_faults
 
     out, config, overrides = arguments.out, arguments.config, arguments.overrides

@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("--schema", choices=KINDS, help="the JSON schema of this kind of file, instead of the page")
     arguments = cli.parse(parser)
 
-    from pipelines.reference import page, schema
+    from pipelines.maintenance.reference import page, schema
 
     sys.stdout.write(page() if arguments.schema is None else schema(arguments.schema))
 

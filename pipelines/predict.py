@@ -58,7 +58,7 @@ def main() -> None:
     arguments = cli.parse(parser)
 
     from pipelines.console.versions import open_version
-    from sapt_core.config import load_config, load_places
+    from sapt_core.config.experiment import load_config, load_places
     from sapt_core.versions.predictor import Predictor
     from sapt_core.versions.requests import Row, find_task, read_rows, refuse
 

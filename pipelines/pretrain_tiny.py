@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = cli.parse(parser)
 
-    from pipelines.pretraining import pretrain
+    from pipelines.maintenance.pretraining import pretrain
 
     pretrain(arguments.out, arguments.seed)
     print(f"saved {arguments.out}")

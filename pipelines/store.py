@@ -34,7 +34,7 @@ def main() -> None:
 
     from cluster.store import open_store
     from cluster.store.cleaning import remove, unreachable
-    from sapt_core.config import load_config, load_places
+    from sapt_core.config.experiment import load_config, load_places
 
     config, overrides = arguments.config, arguments.overrides
     places = load_places(overrides) if config is None else load_config(config, overrides)

@@ -65,7 +65,7 @@ def _arguments() -> argparse.Namespace:
 
 def _base(arguments: argparse.Namespace) -> str:
     from pipelines.sweeps.space import load_sweep
-    from sapt_core.config import written
+    from sapt_core.config.experiment import written
 
     return written(load_sweep(arguments.config, arguments.overrides).experiment({}))
 

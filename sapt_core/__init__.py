@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sapt_core.api import Pool, learn_first, load, make_task
-    from sapt_core.config import ExperimentConfig, load_config
+    from sapt_core.config.experiment import ExperimentConfig, load_config
     from sapt_core.data import load_sequence
     from sapt_core.data.task import Example, Task
     from sapt_core.errors import SaptError
@@ -21,14 +21,14 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Example": "sapt_core.data.task",
-    "ExperimentConfig": "sapt_core.config",
+    "ExperimentConfig": "sapt_core.config.experiment",
     "Pool": "sapt_core.api",
     "Prediction": "sapt_core.versions.predictor",
     "SaptError": "sapt_core.errors",
     "Task": "sapt_core.data.task",
     "learn_first": "sapt_core.api",
     "load": "sapt_core.api",
-    "load_config": "sapt_core.config",
+    "load_config": "sapt_core.config.experiment",
     "load_sequence": "sapt_core.data",
     "make_task": "sapt_core.api",
 }

@@ -9,11 +9,11 @@ from typing import Any
 
 from sapt_core.backbones.loading import load_backbone, store_backbone
 from sapt_core.backbones.reference import BackboneRef, identify
-from sapt_core.blobs import BlobStore, NoCheckpoints
-from sapt_core.config import ExperimentConfig
+from sapt_core.config.experiment import ExperimentConfig
 from sapt_core.data.prepare import prepare_task
 from sapt_core.data.task import Example, LearntTask, Task, dev_rows
 from sapt_core.errors import DataError, SaptError
+from sapt_core.io.blobs import BlobStore, NoCheckpoints
 from sapt_core.training.trainer import step_seed
 from sapt_core.versions.export import export_block
 from sapt_core.versions.learning import LearningSettings, Workplace, learn_task

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from sapt_core.blobs import Checkpoints
+from sapt_core.io.blobs import Checkpoints
 
 
 def save(checkpoints: Checkpoints, files: Mapping[str, bytes]) -> None:

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sapt_core.addresses import redacted
 from sapt_core.errors import ClusterError
+from sapt_core.io.addresses import redacted
 from sapt_core.settings import ClusterConfig
 
 

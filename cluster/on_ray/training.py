@@ -130,7 +130,7 @@ def fit(
 
 
 class TrainCheckpoints:
-    """Checkpoints of a Ray Train run. See ``sapt_core.blobs.Checkpoints``."""
+    """Checkpoints of a Ray Train run. See ``sapt_core.io.blobs.Checkpoints``."""
 
     def __init__(self, *, is_main: bool) -> None:
         self._is_main = is_main

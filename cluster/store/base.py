@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 from cluster.store.checkpoints import StoreCheckpoints
 from sapt_core.errors import StoreError
-from sapt_core.files import poured, whole_file
+from sapt_core.io.files import poured, whole_file
 
 CHUNK_BYTES = 1 << 20
 REFRESH_SECONDS = 24 * 3600
@@ -45,7 +45,7 @@ class Entry(NamedTuple):
 
 
 class ArtifactStore(ABC):
-    """Content-addressed blobs, atomic records and checkpoints. Satisfies ``sapt_core.blobs.BlobStore``.
+    """Content-addressed blobs, atomic records and checkpoints. Satisfies ``sapt_core.io.blobs.BlobStore``.
 
     Every method raises ``StoreError`` when the place cannot be reached, read or written.
     """

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from sapt_core.files import poured
+from sapt_core.io.files import poured
 
 if TYPE_CHECKING:
     from cluster.store.base import ArtifactStore
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class StoreCheckpoints:
-    """Checkpoints of one stage in a store. See ``sapt_core.blobs.Checkpoints``.
+    """Checkpoints of one stage in a store. See ``sapt_core.io.blobs.Checkpoints``.
 
     Each lies in a folder that no other writer's has the name of, and counts once its manifest is there. So two
     runs at the same stage, or one that drops what the other saves, cost a checkpoint and never a stage.

@@ -30,8 +30,8 @@ from botocore.exceptions import (
 )
 
 from cluster.store.base import CHUNK_BYTES, ArtifactStore, Entry
-from sapt_core.addresses import redacted, without_user
 from sapt_core.errors import StoreError, StoreUnavailableError
+from sapt_core.io.addresses import redacted, without_user
 
 T = TypeVar("T")
 

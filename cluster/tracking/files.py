@@ -20,8 +20,8 @@ from pydantic import ValidationError
 import cluster
 import sapt_core
 from cluster.store import open_store
-from sapt_core.addresses import without_user
 from sapt_core.errors import SnapshotError
+from sapt_core.io.addresses import without_user
 from sapt_core.settings import StoreConfig
 
 MANIFEST_FILE = "manifest.json"

@@ -23,8 +23,8 @@ from urllib.parse import urlsplit
 from cluster.tracking.files import MANIFEST_FILE, POOL_FILE, read_version, save_version
 from cluster.tracking.runs import metric_name, score_time
 from cluster.tracking.service import MODEL, client_of, experiment_of, reported
-from sapt_core.addresses import redacted
 from sapt_core.errors import LineageError, SnapshotError, TrackingError
+from sapt_core.io.addresses import redacted
 from sapt_core.settings import StoreConfig, TrackingConfig
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from cluster.interrupts import uninterrupted
-from sapt_core.addresses import redacted
 from sapt_core.errors import TrackingError
+from sapt_core.io.addresses import redacted
 from sapt_core.settings import TrackingConfig
 
 if TYPE_CHECKING:

@@ -15,13 +15,13 @@ from pydantic import Field, ValidationError, model_validator
 
 from pipelines.sequence.experiment import Experiment, assemble
 from sapt_core.backbones.reference import identify
-from sapt_core.config import ExperimentConfig, load_config, read_mapping, validated
+from sapt_core.config.experiment import ExperimentConfig, load_config, read_mapping, validated
+from sapt_core.config.overrides import parsed
+from sapt_core.config.unused import keys_of, named, unused, warn_of_unused
 from sapt_core.data import load_sequence
 from sapt_core.errors import ConfigError, FaultsError, SaptError
-from sapt_core.hashing import canonical_hash
-from sapt_core.overrides import parsed
+from sapt_core.io.hashing import canonical_hash
 from sapt_core.settings import Section
-from sapt_core.unused import keys_of, named, unused, warn_of_unused
 
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
 Orders = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]

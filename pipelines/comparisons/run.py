@@ -22,7 +22,7 @@ from pipelines.running.monitor import Monitor, tell_alone
 from pipelines.running.sequence import inline_executor, ray_executor
 from pipelines.sequence.graph import SequenceGraph
 from sapt_core.errors import TrackingError
-from sapt_core.hashing import canonical_hash
+from sapt_core.io.hashing import canonical_hash
 
 if TYPE_CHECKING:
     from pipelines.running.publishing import MLflowPublisher

@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pipelines.console.commands import started_so
-from sapt_core.addresses import redacted
 from sapt_core.errors import SaptError, ServiceError
-from sapt_core.files import whole_file
-from sapt_core.shipped import config_file
+from sapt_core.io.addresses import redacted
+from sapt_core.io.files import whole_file
+from sapt_core.io.shipped import config_file
 
 
 def plain_parser(description: str, example: str | None = None) -> argparse.ArgumentParser:
@@ -81,7 +81,7 @@ def add_version(made: argparse.ArgumentParser) -> None:
 
 
 def _experiment(arguments: argparse.Namespace) -> str:
-    from sapt_core.config import load_config, written
+    from sapt_core.config.experiment import load_config, written
 
     return written(load_config(arguments.config, arguments.overrides))
 

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from omegaconf import OmegaConf
 
 from cluster.store import ArtifactStore, open_store
-from sapt_core.config import merged
+from sapt_core.config.experiment import merged
+from sapt_core.config.overrides import parsed
 from sapt_core.errors import SnapshotError
-from sapt_core.overrides import parsed
 from sapt_core.settings import PlacesConfig, StoreConfig
 from sapt_core.versions.manifest import Manifest
 

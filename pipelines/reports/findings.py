@@ -13,7 +13,7 @@ from typing import Any
 from cluster.stages import Stage, StageRecord
 from cluster.store import ArtifactStore
 from pipelines.sequence.experiment import Experiment
-from sapt_core.hashing import canonical_hash
+from sapt_core.io.hashing import canonical_hash
 from sapt_core.judging.analysis import (
     Circumstances,
     Diagnosis,

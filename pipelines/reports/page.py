@@ -16,7 +16,7 @@ from pipelines.console import cli
 from pipelines.reports.findings import Findings, collect, scored_versions
 from pipelines.sequence.experiment import Experiment
 from sapt_core.errors import SaptError
-from sapt_core.hashing import canonical_hash
+from sapt_core.io.hashing import canonical_hash
 
 REPORT_VERSION = 2  # raised when equal findings give another page
 FOLDER = Path("runs/report")

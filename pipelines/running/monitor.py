@@ -19,7 +19,7 @@ from pipelines.console.commands import pasted
 from pipelines.console.tables import wide_console
 from pipelines.reports.findings import Findings, collect, moved, read_curve, read_manifest, scored_versions
 from pipelines.sequence.experiment import Experiment
-from sapt_core.addresses import redacted, without_user
+from sapt_core.io.addresses import redacted, without_user
 from sapt_core.judging.analysis import gate_ends
 from sapt_core.judging.metrics import ScoreMatrix
 from sapt_core.versions.manifest import Manifest

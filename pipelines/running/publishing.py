@@ -17,8 +17,8 @@ from cluster.tracking.runs import LoggedDataset, Tracker
 from cluster.tracking.service import check_readable
 from pipelines.reports.page import Link
 from pipelines.sequence.experiment import Experiment
-from sapt_core.addresses import redacted, without_user
 from sapt_core.errors import TrackingError
+from sapt_core.io.addresses import redacted, without_user
 from sapt_core.settings import TrackingConfig
 from sapt_core.versions.manifest import Manifest
 

@@ -15,7 +15,7 @@ from pipelines.console.places import is_passing
 from pipelines.reports import page
 from pipelines.running.monitor import Monitor
 from pipelines.sequence.experiment import Experiment
-from sapt_core.config import ExperimentConfig
+from sapt_core.config.experiment import ExperimentConfig
 from sapt_core.errors import ServiceError, TrackingError
 from sapt_core.settings import StoreConfig
 

@@ -22,9 +22,9 @@ from pipelines.sequence.progress import progress
 from sapt_core.backbones.device import default_device
 from sapt_core.backbones.loading import load_backbone, load_embeddings, load_encoding
 from sapt_core.backbones.reference import BackboneRef
-from sapt_core.blobs import BlobStore
 from sapt_core.data.prepare import PreparedTask, PromptEncoder, prepare_task, read_split
 from sapt_core.data.task import LearntTask, Task
+from sapt_core.io.blobs import BlobStore
 from sapt_core.judging import metrics
 from sapt_core.judging.analysis import MIN_ROWS, draw, sample_quality
 from sapt_core.judging.decoding import answer, pooled_embeddings

@@ -18,14 +18,14 @@ from cluster.store import ArtifactStore, open_store
 from pipelines.sequence.graph import SequenceGraph, build_graph
 from sapt_core.backbones.loading import store_backbone
 from sapt_core.backbones.reference import BackboneRef, identify
-from sapt_core.config import ExperimentConfig, load_config
+from sapt_core.config.experiment import ExperimentConfig, load_config
+from sapt_core.config.preflight import check_backbone, settle_precision, with_precision
+from sapt_core.config.unused import keys_of, unused, warn_of_unused
 from sapt_core.data import load_inputs, load_sequence
 from sapt_core.data.task import Task
 from sapt_core.errors import ConfigError, FaultsError, SaptError
-from sapt_core.hashing import canonical_hash
-from sapt_core.preflight import check_backbone, settle_precision, with_precision
+from sapt_core.io.hashing import canonical_hash
 from sapt_core.settings import BackboneConfig, BenchmarkConfig
-from sapt_core.unused import keys_of, unused, warn_of_unused
 
 # Versions of stages that keys did not hold yet: left out, so that the records of that time stay valid.
 UNKEYED = {"pseudo_samples": 3, "train seekr": 2}

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 from cluster.stages import Stage, StageContext, StageResult
 from pipelines.sequence import bodies
 from sapt_core.backbones.reference import BackboneRef, weight_bytes
-from sapt_core.config import ExperimentConfig
+from sapt_core.config.experiment import ExperimentConfig
 from sapt_core.data.task import LearntTask, Task
 from sapt_core.methods.base import Method
 from sapt_core.methods.sequential import Sequential

@@ -25,7 +25,7 @@ from pipelines.sweeps import trials
 from pipelines.sweeps.space import Scalar, Sweep, describe, shown
 from pipelines.sweeps.trials import Setup, TrialRecord
 from sapt_core.errors import DivergenceError, SaptError, TrackingError
-from sapt_core.hashing import canonical_hash
+from sapt_core.io.hashing import canonical_hash
 
 if TYPE_CHECKING:
     from cluster.tracking.outbox import Outbox

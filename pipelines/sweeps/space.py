@@ -15,11 +15,11 @@ from omegaconf import OmegaConf
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from pydantic import Field, model_validator
 
-from sapt_core.config import ExperimentConfig, load_config, merged, read_mapping, validated
+from sapt_core.config.experiment import ExperimentConfig, load_config, merged, read_mapping, validated
+from sapt_core.config.overrides import parsed
+from sapt_core.config.unused import keys_of, unused, warn_of_unused
 from sapt_core.errors import ConfigError
-from sapt_core.overrides import parsed
 from sapt_core.settings import Section
-from sapt_core.unused import keys_of, unused, warn_of_unused
 
 Scalar: TypeAlias = bool | int | float | str
 Point: TypeAlias = dict[str, Scalar]

@@ -24,10 +24,10 @@ from pipelines.sequence.graph import SequenceGraph, build_graph
 from pipelines.sweeps.space import DIRECTIONS, Scalar, Sweep, describe, shown
 from sapt_core.backbones.device import Precision
 from sapt_core.backbones.reference import BackboneRef
+from sapt_core.config.preflight import with_precision
 from sapt_core.data.task import Task
-from sapt_core.hashing import canonical_hash
+from sapt_core.io.hashing import canonical_hash
 from sapt_core.judging.metrics import ScoreMatrix
-from sapt_core.preflight import with_precision
 from sapt_core.settings import StoreConfig
 
 LABELS = {"ap": "AP (dev)", "f_ra": "F.Ra (dev)"}

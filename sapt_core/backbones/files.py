@@ -11,7 +11,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from sapt_core.hashing import canonical_hash
+from sapt_core.io.hashing import canonical_hash
 
 # A file that was written just now may be written again within one tick of its clock.
 _SETTLED_NS = 2_000_000_000

@@ -24,8 +24,8 @@ from sapt_core.backbones.hub import fetched
 from sapt_core.backbones.last import Last
 from sapt_core.backbones.reference import FILES, BackboneRef, load_model_config, location, model_class, skeleton
 from sapt_core.backbones.tokens import answer_settings, load_tokenizer
-from sapt_core.blobs import BlobStore
 from sapt_core.errors import BackboneError, ServiceError
+from sapt_core.io.blobs import BlobStore
 from sapt_core.settings import BackboneConfig
 
 

@@ -27,11 +27,11 @@ from sapt_core.backbones.checkpoint import check_fetched, own_dtype, read_header
 from sapt_core.backbones.faults import UNREADABLE, reason
 from sapt_core.backbones.files import file_digest
 from sapt_core.backbones.hub import fetched
-from sapt_core.blobs import BlobStore
 from sapt_core.errors import BackboneError
-from sapt_core.hashing import Digest, canonical_hash
+from sapt_core.io.blobs import BlobStore
+from sapt_core.io.hashing import Digest, canonical_hash
+from sapt_core.io.shipped import located
 from sapt_core.settings import HUB_REVISION, BackboneConfig
-from sapt_core.shipped import located
 
 log = logging.getLogger(__name__)
 

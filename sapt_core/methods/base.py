@@ -23,11 +23,11 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sapt_core.backbones.device import autocast
-from sapt_core.blobs import BlobStore
 from sapt_core.data.collate import Batch
 from sapt_core.data.prepare import PreparedTask, PromptEncoder
 from sapt_core.data.task import LearntTask
 from sapt_core.errors import DivergenceError
+from sapt_core.io.blobs import BlobStore
 from sapt_core.judging.decoding import pooled_embeddings
 from sapt_core.pool.blocks.base import PETBlocks
 from sapt_core.pool.model import SaptModel

@@ -15,9 +15,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sapt_core.backbones.device import Precision, autocast
-from sapt_core.blobs import Checkpoints
 from sapt_core.data.prepare import PreparedTask, PromptEncoder
 from sapt_core.data.templates import ANSWER_MARKER, INPUT_MARKER, PromptPieces
+from sapt_core.io.blobs import Checkpoints
 from sapt_core.pool.model import SaptModel
 from sapt_core.pool.pool import new_pool
 from sapt_core.settings import GeneratorConfig, TrainConfig

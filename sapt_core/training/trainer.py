@@ -32,9 +32,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sapt_core.backbones.device import autocast, computed_in, keep_freed_memory
-from sapt_core.blobs import Checkpoints
 from sapt_core.data.collate import Collator, epoch_batches
 from sapt_core.errors import DivergenceError
+from sapt_core.io.blobs import Checkpoints
 from sapt_core.pool.model import SaptModel
 from sapt_core.settings import TrainConfig
 from sapt_core.training.objective import Objective, Row

@@ -8,8 +8,8 @@ from typing import Any
 from uuid import uuid4
 
 from sapt_core.backbones.reference import stored_model_config
-from sapt_core.blobs import BlobStore
 from sapt_core.errors import SnapshotError
+from sapt_core.io.blobs import BlobStore
 from sapt_core.methods.base import Method
 from sapt_core.settings import FullConfig, LoRAConfig, PromptConfig
 from sapt_core.versions.manifest import Manifest

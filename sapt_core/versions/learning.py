@@ -12,10 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sapt_core.backbones.device import Precision
 from sapt_core.backbones.reference import BackboneRef
-from sapt_core.blobs import BlobStore, Checkpoints
 from sapt_core.data.prepare import PreparedTask
 from sapt_core.data.task import LearntTask
 from sapt_core.errors import DivergenceError, SnapshotError
+from sapt_core.io.blobs import BlobStore, Checkpoints
 from sapt_core.judging import metrics
 from sapt_core.judging.decoding import answer
 from sapt_core.methods.base import Kept, Lesson, Method

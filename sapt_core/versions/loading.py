@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sapt_core.blobs import BlobStore
 from sapt_core.errors import SnapshotError
+from sapt_core.io.blobs import BlobStore
 from sapt_core.methods.base import Method
 from sapt_core.pool.attention import SharedAttention
 from sapt_core.pool.blocks.base import embedding_matrix

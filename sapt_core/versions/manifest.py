@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, FiniteFloat, PrivateAttr, Validation
 from sapt_core.backbones.reference import BackboneRef
 from sapt_core.data.task import LearntTask
 from sapt_core.errors import SnapshotError
-from sapt_core.hashing import Digest
+from sapt_core.io.hashing import Digest
 from sapt_core.methods.base import AnyMethod
 from sapt_core.settings import AttentionConfig, PETConfig
 

@@ -10,9 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from sapt_core.backbones.device import default_device
 from sapt_core.backbones.loading import load_backbone
-from sapt_core.blobs import BlobStore
 from sapt_core.data.prepare import EncodedPrompt, PromptEncoder
 from sapt_core.errors import FaultsError, RequestError
+from sapt_core.io.blobs import BlobStore
 from sapt_core.judging.decoding import answer
 from sapt_core.pool.model import SaptModel
 from sapt_core.settings import EvaluationConfig

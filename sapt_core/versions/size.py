@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sapt_core.blobs import BlobStore
+from sapt_core.io.blobs import BlobStore
 from sapt_core.versions.loading import load_blob, load_router
 from sapt_core.versions.manifest import Manifest
 

@@ -26,8 +26,8 @@ from cluster.tracking.files import read_version
 from cluster.tracking.registry import Lineage, PoolRegistry, PoolVersion
 from cluster.tracking.runs import Tracker
 from cluster.tracking.service import client_of
-from sapt_core.blobs import BlobStore
 from sapt_core.errors import LineageError, SnapshotError, StoreError, TrackingError
+from sapt_core.io.blobs import BlobStore
 from sapt_core.settings import StoreConfig, TrackingConfig
 from sapt_core.versions.requests import Row
 

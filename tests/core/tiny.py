@@ -200,7 +200,7 @@ def same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 
 
 class DictStore:
-    """``sapt_core.blobs.BlobStore`` in memory."""
+    """``sapt_core.io.blobs.BlobStore`` in memory."""
 
     def __init__(self) -> None:
         self.blobs: dict[str, bytes] = {}
@@ -230,7 +230,7 @@ class DictStore:
 
 
 class KeptCheckpoints:
-    """``sapt_core.blobs.Checkpoints`` in memory that keeps every one."""
+    """``sapt_core.io.blobs.Checkpoints`` in memory that keeps every one."""
 
     def __init__(self, kept: Sequence[dict[str, bytes]] = ()) -> None:
         self.kept = list(kept)

@@ -17,7 +17,7 @@ import pytest
 import requests
 
 from pipelines import compare, continual, evaluate, predict, report, sapt, sweep
-from sapt_core.config import load_config
+from sapt_core.config.experiment import load_config
 from sapt_core.data.synthetic import synthetic_sequence
 from sapt_core.settings import BenchmarkConfig, TrackingConfig
 from tests.pipelines.commands import ROOT, TINY, Finished, Outcome, publish

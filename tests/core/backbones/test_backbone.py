@@ -23,10 +23,10 @@ from transformers import (
 from sapt_core.backbones import loading
 from sapt_core.backbones.loading import load_backbone, store_backbone
 from sapt_core.backbones.reference import BackboneRef, identify, model_class, skeleton
-from sapt_core.config import ExperimentConfig
+from sapt_core.config.experiment import ExperimentConfig
+from sapt_core.config.preflight import check_backbone
 from sapt_core.data.task import Task
 from sapt_core.errors import BackboneError, DataError, StoreError
-from sapt_core.preflight import check_backbone
 from tests.core.backbones.folders import config, saved
 from tests.core.tiny import BACKBONES, DictStore, tiny_backbone, tiny_tokenizer
 

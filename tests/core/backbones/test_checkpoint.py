@@ -32,8 +32,8 @@ from transformers import (
 from sapt_core.backbones.checkpoint import check_weights, read_headers
 from sapt_core.backbones.loading import load_backbone, store_backbone
 from sapt_core.backbones.reference import identify, load_model_config, skeleton
+from sapt_core.config.preflight import check_backbone
 from sapt_core.errors import BackboneError
-from sapt_core.preflight import check_backbone
 from tests.core.backbones.folders import LFS_POINTER, config, experiment, rewritten, saved
 from tests.core.tiny import DictStore
 

@@ -13,10 +13,10 @@ from sapt_core.backbones import device
 from sapt_core.backbones.device import autocast, resolved_precision
 from sapt_core.backbones.loading import load_backbone, store_backbone
 from sapt_core.backbones.reference import BackboneRef, identify
+from sapt_core.config.preflight import settle_precision
 from sapt_core.errors import BackboneError
 from sapt_core.pool.model import SaptModel
 from sapt_core.pool.pool import new_pool
-from sapt_core.preflight import settle_precision
 from tests.core.backbones.folders import config, experiment, saved
 from tests.core.tiny import DictStore, fill, lora, random_rows, tiny_backbone, tiny_tokenizer
 

@@ -14,10 +14,10 @@ from transformers import AutoTokenizer, BlenderbotConfig, GenerationConfig, MBar
 from sapt_core.backbones.loading import load_backbone, store_backbone
 from sapt_core.backbones.reference import identify, skeleton
 from sapt_core.backbones.tokens import answer_settings, check_tokens, decoder_start, load_tokenizer
+from sapt_core.config.preflight import check_backbone
 from sapt_core.errors import BackboneError
 from sapt_core.judging.decoding import answer
 from sapt_core.pool.cost import bare_model
-from sapt_core.preflight import check_backbone
 from sapt_core.settings import EvaluationConfig
 from tests.core.backbones.folders import LFS_POINTER, config, experiment, saved
 from tests.core.tiny import EOS, VOCABULARY, DictStore, tiny_backbone, tiny_tokenizer

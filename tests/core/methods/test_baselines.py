@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load as load_tensors
 from torch import Tensor
 
-from sapt_core.config import ExperimentConfig
+from sapt_core.config.experiment import ExperimentConfig
 from sapt_core.data.collate import Collator
 from sapt_core.errors import SnapshotError
 from sapt_core.methods.base import find_method

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sapt_core.config import ExperimentConfig
+from sapt_core.config.experiment import ExperimentConfig
 from sapt_core.data.collate import Collator
 from sapt_core.errors import SnapshotError
 from sapt_core.methods.base import Lesson, Method, Plan, find_method, known_methods

@@ -19,7 +19,7 @@ from pipelines.running.publishing import MLflowPublisher
 from pipelines.sequence.experiment import Experiment, load_experiment
 from sapt_core.settings import StoreConfig, TrackingConfig
 from tests.pipelines.commands import QUICKSTART, TINY, Finished, Outcome, command, records
-from tests.pipelines.test_graph import identities, identity
+from tests.pipelines.sequence.test_graph import identities, identity
 
 pytest_plugins = ["tests.mlflow_servers"]
 

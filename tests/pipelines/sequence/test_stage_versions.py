@@ -4,7 +4,7 @@ What is stored under a key is never computed again, so code that gives something
 stage (``pipelines.sequence.graph.VERSIONS``) or method. Whether it does, only a person can tell: when a test here
 fails, raise the version if results change, then write the sources down as they are now:
 
-    python -m tests.pipelines.test_stage_versions
+    python -m tests.pipelines.sequence.test_stage_versions
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import pytest
 from pipelines.sequence.graph import VERSIONS
 from sapt_core.methods.base import known_methods
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 WRITTEN = Path(__file__).with_name("stage_versions.json")
 TOKENS = ("data/prepare", "data/templates")
 MODEL = (
@@ -99,7 +99,7 @@ def sources() -> dict[str, dict[str, object]]:
 def test_a_changed_source_is_looked_at(name: str) -> None:
     assert sources()[name] == json.loads(WRITTEN.read_text()).get(name), (
         f"{name} has changed: raise its version if it gives something else now, then run "
-        "python -m tests.pipelines.test_stage_versions"
+        "python -m tests.pipelines.sequence.test_stage_versions"
     )
 
 

@@ -15,7 +15,7 @@ from pipelines.sequence.bodies import numbered
 from pipelines.sequence.experiment import Experiment, load_experiment
 from pipelines.sequence.graph import VERSIONS, SequenceGraph, build_graph
 from sapt_core.data.task import Task
-from sapt_core.hashing import canonical_hash
+from sapt_core.io.hashing import canonical_hash
 from sapt_core.methods.base import find_method
 from tests.pipelines.commands import QUICKSTART, TINY
 

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
 
-from sapt_core.config import ExperimentConfig
+from sapt_core.config.experiment import ExperimentConfig
 
 
 class Unused(NamedTuple):

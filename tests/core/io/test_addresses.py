@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sapt_core.addresses import redacted, without_user
+from sapt_core.io.addresses import redacted, without_user
 
 
 @pytest.mark.parametrize(

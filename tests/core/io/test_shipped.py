@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from sapt_core.backbones.reference import identify, location
-from sapt_core.config import load_config
+from sapt_core.config.experiment import load_config
 from sapt_core.errors import ConfigError
+from sapt_core.io.shipped import CONFIGS, INSTALLED, config_file, located
 from sapt_core.settings import BackboneConfig
-from sapt_core.shipped import CONFIGS, INSTALLED, config_file, located
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from pydantic.json_schema import models_json_schema
 
 from pipelines.comparisons.cells import ComparisonConfig
 from pipelines.sweeps.space import SweepConfig
-from sapt_core.config import ExperimentConfig
+from sapt_core.config.experiment import ExperimentConfig
 from sapt_core.methods.base import DEFAULT, known_methods
 
 KINDS: Mapping[str, type[BaseModel]] = {

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-INSTALLED = Path(__file__).resolve().parent.parent
+INSTALLED = Path(__file__).resolve().parents[2]
 CONFIGS = INSTALLED / "pipelines" / "configs"
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from sapt_core.config import ExperimentConfig
+from sapt_core.config.experiment import ExperimentConfig
+from sapt_core.config.preflight import check_answers, check_backbone
 from sapt_core.data.task import Example, Task
 from sapt_core.errors import BackboneError, DataError
-from sapt_core.preflight import check_answers, check_backbone
 from tests.core.backbones.folders import experiment, saved
 from tests.core.classes import tiny_model
 from tests.core.data.test_prepare import EOS, byte_bpe

@@ -15,7 +15,7 @@ from sapt_core.backbones.device import Precision, resolved_precision
 from sapt_core.backbones.reference import BackboneRef, load_model_config, location, skeleton
 from sapt_core.backbones.tokens import check_tokens, load_tokenizer
 from sapt_core.backbones.traits import first_position
-from sapt_core.config import ExperimentConfig
+from sapt_core.config.experiment import ExperimentConfig
 from sapt_core.data.prepare import check_fits, check_writable
 from sapt_core.data.task import Task
 from sapt_core.errors import BackboneError, DataError

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sapt_core.files import poured, whole_file
+from sapt_core.io.files import poured, whole_file
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077], ids=oct)

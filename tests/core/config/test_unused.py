@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from sapt_core.config import load_config
-from sapt_core.unused import keys_of, unused, warn_of_unused
+from sapt_core.config.experiment import load_config
+from sapt_core.config.unused import keys_of, unused, warn_of_unused
 
-QUICKSTART = Path(__file__).resolve().parents[2] / "pipelines/configs/quickstart.yaml"
+QUICKSTART = Path(__file__).resolve().parents[3] / "pipelines/configs/quickstart.yaml"
 
 
 def told(overrides: list[str], caplog: pytest.LogCaptureFixture) -> list[str]:

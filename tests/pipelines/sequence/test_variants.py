@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from pipelines import continual, evaluate, predict, report
 from pipelines.sequence.experiment import DESCRIPTION
-from sapt_core import preflight
+from sapt_core.config import preflight
 from sapt_core.methods.base import known_methods
 from sapt_core.training import generator
 from sapt_core.versions.manifest import Manifest

@@ -12,8 +12,8 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
-from pipelines.reference import KINDS
-from sapt_core import fields
+from pipelines.maintenance.reference import KINDS
+from sapt_core.config import fields
 from tests.pipelines.commands import ROOT
 
 CONFIGS = ROOT / "pipelines/configs"
@@ -25,7 +25,7 @@ SCHEMAS = {
 # In a process of its own: tests may have made methods that do not ship.
 PRINT = """
 import json
-from pipelines.reference import KINDS, page, schema
+from pipelines.maintenance.reference import KINDS, page, schema
 print(json.dumps([page(), {kind: schema(kind) for kind in KINDS}]))
 """
 

@@ -11,9 +11,9 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel
 from yaml import YAMLError
 
-from sapt_core import fields
-from sapt_core.addresses import redacted
+from sapt_core.config import fields
 from sapt_core.errors import ConfigError
+from sapt_core.io.addresses import redacted
 
 
 def parsed(overrides: Sequence[str], model: type[BaseModel]) -> list[DictConfig]:

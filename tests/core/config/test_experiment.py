@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sapt_core.config import ExperimentConfig, load_config, load_places
+from sapt_core.config.experiment import ExperimentConfig, load_config, load_places
 from sapt_core.errors import ConfigError
-from sapt_core.hashing import canonical_hash
+from sapt_core.io.hashing import canonical_hash
 from sapt_core.settings import GeneratorConfig
 
-CONFIGS = Path(__file__).resolve().parents[2] / "pipelines/configs"
+CONFIGS = Path(__file__).resolve().parents[3] / "pipelines/configs"
 QUICKSTART = CONFIGS / "quickstart.yaml"
 
 

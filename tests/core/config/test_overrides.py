@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from pydantic import BaseModel
 
-from sapt_core import fields
-from sapt_core.config import ExperimentConfig, load_config, load_places, merged
+from sapt_core.config import fields
+from sapt_core.config.experiment import ExperimentConfig, load_config, load_places, merged
+from sapt_core.config.overrides import parsed
 from sapt_core.errors import ConfigError
-from sapt_core.overrides import parsed
 from sapt_core.settings import NameList
 
-QUICKSTART = Path(__file__).resolve().parents[2] / "pipelines/configs/quickstart.yaml"
+QUICKSTART = Path(__file__).resolve().parents[3] / "pipelines/configs/quickstart.yaml"
 ODD = ("data/team #2/store", "2026", "on", "1e5", "null ", "a: b", "{x}", "${seed}", r"\${x}", "'a'", " x ", "~")
 
 

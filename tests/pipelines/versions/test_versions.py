@@ -14,7 +14,7 @@ import pytest
 from cluster.store import open_store
 from pipelines import evaluate, export, predict
 from pipelines.console import versions
-from sapt_core.config import load_places
+from sapt_core.config.experiment import load_places
 from sapt_core.settings import StoreConfig, TrackingConfig
 from sapt_core.versions.manifest import Manifest
 from tests.pipelines.commands import QUICKSTART, TINY, Finished, Outcome, publish

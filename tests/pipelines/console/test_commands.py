@@ -13,7 +13,7 @@ import yaml
 from pipelines import compare, continual, sapt, sweep
 from pipelines.console.commands import SCRIPTS, pasted
 from sapt_core import __version__
-from sapt_core.config import load_config
+from sapt_core.config.experiment import load_config
 from tests.pipelines.commands import ROOT, Outcome
 
 Call = Callable[[Callable[[], None], list[str]], Outcome]

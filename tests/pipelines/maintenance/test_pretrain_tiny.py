@@ -9,13 +9,13 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from pipelines.pretraining import SKILLS, build_tokenizer, draw_example, pretrain, skill_scores
+from pipelines.maintenance.pretraining import SKILLS, build_tokenizer, draw_example, pretrain, skill_scores
 from sapt_core.data.lexicon import open_class_words
 from sapt_core.data.synthetic import TASKS, is_test_input, synthetic_sequence
 from sapt_core.data.templates import TEMPLATES
 from sapt_core.settings import BenchmarkConfig
 
-SHIPPED = Path(__file__).parents[2] / "pipelines" / "backbones" / "tiny"
+SHIPPED = Path(__file__).parents[3] / "pipelines" / "backbones" / "tiny"
 
 
 @pytest.fixture(scope="module")

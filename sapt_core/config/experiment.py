@@ -16,11 +16,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from sapt_core.addresses import redacted
+from sapt_core.config.overrides import parsed
 from sapt_core.errors import ConfigError
-from sapt_core.hashing import canonical_hash
+from sapt_core.io.addresses import redacted
+from sapt_core.io.hashing import canonical_hash
+from sapt_core.io.shipped import config_file, shipped_configs
 from sapt_core.methods.base import DEFAULT, AnyMethod, Method, default_method, find_method
-from sapt_core.overrides import parsed
 from sapt_core.settings import (
     PET_TYPES,
     AttentionConfig,
@@ -36,11 +37,10 @@ from sapt_core.settings import (
     ReflectionConfig,
     TrainConfig,
 )
-from sapt_core.shipped import config_file, shipped_configs
 
 
 class ExperimentConfig(PlacesConfig):
-    """A whole experiment. Relative paths count from the working folder, see ``sapt_core.shipped``."""
+    """A whole experiment. Relative paths count from the working folder, see ``sapt_core.io.shipped``."""
 
     seed: int = Field(0, ge=0, description="Of all that is random, but for the dev split.")
     benchmark: BenchmarkConfig = Field(description="The tasks.")
@@ -85,7 +85,7 @@ class ExperimentConfig(PlacesConfig):
         pet, generator = self.pet, self.generator
         if isinstance(pet, LoRAConfig) and "target_modules" not in generator.pet.model_fields_set:
             own = generator.pet.model_copy(update={"target_modules": pet.target_modules})
-            # Not among the fields that were set: ``sapt_core.unused`` tells of those.
+            # Not among the fields that were set: ``sapt_core.config.unused`` tells of those.
             self.__dict__["generator"] = GeneratorConfig.model_construct(
                 generator.model_fields_set, **{**dict(generator), "pet": own}
             )
