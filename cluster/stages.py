@@ -242,10 +242,19 @@ def _is_finite(value: Json) -> bool:
     return True
 
 
-def run_alone(stage: Stage, key: str, inputs: Mapping[str, StageRecord], store: ArtifactStore) -> StageRecord:
-    """Run a stage in this process as the only worker, resumable through the store, and commit its record.
+def run_alone(
+    stage: Stage, key: str, inputs: Mapping[str, StageRecord], store: ArtifactStore, *, world_size: int = 1
+) -> StageRecord:
+    """Run a stage's body here, resumable through the store, as the only run at it, and commit its record.
 
     A run that is at the same stage is waited for, and so is a store that does not answer for some minutes.
+
+    Args:
+        stage: its body is called.
+        key: of the stage.
+        inputs: records of its inputs.
+        store: of the records.
+        world_size: of the workers whom the body has do it, where it does not do it itself.
     """
 
     def attempt() -> StageRecord:
@@ -264,7 +273,8 @@ def run_alone(stage: Stage, key: str, inputs: Mapping[str, StageRecord], store: 
                 checkpoints=store.checkpoints(key),
             )
             result = stage.body(context)
-            record = commit(stage, key, inputs, result, store, seconds=time.monotonic() - start, world_size=1)
+            seconds = time.monotonic() - start
+            record = commit(stage, key, inputs, result, store, seconds=seconds, world_size=world_size)
             store.drop_checkpoints(key)
             return record
 

@@ -107,6 +107,14 @@ def capacity() -> dict[str, float]:
     return {name: max(sum(node.get(name, 0) for node in nodes), limits.get(name, 0)) for name in names}
 
 
+def available() -> dict[str, float]:
+    """CPUs, GPUs and bytes of memory of the connected cluster that nobody holds at this moment."""
+    import ray  # noqa: PLC0415
+
+    free = ray.available_resources()  # type: ignore[no-untyped-call]
+    return {name: free.get(name, 0) for name in ("CPU", "GPU", "memory")}
+
+
 def largest(name: str) -> float:
     """The most that a node of the connected cluster has of a resource."""
     return max((node.get(name, 0) for node in _nodes()), default=0)

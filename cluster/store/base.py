@@ -6,7 +6,6 @@ Layout, relative to the store's root:
     records/<key>.json                  one per finished stage; the first writer wins
     checkpoints/<key>/<n>-<id>/<file>   resumable state of a running stage, manifest.json written last
     leases/<key>.json                   who is at work on a stage
-    train/<run>/                        what Ray Train keeps while a training stage runs
     probes/                             what ``check`` writes and deletes
 """
 
@@ -94,18 +93,6 @@ class ArtifactStore(ABC):
     @abstractmethod
     def delete_folder(self, folder: str) -> None:
         """Remove everything under a folder of the store; nothing happens if there is nothing."""
-
-    @abstractmethod
-    def train_storage(self) -> tuple[str, Any]:
-        """Where Ray Train keeps its runs: a path, and its pyarrow file system where that is not a local one."""
-
-    @abstractmethod
-    def check_training(self) -> None:
-        """Use a probe as Ray Train's own client uses its files; ``check`` knows the store's client alone.
-
-        Raises:
-            StoreError: it cannot work there.
-        """
 
     @contextmanager
     def _drafts(self) -> Iterator[Path]:

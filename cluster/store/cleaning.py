@@ -56,18 +56,16 @@ def unreachable(store: ArtifactStore, *, grace: timedelta = GRACE, keep: Iterabl
     """
     # Blobs before records: a record that comes in between reaches what is listed already.
     blobs = store._list("blobs")
-    keys = [_last(entry.name).removesuffix(".json") for entry in store._list("records")]
+    keys = {_last(entry.name).removesuffix(".json") for entry in store._list("records")}
     reached = _reached(store, keys, keep)
     found = [Leftover(blob, NO_RECORD) for blob in blobs if _last(blob.name) not in reached]
-    done = {*keys, *(key[:16] for key in keys)}  # a folder of Ray Train's has its stage's kind and half its key
-    for folder in ("checkpoints", "train"):
-        stages: defaultdict[str, list[Entry]] = defaultdict(list)
-        for entry in store._list(folder):
-            stages[entry.name.split("/")[1]].append(entry)
-        for stage, entries in stages.items():
-            why = FINISHED if stage.rpartition("-")[2] in done else BROKEN_OFF
-            youngest = min(entry.age for entry in entries)  # the whole goes or stays
-            found += [Leftover(entry._replace(age=youngest), why) for entry in entries]
+    stages: defaultdict[str, list[Entry]] = defaultdict(list)
+    for entry in store._list("checkpoints"):
+        stages[entry.name.split("/")[1]].append(entry)
+    for key, entries in stages.items():
+        why = FINISHED if key in keys else BROKEN_OFF
+        youngest = min(entry.age for entry in entries)  # the whole goes or stays
+        found += [Leftover(entry._replace(age=youngest), why) for entry in entries]
     found += [Leftover(entry, KILLED) for folder in ("leases", "probes", "tmp") for entry in store._list(folder)]
     return [each for each in found if each.entry.age > grace.total_seconds()]
 
@@ -90,7 +88,7 @@ def remove(store: ArtifactStore, leftovers: Sequence[Leftover]) -> int:
         return sum(pool.map(removed, leftovers))
 
 
-def _reached(store: ArtifactStore, keys: Sequence[str], keep: Iterable[str]) -> set[str]:
+def _reached(store: ArtifactStore, keys: Iterable[str], keep: Iterable[str]) -> set[str]:
     """Digests that the records and the manifests name, and those manifests' parents, and so on."""
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         records = [record for record in pool.map(store.read_record, keys) if record is not None]

@@ -34,9 +34,6 @@ class LocalStore(ArtifactStore):
     def uri(self) -> str:
         return str(self.folder)
 
-    def train_storage(self) -> tuple[str, None]:
-        return str(self.folder / "train"), None
-
     def check(self) -> None:
         super().check()
         with self._faults("clear"):
@@ -44,9 +41,6 @@ class LocalStore(ArtifactStore):
                 with suppress(FileNotFoundError):
                     if time.time() - left.stat().st_mtime > _STALE_SECONDS:
                         _remove(left)
-
-    def check_training(self) -> None:
-        """Nothing: Ray Train uses the folder as ``check`` does."""
 
     def _write(self, name: str, data: bytes) -> None:
         with self._faults("write"), self._part() as (part, file):

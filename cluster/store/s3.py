@@ -12,7 +12,6 @@ from email.utils import parsedate_to_datetime
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, TypeVar
-from urllib.parse import urlsplit
 
 import boto3
 from boto3.s3.transfer import TransferConfig
@@ -86,17 +85,6 @@ class S3Store(ArtifactStore):
                 "Mend store.endpoint_url or the AWS environment."
             ) from None  # the cause would show the address as it was given
 
-    def train_storage(self) -> tuple[str, Any]:
-        """Path and pyarrow file system of ``train/``, with the client's endpoint, region and credentials source."""
-        from pyarrow.fs import S3FileSystem  # noqa: PLC0415
-
-        address = urlsplit(without_user(self.client.meta.endpoint_url))
-        options: dict[str, str] = {}
-        if not address.netloc.endswith(".amazonaws.com"):
-            options = {"endpoint_override": address.netloc, "scheme": address.scheme}
-        filesystem = S3FileSystem(region=self.client.meta.region_name, **options)
-        return f"{self.bucket}/{self._key('train')}", filesystem
-
     def check(self) -> None:
         super().check()
         name = f"probes/{uuid.uuid4().hex}"
@@ -105,21 +93,6 @@ class S3Store(ArtifactStore):
             self._require("take an object in parts", self._read(name) == b"parts")
         finally:
             self._delete(name)
-
-    def check_training(self) -> None:
-        path, filesystem = self.train_storage()
-        probe = f"probe-{uuid.uuid4().hex}"
-        try:
-            with filesystem.open_output_stream(f"{path}/{probe}/file") as file:
-                file.write(b"probe")
-            filesystem.delete_dir(f"{path}/{probe}")
-        except OSError as error:
-            self.discard(f"train/{probe}")
-            raise StoreError(
-                f"Ray Train's own S3 client cannot keep checkpoints in the store {self.uri} at {self._place()}: "
-                f"{redacted(str(error))} Give cluster.train_workers=0, with which the store's client keeps them, or "
-                "use another server."
-            ) from None
 
     def _write(self, name: str, data: bytes) -> None:
         self._upload(name, io.BytesIO(data))

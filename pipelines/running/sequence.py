@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from argparse import Namespace
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from typing import TYPE_CHECKING, Any
 
 from cluster.processes import stage_processes
 from cluster.stages import Executor, InlineExecutor, run_graph
-from cluster.store import ArtifactStore, open_store
+from cluster.store import ArtifactStore
 from pipelines.console.places import is_passing
 from pipelines.reports import page
 from pipelines.running.monitor import Monitor
@@ -113,13 +113,11 @@ def ray_executor(config: ExperimentConfig, stack: ExitStack) -> Executor[Any]:
     """Connect to Ray until ``stack`` is closed, and see that it has what the config asks for."""
     from cluster.on_ray.session import check_resources, connect  # noqa: PLC0415  not with --inline
 
-    if config.cluster.train_workers:
-        open_store(config.store).check_training()
     stack.enter_context(connect(config.cluster))
     check_resources(config.cluster)
     from cluster.on_ray.executor import RayExecutor  # noqa: PLC0415
 
-    return RayExecutor(config.store, config.cluster)
+    return stack.enter_context(closing(RayExecutor(config.store, config.cluster)))
 
 
 def run(experiment: Experiment, store: ArtifactStore, executor: Executor[Any], monitor: Monitor) -> None:

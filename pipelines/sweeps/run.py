@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -367,4 +367,5 @@ class _Body:
         from cluster.on_ray.executor import RayExecutor  # noqa: PLC0415  on Ray alone
 
         cluster = self.setup.sweep.experiment(point).cluster
-        trials.try_point(self.setup, point, report, lambda _: RayExecutor(self.setup.store, cluster))
+        with closing(RayExecutor(self.setup.store, cluster)) as executor:
+            trials.try_point(self.setup, point, report, lambda _: executor)

@@ -7,7 +7,9 @@ import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import pytest
@@ -19,6 +21,9 @@ from cluster.store.s3 import S3Store
 from sapt_core.errors import ClusterError, DataError
 from sapt_core.settings import ClusterConfig, StoreConfig
 from tests.states import load, save
+
+if TYPE_CHECKING:
+    from cluster.on_ray.executor import RayExecutor
 
 pytestmark = pytest.mark.integration
 
@@ -42,11 +47,16 @@ def config(tmp_path: Path) -> StoreConfig:
     return StoreConfig(uri=str(tmp_path / "store"))
 
 
-def run(stages: list[Stage], config: StoreConfig, events: list[StageEvent] | None = None) -> dict[str, StageRecord]:
+def executor_of(config: StoreConfig) -> closing[RayExecutor]:
     from cluster.on_ray.executor import RayExecutor
 
+    return closing(RayExecutor(config, CLUSTER))
+
+
+def run(stages: list[Stage], config: StoreConfig, events: list[StageEvent] | None = None) -> dict[str, StageRecord]:
     on_event = events.append if events is not None else (lambda _: None)
-    done = run_graph(stages, open_store(config), RayExecutor(config, CLUSTER), on_event)
+    with executor_of(config) as executor:
+        done = run_graph(stages, open_store(config), executor, on_event)
     return {stage.name: record for stage, record in done.items()}
 
 
@@ -68,8 +78,12 @@ def train(context: StageContext) -> StageResult:
             raise DataError("The rows are broken:", ["row 1"])
         if context.reads.get("die_at") == step and context.is_main and not Path(context.reads["log"]).exists():
             Path(context.reads["log"]).write_text("died\n")
-            time.sleep(5)  # the controller asks for reports every two seconds; those it has not seen do not count
             os.kill(os.getpid(), signal.SIGKILL)
+        if context.reads.get("keeper_dies_at") == step and not Path(context.reads["log"]).exists():
+            Path(context.reads["log"]).write_text("died\n")
+            (keeper,) = [each for each in psutil.process_iter() if each.cmdline()[:1] == ["ray::WarmWorkers.run"]]
+            keeper.send_signal(signal.SIGKILL)
+            time.sleep(60)  # Ray ends this process too
         save(context.checkpoints, {"step": b"%d" % (step + 1)})
     total = torch.tensor([float(context.rank + 1)])
     distributed.all_reduce(total)
@@ -96,8 +110,7 @@ def test_graph_with_a_training_stage(config: StoreConfig, workers: int) -> None:
     assert done["train"].values == {"sum": workers * (workers + 1) / 2, "world_size": workers}
     assert done["train"].metrics == {"first_step": 0, "threads": "1"}
     assert done["train"].world_size == workers
-    left = Path(config.uri)
-    assert list((left / "train").iterdir()) == []  # Ray Train's folder goes when the record is there
+    assert {path.name for path in Path(config.uri).iterdir()} == {"blobs", "records", "tmp"}  # no checkpoints
     events: list[StageEvent] = []
     assert run(stages, config, events) == done
     assert {event.kind for event in events} == {"planned", "cached"}
@@ -123,21 +136,61 @@ def train_once(context: StageContext) -> StageResult:
 
 
 def test_two_drivers_at_one_stage_do_its_work_once(config: StoreConfig, tmp_path: Path) -> None:
-    from cluster.on_ray.executor import RayExecutor
-
     log = tmp_path / "log"
     stage = Stage("train", "train", train_once, {"log": str(log)}, workers=1)
     store = open_store(config)
-    with ThreadPoolExecutor(2) as pool:
-        done = list(pool.map(lambda _: run_graph([stage], store, RayExecutor(config, CLUSTER)), range(2)))
+    with ThreadPoolExecutor(2) as pool, executor_of(config) as first, executor_of(config) as second:
+        done = list(pool.map(lambda executor: run_graph([stage], store, executor), (first, second)))
     assert log.read_text() == "trained\n"
     assert done[0] == done[1]
-    assert list(Path(config.uri, "train").iterdir()) == []
     assert not Path(config.uri, "leases").exists()
 
 
 def where(context: StageContext) -> StageResult:
     return StageResult(values={"process": os.getpid()})
+
+
+def places(context: StageContext) -> StageResult:
+    """The processes of all workers."""
+    from torch import distributed
+
+    found = [0] * context.world_size
+    distributed.all_gather_object(found, os.getpid())
+    return StageResult(metrics={"processes": found})
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_training_stages_share_their_workers(config: StoreConfig, workers: int) -> None:
+    stages = [Stage("train 0", "train", places, {"n": 0}, workers=workers)]
+    for number in (1, 2):
+        stages += [Stage(f"train {number}", "train", places, {"n": number}, {"x": stages[-1]}, workers=workers)]
+    done = run(stages, config)
+    print(f"stages: {[record.seconds for record in done.values()]} s")
+    processes = [done[stage.name].metrics["processes"] for stage in stages]
+    assert processes == [processes[0]] * 3
+    assert len(set(processes[0])) == workers
+    assert all(done[stage.name].seconds < done[stages[0].name].seconds / 2 for stage in stages[1:])
+    assert not any(map(is_alive, processes[0]))  # closing lets them go
+
+
+def test_idle_workers_make_way(config: StoreConfig) -> None:
+    """Of four CPUs they hold two, which a stage needs; one that needs the other two leaves them where they are."""
+    trained = Stage("train", "train", places, workers=2)
+    beside = Stage("beside", "load", where, {"n": 1}, {"x": trained}, cpus=2)
+    trained_on = Stage("train on", "train", places, {"n": 1}, {"x": beside}, workers=2)
+    instead = Stage("instead", "load", where, {"n": 2}, {"x": trained_on}, cpus=4)
+    seen: list[bool] = []
+
+    def look(event: StageEvent) -> None:
+        if event.kind == "finished" and event.stage in {beside, instead} and event.record is not None:
+            seen.append(any(map(is_alive, records["train"])))
+        if event.kind == "finished" and event.record is not None and event.stage in {trained, trained_on}:
+            records["train"] = event.record.metrics["processes"]
+
+    records: dict[str, list[int]] = {}
+    with executor_of(config) as executor:
+        run_graph([instead], open_store(config), executor, look)
+        assert seen == [True, False]
 
 
 def is_alive(process: int) -> bool:
@@ -163,10 +216,9 @@ def test_no_process_keeps_a_large_backbone(config: StoreConfig, memory: int) -> 
             processes.append(event.record.values["process"])
 
     processes: list[int] = []
-    from cluster.on_ray.executor import RayExecutor
-
     training = Stage("train", "train", where, inputs={stage.name: stage for stage in loading})
-    run_graph([training, *loading], open_store(config), RayExecutor(config, CLUSTER), look)
+    with executor_of(config) as executor:
+        run_graph([training, *loading], open_store(config), executor, look)
     assert len(processes) == 3
     assert seen == [not memory]
 
@@ -212,7 +264,35 @@ def test_killed_training_worker_resumes_from_its_checkpoint(config: StoreConfig,
     done = run([Stage("train", "train", train, reads, workers=2)], config)
     assert log.read_text() == "died\n"
     assert done["train"].metrics["first_step"] == 2
-    assert list(Path(config.uri, "train").iterdir()) == []
+
+
+@pytest.mark.chaos
+def test_a_training_worker_that_dies_for_good(config: StoreConfig) -> None:
+    with pytest.raises(ClusterError, match="Stage mortal lost a training worker 2 times"):
+        run([Stage("mortal", "mortal", die, workers=1)], config)
+
+
+@pytest.mark.chaos
+def test_a_killed_worker_costs_its_own_stage_alone(config: StoreConfig, tmp_path: Path) -> None:
+    """The second stage of the same workers resumes; the one before stays, and the one after starts with others."""
+    log = tmp_path / "log"
+    first = Stage("first", "train", train, {"steps": 2}, workers=2)
+    second = Stage("second", "train", train, {"steps": 4, "die_at": 2, "log": str(log)}, {"x": first}, workers=2)
+    third = Stage("third", "train", train, {"steps": 3}, {"x": second}, workers=2)
+    events: list[StageEvent] = []
+    done = run([first, second, third], config, events)
+    assert log.read_text() == "died\n"
+    assert [done[name].metrics["first_step"] for name in ("first", "second", "third")] == [0, 2, 0]
+    assert [event.stage.name for event in events if event.kind == "finished"] == ["first", "second", "third"]
+
+
+@pytest.mark.chaos
+def test_the_process_that_keeps_the_workers_dies(config: StoreConfig, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    reads = {"steps": 3, "keeper_dies_at": 2, "log": str(log)}
+    done = run([Stage("train", "train", train, reads, workers=1)], config)
+    assert log.read_text() == "died\n"
+    assert done["train"].metrics["first_step"] == 2
 
 
 def test_training_stage_on_s3(s3_endpoint: str, aws_environment: None) -> None:
