@@ -318,8 +318,8 @@ class ClusterConfig(Section):
     train_workers: int = Field(
         1,
         ge=0,
-        description="Ray Train workers of a training stage; 0 trains in the stage's own Ray task, which saves "
-        "Ray Train's start (some ten seconds) where stages are short.",
+        description="Ray Train workers of a training stage. They start once (some ten seconds) and stay for the next "
+        "stage while nothing else needs their place; 0 trains in the stage's own Ray task.",
     )
     cpus_per_worker: float = Field(1, gt=0, description="CPUs of a worker, and of every other stage.")
     gpus_per_worker: float = Field(0, ge=0, description="GPUs of a worker, and of a stage that scores.")

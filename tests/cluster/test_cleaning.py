@@ -153,28 +153,21 @@ def test_a_manifest_that_is_none_stops_it(store: LocalStore) -> None:
         unreachable(store)
 
 
-def test_checkpoints_and_folders_of_ray_train(store: LocalStore, versions: dict[str, str]) -> None:
+def test_checkpoints(store: LocalStore, versions: dict[str, str]) -> None:
     for name in ("train 1", "broken off", "at work"):
         save(store.checkpoints(key(name)), {"state.bin": b"1"})
-        folder = store.folder / "train" / f"train-{key(name)[:16]}" / "checkpoint"
-        folder.mkdir(parents=True)
-        (folder / "state.bin").write_bytes(b"2")
     age(store, 90)
     save(store.checkpoints(key("at work")), {"state.bin": b"3"})  # its first one is as old as the others
-    (store.folder / "train" / f"train-{key('at work')[:16]}" / "snapshot.json").write_text("{}")
     listed = unreachable(store)
     assert {"/".join(each.entry.name.split("/")[:2]): each.why for each in listed} == {
         f"checkpoints/{key('train 1')}": FINISHED,
         f"checkpoints/{key('broken off')}": BROKEN_OFF,
-        f"train/train-{key('train 1')[:16]}": FINISHED,
-        f"train/train-{key('broken off')[:16]}": BROKEN_OFF,
     }
     remove(store, [each for each in listed if each.why == FINISHED])
     assert {path.name for path in (store.folder / "checkpoints").iterdir()} == {key("broken off"), key("at work")}
     assert load(store.checkpoints(key("broken off"))) == {"state.bin": b"1"}
     remove(store, listed)
     assert {path.name for path in (store.folder / "checkpoints").iterdir()} == {key("at work")}
-    assert {path.name for path in (store.folder / "train").iterdir()} == {f"train-{key('at work')[:16]}"}
     assert load(store.checkpoints(key("at work"))) == {"state.bin": b"3"}
 
 

@@ -7,13 +7,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import boto3
 import pytest
 
 from cluster.tracking.service import client_of
 from pipelines import continual
 from pipelines.console import cli
-from tests.s3_faults import Refusal, faulty_s3
 from tests.sequences import ROOT, Cluster, Outcome, command, run
 
 pytest_plugins = ["tests.mlflow_servers", "tests.ray_cluster"]
@@ -81,17 +79,6 @@ def test_wrong_s3_credentials(submit: Submit, strict_s3_endpoint: str, aws_envir
     endpoint = f"store.endpoint_url={strict_s3_endpoint}"
     is_refused(submit("s3://pools/sapt", f"sqlite:///{tmp_path}/mlflow.db", endpoint), "credentials are refused")
     assert not (tmp_path / "mlflow.db").exists()
-
-
-def test_s3_that_ray_trains_client_cannot_use(submit: Submit, aws_environment: None, tmp_path: Path) -> None:
-    with faulty_s3() as server:
-        server.fault = lambda asked: (
-            Refusal("400 Bad Request", "MissingContentMD5") if "delete" in asked.query else None
-        )
-        boto3.client("s3", endpoint_url=server.endpoint).create_bucket(Bucket="pools")
-        places = ("s3://pools/sapt", f"sqlite:///{tmp_path}/mlflow.db", f"store.endpoint_url={server.endpoint}")
-        is_refused(submit(*places, "cluster.train_workers=1"), r"Ray Train's own S3 client .* cluster\.train_workers=0")
-        is_refused(submit(*places, "cluster.train_workers=0"), "No Ray cluster answers")
 
 
 def test_nobody_answers_for_ray(submit: Submit, tmp_path: Path, migrated_database: Path) -> None:

@@ -192,15 +192,6 @@ def test_a_server_that_deletes_lists_only_with_md5_will_do(server: FaultyS3, sto
     assert names(store) == set()
 
 
-def test_ray_trains_client_does_not_work_there_and_says_so_before_a_run(server: FaultyS3, store: S3Store) -> None:
-    store.check_training()
-    server.fault = wants_md5
-    with pytest.raises(StoreError, match=r"Ray Train's own S3 client .*MissingContentMD5.*cluster\.train_workers=0"):
-        store.check_training()
-    server.fault = lambda _: None
-    assert [name for name in names(store) if not name.endswith("/")] == []
-
-
 REFUSED: dict[str, Callable[[Request], bool]] = {
     "a plain put": lambda r: r.method == "PUT" and not r.has("If-None-Match") and not r.has("x-amz-copy-source"),
     "a conditional put": lambda r: r.method == "PUT" and r.has("If-None-Match"),
