@@ -121,10 +121,10 @@ class RayExecutor:
 
     def _make_way(self, stage: Stage) -> None:
         """Let idle workers go if the stage needs what they hold: here, or in the place of other drivers' stages."""
-        there, free = capacity(), available()
         idle = [each.stage for each in self._kept if not each.busy]
+        there, free = capacity(), available()
         held = [_needs(each) for each in (*(running for running, _ in self._running.values()), *idle)]
-        if any(
+        if idle and any(
             need > min(there[name] - sum(each[name] for each in held), free[name])
             for name, need in _needs(stage).items()
             if need
