@@ -43,9 +43,10 @@ def main() -> None:
     cli.check_output(arguments.output)
     experiment = load_experiment(arguments.config, arguments.overrides)
     config, graph, store = experiment.config, experiment.graph, open_store(experiment.config.store)
-    needed = (*graph.prepare, *graph.kept)
+    reflected_on = graph.kept[: len(graph.train) - 1]
+    needed = (*graph.prepare, *reflected_on)
     records = done(needed, store)
-    if not graph.kept or not records.keys() >= {*needed}:
+    if not reflected_on or not records.keys() >= {*needed}:
         raise SaptError(f"{store.uri} does not hold what reflection keeps of these tasks: run the same config first")
 
     model, tokenizer = load_backbone(experiment.backbone, store)
@@ -74,7 +75,7 @@ def main() -> None:
         is_encoder_decoder=bool(model.config.is_encoder_decoder),
     )
     found: list[dict[str, Any]] = []
-    for index, stage in enumerate(graph.kept):
+    for index, stage in enumerate(reflected_on):
         task, kept = tasks[index], kept_inputs(store, records[stage])
         if isinstance(kept, GaussianQueries):
             pooled = kept.draw(DRAWS, torch.Generator().manual_seed(config.seed))

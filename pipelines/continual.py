@@ -36,7 +36,7 @@ def main() -> None:
     store = open_store(experiment.config.store)
     if not arguments.dry_run:
         store.check()
-    states = plan(experiment.graph.stages, store)
+    states = plan(experiment.graph.published, store)
     Monitor(experiment, store, None).show_plan(states)
     if arguments.dry_run:
         if not arguments.inline:

@@ -69,7 +69,8 @@ class Lineage:
 
     Attributes:
         asked: the sequence in words, for messages.
-        names: of its versions, oldest first, as known before they are learnt; an ancestor has the same name.
+        names: of its versions, oldest first, as known before they are learnt; an ancestor has the same name. Empty
+            where it is not said, for versions before one that the sequence goes on from.
         sweep: the sweep whose best trial it is: the next one may learn with other settings.
     """
 
@@ -107,7 +108,7 @@ class PoolRegistry:
             return
         newest = versions[max(versions)]
         known = {found.tags.get(LINEAGE) for found in versions.values()}
-        if lineage.holds(newest.tags) or (lineage.names and known.issuperset(lineage.names)):
+        if lineage.holds(newest.tags) or (lineage.names and known.issuperset(filter(None, lineage.names))):
             return
         learnt = newest.tags.get("tasks") or newest.tags.get("task", "not known")
         raise LineageError(

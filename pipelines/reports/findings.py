@@ -194,7 +194,8 @@ def collect(
             kl=tuple(None if rows is None else moved(manifest, rows) for rows in dev),
         )
     kept = take(graph.kept[: version - 1])
-    compared = take(graph.quality[: version - 1])
+    compared = take(graph.quality[: max(version - 1 - graph.known, 0)])
+    qualities = dict(enumerate(compared, start=graph.known))
     return Findings(
         experiment=experiment,
         manifest=manifest,
@@ -206,7 +207,7 @@ def collect(
         curves=tuple(read_curve(record, store) for record in learnt),
         attention=attention,
         reflected=tuple(bool(record and record.metrics["bytes"]) for record in kept) + (False,) * (version - len(kept)),
-        samples=tuple(_samples(*pair) for pair in zip(kept, compared, strict=True)) if compared else (),
+        samples=tuple(_samples(record, qualities.get(index)) for index, record in enumerate(kept)) if compared else (),
         answers=tuple(_answers(row[index], scored[-1][index], store) for index, row in enumerate(scored)),
         records=tuple(record.key for record in used.values()),
         finished_at=max(record.finished_at for record in used.values()),

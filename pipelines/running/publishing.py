@@ -25,9 +25,11 @@ from sapt_core.versions.manifest import Manifest
 
 def lineage_of(experiment: Experiment, sweep: str | None = None) -> Lineage:
     """What the registry compares with the pool that it holds."""
-    tasks = ", ".join(task.name for task in experiment.tasks)
+    tasks = ", ".join(task.name for task in experiment.every_task)
     asked = f"method {experiment.config.method.name}, tasks {tasks}"
-    return Lineage(asked if sweep is None else f"{asked} (the best trial of sweep {sweep})", experiment.lineage, sweep)
+    return Lineage(
+        asked if sweep is None else f"{asked} (the best trial of sweep {sweep})", experiment.graph.lineage, sweep
+    )
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class MLflowPublisher:
             "git_commit": experiment.commit,
             **({} if sweep is None else {SWEEP: sweep}),
         }
-        suite = f"{config.benchmark.suite} {len(experiment.tasks)} tasks"
+        suite = f"{config.benchmark.suite} {len(experiment.every_task)} tasks"
         name = name or f"{config.method.name} {suite} seed {config.seed}"
         params = _flat(config.model_dump(mode="json", exclude={"store", "tracking", "cluster", "diagnostics"}))
         self.versions: list[int | None] = []
@@ -226,7 +228,7 @@ def _datasets(experiment: Experiment) -> list[LoggedDataset]:
             name=task.name,
             digest=task.digest,
             folder=None if folder is None else str(folder.absolute() / task.name),
-            rows={split: len(getattr(task, split)) for split in ("train", "dev", "test")},
+            rows=dict(task.rows),
             context=context,
         )
         for context, tasks in (("training", experiment.tasks), ("evaluation", experiment.unseen))

@@ -124,4 +124,4 @@ def ray_executor(config: ExperimentConfig, stack: ExitStack) -> Executor[Any]:
 
 def run(experiment: Experiment, store: ArtifactStore, executor: Executor[Any], monitor: Monitor) -> None:
     experiment.upload(store)
-    run_graph(experiment.graph.stages, store, executor, monitor.on_event)
+    run_graph(experiment.graph.published, store, executor, monitor.on_event)

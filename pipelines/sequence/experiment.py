@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 from cluster.stages import StageRecord, find_record
 from cluster.store import ArtifactStore, open_store
+from pipelines.sequence.base import Base, read_base
 from pipelines.sequence.graph import SequenceGraph, build_graph
 from sapt_core.backbones.loading import store_backbone
 from sapt_core.backbones.reference import BackboneRef, identify
@@ -22,10 +23,11 @@ from sapt_core.config.experiment import ExperimentConfig, load_config
 from sapt_core.config.preflight import check_backbone, settle_precision, with_precision
 from sapt_core.config.unused import keys_of, unused, warn_of_unused
 from sapt_core.data import load_inputs, load_sequence
-from sapt_core.data.task import Task
+from sapt_core.data.task import KnownTask, Task
 from sapt_core.errors import ConfigError, FaultsError, SaptError
 from sapt_core.io.hashing import canonical_hash
 from sapt_core.settings import BackboneConfig, BenchmarkConfig
+from sapt_core.versions.manifest import Manifest
 
 # Versions of stages that keys did not hold yet: left out, so that the records of that time stay valid.
 UNKEYED = {"pseudo_samples": 3, "train seekr": 2}
@@ -42,7 +44,8 @@ class Experiment:
 
     Attributes:
         config: as validated, with a number format in the place of ``train.precision`` auto.
-        tasks: those of the sequence, oldest first.
+        tasks: those that are learnt, oldest first.
+        base: the version that is gone on from, with the tasks that come before; None for a sequence from its start.
         unseen: those that are scored and never learnt.
         backbone: by content.
         graph: the stages.
@@ -57,45 +60,31 @@ class Experiment:
     graph: SequenceGraph
     samples: Mapping[str, bytes]
     commit: str
+    base: Base | None = None
+
+    @property
+    def every_task(self) -> tuple[Task | KnownTask, ...]:
+        """The tasks of the pool once all are learnt, oldest first."""
+        return (*(() if self.base is None else self.base.tasks), *self.tasks)
 
     @property
     def key(self) -> str:
         """sha256 over config, data and backbone, and over what stages and method have learnt to do otherwise."""
         given = [hashlib.sha256(data).hexdigest() for data in self.samples.values()]
         unseen = [[task.digest for task in self.unseen]] if self.unseen else []
-        versions = {stage.kind: stage.version for stage in self.graph.stages}
+        versions = {stage.kind: stage.version for stage in self.graph.stages if stage.kind != "carried"}
         versions[f"train {self.config.method.name}"] = versions.pop("train")
         raised = {kind: version for kind, version in versions.items() if version != UNKEYED.get(kind, 1)}
-        what = [self.config.digest(), self.data_digest, self.backbone.digest, *given, *unseen]
+        before = [] if self.base is None else [self.base.manifest.digest]
+        what = [self.config.digest(), self.data_digest, self.backbone.digest, *given, *unseen, *before]
         if self.backbone.joined:  # a backbone's digest is of earlier releases' too, which tokenised in two parts
             raised["joined"] = 1
         return canonical_hash([*what, raised] if raised else what)
 
     @property
-    def lineage(self) -> tuple[str, ...]:
-        """A name of every version that is known before it is learnt: a hash of all that it will be learnt from.
-
-        Two sequences that begin with the same tasks, learnt alike, have the same first names.
-        """
-        names: list[str] = []
-        for task, stage in zip(self.tasks, self.graph.train, strict=True):
-            kept = {name: source for name, source in stage.inputs.items() if name not in {"task", "parent"}}
-            names.append(
-                canonical_hash(
-                    [
-                        names[-1:],
-                        [stage.kind, stage.version, dict(stage.reads)],
-                        {name: [source.kind, source.version, dict(source.reads)] for name, source in kept.items()},
-                        replace(task, test=()).digest,  # other test rows make no other version
-                    ]
-                )
-            )
-        return tuple(names)
-
-    @property
     def data_digest(self) -> str:
         """sha256 over the text of all tasks of the sequence."""
-        return canonical_hash([task.digest for task in self.tasks])
+        return canonical_hash([task.digest for task in self.every_task])
 
     def upload(self, store: ArtifactStore) -> None:
         """Put what the stages start from into the store: the tasks' text, given samples and the backbone's files."""
@@ -112,6 +101,7 @@ class Experiment:
             "samples": list(self.samples),
             "tasks": len(self.tasks),
             "unseen": len(self.unseen),
+            **({} if self.base is None else {"base": self.base.manifest.digest}),
         }
         texts = [hashlib.sha256(data).hexdigest() for data in self.samples.values()]
         digests = [task.digest for task in (*self.tasks, *self.unseen)]
@@ -188,7 +178,10 @@ def _remembered(config: ExperimentConfig, store: ArtifactStore) -> Experiment | 
     if config.train.precision == "auto":
         config = with_precision(config, values["precision"])
     given = {name: store.get(digest) for name, digest in samples.items()}
-    return Experiment(config, tasks, unseen, ref, build_graph(config, tasks, unseen, ref, samples), given, git_commit())
+    version = values.get("base")
+    base = None if version is None else read_base(Manifest.from_bytes(store.get(version)), store)
+    graph = build_graph(config, tasks, unseen, ref, samples=samples, base=base)
+    return Experiment(config, tasks, unseen, ref, graph, given, git_commit(), base)
 
 
 def _described_under(config: ExperimentConfig) -> Iterator[str]:
@@ -238,7 +231,7 @@ def assemble(
         raise faults[0]
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in samples.items()}
     tasks, unseen = tasks[:learnt], tasks[learnt:]
-    graph = build_graph(config, tasks, unseen, ref, digests)
+    graph = build_graph(config, tasks, unseen, ref, samples=digests)
     return Experiment(config, tasks, unseen, ref, graph, samples, git_commit())
 
 
@@ -266,8 +259,10 @@ def git_commit() -> str:
 
 
 def _given_samples(config: ExperimentConfig, tasks: Sequence[Task]) -> dict[str, bytes]:
-    """The inputs that reflection source ``given`` has for every task but the last, as the store keeps them."""
+    """The inputs that reflection source ``given`` has of the tasks, as the store keeps them."""
     if config.reflection.data_dir is None or not config.method.shared_attention:
         return {}
-    inputs = load_inputs(config.reflection.data_dir, [task.name for task in tasks[:-1]])
+    # The newest is reflected on by tasks that are still to come, and need not be there yet.
+    there = [task.name for task in tasks[-1:] if (config.reflection.data_dir / task.name).is_dir()]
+    inputs = load_inputs(config.reflection.data_dir, [*(task.name for task in tasks[:-1]), *there])
     return {name: json.dumps(texts).encode() for name, texts in inputs.items()}

@@ -101,7 +101,7 @@ class Setup:
         config = self.sweep.experiment(point)
         if config.train.precision == "auto":
             config = with_precision(config, self.precision)
-        return build_graph(config, self.tasks, (), self.backbone, self.samples)
+        return build_graph(config, self.tasks, (), self.backbone, samples=self.samples)
 
     def shared(self, points: Sequence[Mapping[str, Scalar]]) -> list[Stage]:
         """Stages that several of the trials have in common, each once and under a name of its own."""

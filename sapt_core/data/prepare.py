@@ -318,9 +318,10 @@ class PreparedTask:
 
     @classmethod
     def from_blobs(cls, blobs: Mapping[str, bytes]) -> PreparedTask:
-        """Read what ``to_blobs`` wrote; the tables are used in place, not copied."""
+        """Read what ``to_blobs`` wrote, in place and not copied. A split that is not there has no rows."""
         meta = json.loads(blobs["meta.json"])
-        splits = {split: read_split(blobs[f"{split}.arrow"]) for split in SPLITS}
+        none = _stream(datasets.Dataset(datasets.table.InMemoryTable(SCHEMA.empty_table())))
+        splits = {split: read_split(blobs.get(f"{split}.arrow", none)) for split in SPLITS}
         own = {key: meta[key] for key in ("name", "definition", "template", "metric", "truncated")}
         return cls(**own, **splits)
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from cluster.stages import InlineExecutor, Stage, StageEvent, run_graph
 from cluster.store.local import LocalStore
 from pipelines.sequence.experiment import load_experiment
-from pipelines.sequence.graph import VERSIONS
+from pipelines.sequence.making import VERSIONS
 from sapt_core.backbones import loading
 from tests.pipelines.commands import QUICKSTART, TINY
 
