@@ -68,6 +68,13 @@ def add_inline(made: argparse.ArgumentParser) -> None:
     )
 
 
+def add_run(made: argparse.ArgumentParser) -> None:
+    """The options of commands that run a sequence."""
+    made.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
+    add_inline(made)
+    made.add_argument("--summary", type=Path, metavar="FILE", help="write the figures of the end as JSON")
+
+
 def add_version(made: argparse.ArgumentParser) -> None:
     """``--version`` and ``--snapshot``, of which one must be given."""
     which = made.add_mutually_exclusive_group(required=True)

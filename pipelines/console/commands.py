@@ -8,6 +8,7 @@ from pathlib import Path
 
 SCRIPTS = {
     "learn": "continual",
+    "extend": "extend",
     "compare": "compare",
     "sweep": "sweep",
     "report": "report",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from argparse import Namespace
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
 
@@ -14,6 +15,9 @@ from sapt_core.config.overrides import parsed
 from sapt_core.errors import SnapshotError
 from sapt_core.settings import PlacesConfig, StoreConfig
 from sapt_core.versions.manifest import Manifest
+
+if TYPE_CHECKING:
+    from cluster.tracking.registry import PoolVersion
 
 
 def open_version(arguments: Namespace, places: PlacesConfig) -> tuple[Manifest, ArtifactStore]:
@@ -45,12 +49,20 @@ def registered(reference: str, places: PlacesConfig, overrides: Sequence[str] = 
         SnapshotError: it is no pool, is damaged, or was written by a newer release.
         TrackingError: MLflow cannot be reached or has no such version.
     """
+    manifest, store, _ = found(reference, places, overrides)
+    return manifest, open_store(store)
+
+
+def found(
+    reference: str, places: PlacesConfig, overrides: Sequence[str] = ()
+) -> tuple[Manifest, StoreConfig, PoolVersion]:
+    """As ``registered``: the manifest, where its blobs lie, and what MLflow says of the version."""
     from cluster.tracking.registry import PoolRegistry  # noqa: PLC0415  MLflow only where it is asked for
     from cluster.tracking.service import check_readable  # noqa: PLC0415
 
     registry = PoolRegistry(check_readable(places.tracking))
-    data, kept, _ = registry.load_manifest(reference, places.store.endpoint_url)
-    return Manifest.from_bytes(data), open_store(_moved(kept, places.store, overrides))
+    data, kept, version = registry.load_manifest(reference, places.store.endpoint_url)
+    return Manifest.from_bytes(data), _moved(kept, places.store, overrides), version
 
 
 def _moved(kept: StoreConfig, asked: StoreConfig, overrides: Sequence[str]) -> StoreConfig:

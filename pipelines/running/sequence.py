@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cluster.processes import stage_processes
-from cluster.stages import Executor, InlineExecutor, run_graph
+from cluster.stages import Executor, InlineExecutor, plan, run_graph
 from cluster.store import ArtifactStore, open_store
-from pipelines.console.places import is_passing
+from pipelines.console.cli import write_output
+from pipelines.console.places import check_lasting, is_passing
 from pipelines.reports import page
 from pipelines.running.monitor import Monitor
 from pipelines.sequence.experiment import Experiment
@@ -19,10 +21,39 @@ from sapt_core.config.experiment import ExperimentConfig
 from sapt_core.errors import ServiceError, TrackingError
 from sapt_core.settings import StoreConfig
 
-if TYPE_CHECKING:
-    pass
-
 log = logging.getLogger(__name__)
+
+
+def carry_out(experiment: Experiment, arguments: Namespace) -> None:
+    """Plan, run and publish an experiment, and print what came of it, as the options of ``cli.add_run`` say.
+
+    Raises:
+        ConfigError: what comes of it would not outlive a Ray job.
+        LineageError: the registered model holds a pool that the sequence does not go on from.
+        ServiceError: MLflow, the store or Ray cannot be used.
+    """
+    check_lasting({"--summary": arguments.summary}, experiment.config, inline=arguments.inline)
+    store = open_store(experiment.config.store)
+    if not arguments.dry_run:
+        store.check()
+    states = plan(experiment.graph.published, store)
+    Monitor(experiment, store, None).show_plan(states)
+    if arguments.dry_run:
+        if not arguments.inline:
+            check_registry(experiment)
+        return
+    if arguments.inline:
+        monitor = Monitor(experiment, store, None)
+        with ExitStack() as stack:
+            executor = inline_executor(arguments, experiment.config.store, store, stack)
+            run(experiment, store, executor, monitor)
+        _, said, kept = report(monitor)
+        monitor.console.print(f"report: {said if kept else f'not written, for {said}'}", soft_wrap=True)
+    else:
+        monitor = publish_sequence(experiment, store, all_done=set(states.values()) == {"done"})
+    monitor.show_end()
+    if arguments.summary is not None:
+        write_output(arguments.summary, json.dumps(monitor.summary(), indent=1, allow_nan=False))
 
 
 def check_registry(experiment: Experiment) -> None:

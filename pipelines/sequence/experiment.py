@@ -18,7 +18,7 @@ from cluster.store import ArtifactStore, open_store
 from pipelines.sequence.base import Base, read_base
 from pipelines.sequence.graph import SequenceGraph, build_graph
 from sapt_core.backbones.loading import store_backbone
-from sapt_core.backbones.reference import BackboneRef, identify
+from sapt_core.backbones.reference import BackboneRef, identify, weight_bytes
 from sapt_core.config.experiment import ExperimentConfig, load_config
 from sapt_core.config.preflight import check_backbone, settle_precision, with_precision
 from sapt_core.config.unused import keys_of, unused, warn_of_unused
@@ -90,7 +90,8 @@ class Experiment:
         """Put what the stages start from into the store: the tasks' text, given samples and the backbone's files."""
         for data in (*(task.to_json() for task in (*self.tasks, *self.unseen)), *self.samples.values()):
             store.put(data)
-        store_backbone(self.config.backbone, self.backbone, store)
+        if self.base is None:  # whose backbone is in the store
+            store_backbone(self.config.backbone, self.backbone, store)
         self._describe(store)
 
     def _describe(self, store: ArtifactStore) -> None:
@@ -180,7 +181,8 @@ def _remembered(config: ExperimentConfig, store: ArtifactStore) -> Experiment | 
     given = {name: store.get(digest) for name, digest in samples.items()}
     version = values.get("base")
     base = None if version is None else read_base(Manifest.from_bytes(store.get(version)), store)
-    graph = build_graph(config, tasks, unseen, ref, samples=samples, base=base)
+    memory = weight_bytes(config.backbone)
+    graph = build_graph(config, tasks, unseen, ref, samples=samples, base=base, memory=memory)
     return Experiment(config, tasks, unseen, ref, graph, given, git_commit(), base)
 
 
@@ -197,6 +199,8 @@ def assemble(
     *,
     load: Callable[[BenchmarkConfig], tuple[Task, ...]] = load_sequence,
     identified: Callable[[BackboneConfig], BackboneRef] = identify,
+    folder: Path | None = None,
+    base: Base | None = None,
 ) -> Experiment:
     """Check a configured experiment without starting or writing anything.
 
@@ -204,6 +208,8 @@ def assemble(
         config: the experiment.
         name: what messages call it.
         load, identified: for those who assemble many experiments on the same data and backbone.
+        folder: where the backbone's files lie on this machine, if not where the config says.
+        base: the version that is gone on from.
 
     Raises:
         SaptError: with all faults of the task files and of the backbone.
@@ -222,17 +228,19 @@ def assemble(
     samples = attempt(lambda: _given_samples(config, (tasks or ())[:learnt]))
     ref = attempt(lambda: identified(config.backbone))
     if ref is not None:
-        attempt(lambda: check_backbone(config, tasks or ()))
-        settled = attempt(lambda: settle_precision(config, ref))
-        config = config if settled is None else settled
+        there = {} if folder is None else {"path": str(folder), "revision": None}
+        here = config.model_copy(update={"backbone": config.backbone.model_copy(update=there)})
+        attempt(lambda: check_backbone(here, tasks or ()))
+        settled = attempt(lambda: settle_precision(here, ref))
+        config = config if settled is None else with_precision(config, settled.train.precision)
     if len(faults) > 1:
         raise FaultsError(f"{name} cannot be run:", [str(fault).replace("\n", "\n  ") for fault in faults])
     if faults:
         raise faults[0]
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in samples.items()}
     tasks, unseen = tasks[:learnt], tasks[learnt:]
-    graph = build_graph(config, tasks, unseen, ref, samples=digests)
-    return Experiment(config, tasks, unseen, ref, graph, samples, git_commit())
+    graph = build_graph(config, tasks, unseen, ref, samples=digests, base=base, memory=weight_bytes(here.backbone))
+    return Experiment(config, tasks, unseen, ref, graph, samples, git_commit(), base)
 
 
 def git_commit() -> str:

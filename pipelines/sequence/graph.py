@@ -13,7 +13,7 @@ from cluster.stages import Stage
 from pipelines.sequence import bodies
 from pipelines.sequence.base import Base
 from pipelines.sequence.making import ATTENDED_ON, KEPT_FROM, NAMED_BY, SAMPLED, VERSIONS, Chain, StageMaker
-from sapt_core.backbones.reference import BackboneRef, weight_bytes
+from sapt_core.backbones.reference import BackboneRef
 from sapt_core.config.experiment import ExperimentConfig
 from sapt_core.data.task import KnownTask, Task
 from sapt_core.io.hashing import canonical_hash
@@ -104,6 +104,7 @@ def build_graph(
     *,
     samples: Mapping[str, str] | None = None,
     base: Base | None = None,
+    memory: int = 0,
 ) -> SequenceGraph:
     """The graph of a configured experiment; nothing is run.
 
@@ -117,8 +118,9 @@ def build_graph(
         ref: the configured backbone, by content.
         samples: for reflection source ``given``, the blob of every task's inputs by its name; the newest may lack.
         base: the version that is gone on from.
+        memory: bytes that the backbone's weights take, as far as known.
     """
-    make = StageMaker(config, ref, samples or {}, weight_bytes(config.backbone))
+    make = StageMaker(config, ref, samples or {}, memory)
     before = () if base is None else base.tasks
     every: tuple[Task | KnownTask, ...] = (*before, *tasks)
     labels = [f"{index:02d} {task.name}" for index, task in enumerate(every)]

@@ -23,7 +23,7 @@ from pipelines.sequence.experiment import Experiment
 from pipelines.sequence.graph import SequenceGraph, build_graph
 from pipelines.sweeps.space import DIRECTIONS, Scalar, Sweep, describe, shown
 from sapt_core.backbones.device import Precision
-from sapt_core.backbones.reference import BackboneRef
+from sapt_core.backbones.reference import BackboneRef, weight_bytes
 from sapt_core.config.preflight import with_precision
 from sapt_core.data.task import Task
 from sapt_core.io.hashing import canonical_hash
@@ -101,7 +101,8 @@ class Setup:
         config = self.sweep.experiment(point)
         if config.train.precision == "auto":
             config = with_precision(config, self.precision)
-        return build_graph(config, self.tasks, (), self.backbone, samples=self.samples)
+        memory = weight_bytes(config.backbone)
+        return build_graph(config, self.tasks, (), self.backbone, samples=self.samples, memory=memory)
 
     def shared(self, points: Sequence[Mapping[str, Scalar]]) -> list[Stage]:
         """Stages that several of the trials have in common, each once and under a name of its own."""

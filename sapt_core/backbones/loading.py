@@ -72,7 +72,7 @@ def load_backbone(ref: BackboneRef, store: BlobStore) -> tuple[PreTrainedModel, 
         StoreError: a file is not in the store, or is damaged.
     """
     # Sorted: a manifest names the same files in another order.
-    return _load_cached(json.dumps(ref.model_dump(mode="json"), sort_keys=True), _folder(ref, store))
+    return _load_cached(json.dumps(ref.model_dump(mode="json"), sort_keys=True), folder_of(ref, store))
 
 
 def load_encoding(ref: BackboneRef, store: BlobStore) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
@@ -82,7 +82,7 @@ def load_encoding(ref: BackboneRef, store: BlobStore) -> tuple[PretrainedConfig,
         BackboneError: one cannot be loaded, or the tokenizer has no padding and no end token.
         StoreError: a file is not in the store, or is damaged.
     """
-    folder = _folder(ref, store)
+    folder = folder_of(ref, store)
     return load_model_config(folder, ref.path), load_tokenizer(folder, ref.path)
 
 
@@ -96,7 +96,7 @@ def load_embeddings(ref: BackboneRef, store: BlobStore) -> tuple[PreTrainedModel
         BackboneError: it cannot be loaded, or the tokenizer has no padding and no end token.
         StoreError: a file is not in the store, or is damaged.
     """
-    folder = _folder(ref, store)
+    folder = folder_of(ref, store)
     config = load_model_config(folder, ref.path)
     model = skeleton(config).requires_grad_(False).train(False)
     layer = model.get_input_embeddings()
@@ -132,7 +132,13 @@ def _read_matrix(folder: Path, model: PreTrainedModel, layer: nn.Embedding, name
     return matrix if matrix.shape == layer.weight.shape else None
 
 
-def _folder(ref: BackboneRef, store: BlobStore) -> Path:
+def folder_of(ref: BackboneRef, store: BlobStore) -> Path:
+    """A folder on this machine with the backbone's files; what is not here is fetched.
+
+    Raises:
+        BackboneError: a hub model that cannot be reached.
+        StoreError: a file is not in the store, or is damaged.
+    """
     return fetched(ref.path, ref.revision, FILES) if ref.files is None else _materialise(ref, store)
 
 

@@ -208,13 +208,8 @@ class Manifest(BaseModel):
             recipe: how its newest task was learnt.
             carried: of every task, oldest first.
         """
-        return Manifest(
-            **{**dict(self), "schema_version": SCHEMA_VERSION},
-            trained=self.digest,
-            lineage=lineage,
-            recipe=recipe,
-            carried=tuple(carried),
-        )
+        added = {"trained": self.digest, "lineage": lineage, "recipe": recipe, "carried": tuple(carried)}
+        return Manifest(**{**dict(self), **added, "schema_version": SCHEMA_VERSION})
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Manifest:
