@@ -324,7 +324,6 @@ def run_graph(
     to_do: dict[str, list[Stage]] = {}  # by key, until the work has ended: the stages it is done for
     in_flight: dict[Any, str] = {}
     failure: Exception | None = None
-    began = False  # hours may have passed since then, and another run may have done what is next
 
     def inputs_of(stage: Stage) -> dict[str, StageRecord]:
         return {name: records[source] for name, source in stage.inputs.items()}
@@ -337,7 +336,7 @@ def run_graph(
     def admit(new: Sequence[Stage]) -> None:
         keys = {stage: stage_key(stage, inputs_of(stage)) for stage in new}
         unknown = {key: stage for stage, key in keys.items() if key not in to_do}
-        found = patiently(partial(_valid_records, unknown, known, anew=began))
+        found = patiently(partial(_valid_records, unknown, known))
         for stage, key in keys.items():
             if key in found:
                 finish(stage, "cached", found[key])
@@ -358,7 +357,6 @@ def run_graph(
             key = chosen[1]
             stage = to_do[key][0]
             on_event(StageEvent("started", stage, key))
-            began = True
             in_flight[executor.submit(stage, key, inputs_of(stage))] = key
             continue
         for handle, outcome in executor.wait(list(in_flight)):
@@ -445,9 +443,9 @@ def _graph(stages: Sequence[Stage]) -> tuple[TopologicalSorter[Stage], dict[Stag
     return graph, order
 
 
-def _valid_records(stages: Mapping[str, Stage], known: Lookups, *, anew: bool) -> dict[str, StageRecord]:
+def _valid_records(stages: Mapping[str, Stage], known: Lookups) -> dict[str, StageRecord]:
     """Records of these stages, given by key, whose blobs are all there; a record that has lost one is deleted."""
-    found = _looked_up(stages, known, anew=anew)
+    found = _looked_up(stages, known)
     for key, (_, lost) in found.items():
         if lost:
             where = known.store.uri
@@ -456,9 +454,9 @@ def _valid_records(stages: Mapping[str, Stage], known: Lookups, *, anew: bool) -
     return {key: record for key, (record, lost) in found.items() if not lost}
 
 
-def _looked_up(keys: Iterable[str], known: Lookups, *, anew: bool = False) -> dict[str, tuple[StageRecord, list[str]]]:
+def _looked_up(keys: Iterable[str], known: Lookups) -> dict[str, tuple[StageRecord, list[str]]]:
     """The records that there are of these keys, each with the names of those of its outputs that are gone."""
-    records = {key: _parsed(stored, key, known.store) for key, stored in known.records(keys, anew=anew).items()}
+    records = {key: _parsed(stored, key, known.store) for key, stored in known.records(keys).items()}
     gone = known.missing(digest for record in records.values() for digest in record.outputs.values())
     return {
         key: (record, [name for name, digest in record.outputs.items() if digest in gone])

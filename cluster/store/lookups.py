@@ -40,22 +40,19 @@ class Lookups:
         self._names = packs
         self._records: dict[str, Record | None] = {}
         self._tags: dict[str, str] = {}  # of the objects that _records were read from, as listed before that
+        self._began = False
         self._asked: set[str] = set()  # blobs that are there though no listing says so
 
-    def records(self, keys: Iterable[str], *, anew: bool = False) -> dict[str, Record]:
+    def records(self, keys: Iterable[str]) -> dict[str, Record]:
         """The records of those stage keys that have one.
-
-        Args:
-            keys: of stages.
-            anew: ask again for those that were not there: work has been done since.
 
         Raises:
             StoreError: the store cannot be read, or a record is not a JSON object.
         """
         keys = list(dict.fromkeys(keys))
-        new = [key for key in keys if key not in self._records or (anew and self._records[key] is None)]
+        new = [key for key in keys if self._records.get(key) is None and (self._began or key not in self._records)]
         if self._listed is not None:
-            if not anew:
+            if not self._began:
                 new = [key for key in new if key in self._listed]
             packed = [key for key in new if key in self._packed and key not in self._records]
             self._records |= {key: self._packed[key] for key in packed}
@@ -79,9 +76,10 @@ class Lookups:
         return unlisted - self._asked
 
     def add(self, key: str, record: Record) -> None:
-        """Take note of a record that was committed since."""
-        if self._records.get(key) is None:
-            self._records[key] = record
+        """Take note of a record that was committed since. By then others may have been, which were not there."""
+        self._records[key] = record
+        self._tags.pop(key, None)
+        self._began = True
 
     def delete(self, key: str) -> None:
         """Delete a record from the store."""
