@@ -9,6 +9,8 @@ read wherever its manifest has been published.
 What no record reaches may be on its way into one: a stage keeps its blobs before its record, and a run the
 texts of its tasks before either. Both have just been put, which makes a blob's age zero even if it was there, so
 what is younger than a grace period stays. It must be longer than any run takes.
+
+A pack has copies of records and reaches nothing. It goes when none of its records is there any more.
 """
 
 from __future__ import annotations

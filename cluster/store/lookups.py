@@ -92,12 +92,12 @@ class Lookups:
 
         Fails nothing: the work is done, and a pack saves time alone.
         """
-        there = self._packs.get(name, {})
-        if self._listed is None or all(key in there and key in self._tags for key in keys):
-            return
         try:
+            there = self._packs.get(name, {})
+            if all(key in there and key in self._tags for key in keys):
+                return  # it is as good as it was
             # Listed before it is read: what another run puts in a record's place in between has another tag.
-            listed = _by_key(self.store._tags("records"))
+            listed = None if self._listed is None else _by_key(self.store._tags("records"))
             if listed is None:
                 return
             changed = [key for key in keys if key in listed and self._tags.get(key) != listed[key]]

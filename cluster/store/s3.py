@@ -78,7 +78,10 @@ class S3Store(ArtifactStore):
 
     @cached_property
     def client(self) -> Any:
-        """The boto3 client. It signs what it asks for, so a user name in the address is of no use to it."""
+        """The boto3 client. It signs what it asks for, so a user name in the address is of no use to it.
+
+        Threads may share it but not make it, so something is listed before several of them ask.
+        """
         try:
             return boto3.client(
                 "s3",
