@@ -20,6 +20,7 @@ from torch import Tensor
 
 from cluster.stages import done
 from cluster.store import open_store
+from cluster.store.lookups import Lookups
 from pipelines.console import cli
 from pipelines.console.tables import wide_console
 from pipelines.sequence.bodies import kept_inputs, pooling_model, prepared_task
@@ -44,7 +45,7 @@ def main() -> None:
     experiment = load_experiment(arguments.config, arguments.overrides)
     config, graph, store = experiment.config, experiment.graph, open_store(experiment.config.store)
     needed = (*graph.prepare, *graph.kept)
-    records = done(needed, store)
+    records = done(needed, Lookups(store, [experiment.key]))
     if not graph.kept or not records.keys() >= {*needed}:
         raise SaptError(f"{store.uri} does not hold what reflection keeps of these tasks: run the same config first")
 

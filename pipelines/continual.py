@@ -26,6 +26,7 @@ def main() -> None:
 
     from cluster.stages import plan
     from cluster.store import open_store
+    from cluster.store.lookups import Lookups
     from pipelines.running.monitor import Monitor
     from pipelines.running.sequence import check_registry, inline_executor, publish_sequence, report, run
     from pipelines.sequence.experiment import load_experiment
@@ -36,7 +37,8 @@ def main() -> None:
     store = open_store(experiment.config.store)
     if not arguments.dry_run:
         store.check()
-    states = plan(experiment.graph.stages, store)
+    known = Lookups(store, [experiment.key])
+    states = plan(experiment.graph.stages, known)
     Monitor(experiment, store, None).show_plan(states)
     if arguments.dry_run:
         if not arguments.inline:
@@ -46,11 +48,11 @@ def main() -> None:
         monitor = Monitor(experiment, store, None)
         with ExitStack() as stack:
             executor = inline_executor(arguments, experiment.config.store, store, stack)
-            run(experiment, store, executor, monitor)
+            run(experiment, known, executor, monitor)
         _, said, kept = report(monitor)
         monitor.console.print(f"report: {said if kept else f'not written, for {said}'}", soft_wrap=True)
     else:
-        monitor = publish_sequence(experiment, store, all_done=set(states.values()) == {"done"})
+        monitor = publish_sequence(experiment, known, all_done=set(states.values()) == {"done"})
     monitor.show_end()
     if arguments.summary is not None:
         cli.write_output(arguments.summary, json.dumps(monitor.summary(), indent=1, allow_nan=False))

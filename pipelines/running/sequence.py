@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.processes import stage_processes
 from cluster.stages import Executor, InlineExecutor, run_graph
 from cluster.store import ArtifactStore, open_store
+from cluster.store.lookups import Lookups
 from pipelines.console.places import is_passing
 from pipelines.reports import page
 from pipelines.running.monitor import Monitor
@@ -42,14 +43,12 @@ def check_registry(experiment: Experiment) -> None:
         log.warning("Not checked whether tracking.model is free: %s", error)
 
 
-def publish_sequence(
-    experiment: Experiment, store: ArtifactStore, *, all_done: bool, sweep: str | None = None
-) -> Monitor:
+def publish_sequence(experiment: Experiment, known: Lookups, *, all_done: bool, sweep: str | None = None) -> Monitor:
     """Run on Ray, unless nothing is left to run, and publish to MLflow.
 
     Args:
         experiment: the sequence.
-        store: holds what its stages give.
+        known: what is known of the store that holds what its stages give.
         all_done: nothing is left to run.
         sweep: whose best trial it is.
 
@@ -64,13 +63,13 @@ def publish_sequence(
     checked = service.check(experiment.config.tracking)
     registry.PoolRegistry(checked).check_continuation(lineage_of(experiment, sweep))
     with ExitStack() as stack:
-        executor = InlineExecutor(store) if all_done else ray_executor(experiment.config, stack)
+        executor = InlineExecutor(known.store) if all_done else ray_executor(experiment.config, stack)
         outbox = stack.enter_context(Outbox())
         # MLflow sees the run once nothing forbids it.
         publisher = MLflowPublisher(experiment, checked, outbox, sweep=sweep)
-        monitor = Monitor(experiment, store, publisher)
+        monitor = Monitor(experiment, known.store, publisher)
         try:
-            run(experiment, store, executor, monitor)
+            run(experiment, known, executor, monitor)
             outbox.flush()  # the summary names the last version
             files, said, kept = report(monitor, publisher.run.links(monitor.version))
             publisher.finish(monitor.summary(), lambda: files)
@@ -122,6 +121,7 @@ def ray_executor(config: ExperimentConfig, stack: ExitStack) -> Executor[Any]:
     return RayExecutor(config.store, config.cluster)
 
 
-def run(experiment: Experiment, store: ArtifactStore, executor: Executor[Any], monitor: Monitor) -> None:
-    experiment.upload(store)
-    run_graph(experiment.graph.stages, store, executor, monitor.on_event)
+def run(experiment: Experiment, known: Lookups, executor: Executor[Any], monitor: Monitor) -> None:
+    experiment.upload(known)
+    records = run_graph(experiment.graph.stages, known, executor, monitor.on_event)
+    known.pack(experiment.key, [record.key for record in records.values()])
