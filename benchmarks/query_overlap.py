@@ -20,6 +20,7 @@ from torch import Tensor
 
 from cluster.stages import done
 from cluster.store import open_store
+from cluster.store.lookups import Lookups
 from pipelines.console import cli
 from pipelines.console.tables import wide_console
 from pipelines.sequence.bodies import kept_inputs, pooling_model, prepared_task
@@ -45,7 +46,7 @@ def main() -> None:
     config, graph, store = experiment.config, experiment.graph, open_store(experiment.config.store)
     reflected_on = graph.kept[: len(graph.train) - 1]
     needed = (*graph.prepare, *reflected_on)
-    records = done(needed, store)
+    records = done(needed, Lookups(store, [experiment.key]))
     if not reflected_on or not records.keys() >= {*needed}:
         raise SaptError(f"{store.uri} does not hold what reflection keeps of these tasks: run the same config first")
 

@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from cluster.stages import done
 from cluster.store import ArtifactStore
+from cluster.store.lookups import Lookups
 from pipelines.console import cli
 from pipelines.reports.findings import Findings, collect, scored_versions
 from pipelines.sequence.experiment import Experiment
@@ -43,7 +44,7 @@ def find(experiment: Experiment, store: ArtifactStore, version: int | None) -> F
     Raises:
         SaptError: no such version, naming those that are there.
     """
-    records = done(experiment.graph.stages, store)
+    records = done(experiment.graph.stages, Lookups(store, [experiment.key]))
     there = scored_versions(experiment, records)
     if not there:
         raise SaptError(

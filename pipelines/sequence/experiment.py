@@ -9,12 +9,13 @@ import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 from cluster.stages import StageRecord, find_record
 from cluster.store import ArtifactStore, open_store
+from cluster.store.lookups import Lookups
 from pipelines.sequence.base import Base, read_base
 from pipelines.sequence.graph import SequenceGraph, build_graph
 from sapt_core.backbones.loading import store_backbone
@@ -86,16 +87,24 @@ class Experiment:
         """sha256 over the text of all tasks of the sequence."""
         return canonical_hash([task.digest for task in self.every_task])
 
-    def upload(self, store: ArtifactStore) -> None:
+    def upload(self, known: Lookups) -> None:
         """Put what the stages start from into the store: the tasks' text, given samples and the backbone's files."""
-        for data in (*(task.to_json() for task in (*self.tasks, *self.unseen)), *self.samples.values()):
-            store.put(data)
+        store, description = known.store, self._description(known.store)
+        given = [task.to_json() for task in (*self.tasks, *self.unseen)], self.samples.values()
+        texts = {hashlib.sha256(data).hexdigest(): data for data in chain(*given)}
+        # What the description names is kept. Until it is there, putting the texts again makes them young.
+        for digest in texts if description is not None else known.missing(texts):
+            store.put(texts[digest])
         if self.base is None:  # whose backbone is in the store
             store_backbone(self.config.backbone, self.backbone, store)
-        self._describe(store)
+        if description is not None:
+            store.commit_record(description.key, description.model_dump(mode="json"))
 
-    def _describe(self, store: ArtifactStore) -> None:
-        """Keep under the config what else the experiment is made of, so that ``find_experiment`` needs no folder."""
+    def _description(self, store: ArtifactStore) -> StageRecord | None:
+        """What else the experiment is made of, kept under its config, so that ``find_experiment`` needs no folder.
+
+        None if the store has it.
+        """
         values: dict[str, Any] = {
             "backbone": self.backbone.model_dump(mode="json"),
             "precision": self.config.train.precision,
@@ -109,23 +118,22 @@ class Experiment:
         outputs = {f"{index:03d}": digest for index, digest in enumerate([*digests, *texts])}
         for key in _described_under(self.config):
             there = find_record(store, key)
-            if there is not None and (there.values, there.outputs) == (values, outputs):
-                return
             if there is None:
-                record = StageRecord(
-                    kind=DESCRIPTION,
-                    name=DESCRIPTION,
-                    key=key,
-                    inputs={},
-                    outputs=outputs,
-                    values=values,
-                    metrics={},
-                    seconds=0.0,
-                    finished_at=datetime.now(UTC),
-                    world_size=1,
-                )
-                store.commit_record(key, record.model_dump(mode="json"))
-                return
+                break
+            if (there.values, there.outputs) == (values, outputs):
+                return None
+        return StageRecord(
+            kind=DESCRIPTION,
+            name=DESCRIPTION,
+            key=key,
+            inputs={},
+            outputs=outputs,
+            values=values,
+            metrics={},
+            seconds=0.0,
+            finished_at=datetime.now(UTC),
+            world_size=1,
+        )
 
 
 def load_experiment(path: Path, overrides: Sequence[str]) -> Experiment:

@@ -15,7 +15,8 @@ import optuna
 from rich.console import Console
 
 from cluster.stages import Executor, InlineExecutor, StageEvent, plan, run_graph
-from cluster.store import ArtifactStore, resolved
+from cluster.store import ArtifactStore, open_store, resolved
+from cluster.store.lookups import Lookups
 from pipelines.console import cli
 from pipelines.console.machine import machine_of
 from pipelines.console.tables import text_table
@@ -118,6 +119,7 @@ class SweepRun:
         self.sweep = sweep
         self.store = store
         self._console = console
+        self._known = Lookups(store)
         self._experiment = experiment
         samples = {name: hashlib.sha256(data).hexdigest() for name, data in experiment.samples.items()}
         self.setup = Setup(
@@ -144,7 +146,7 @@ class SweepRun:
     def show_plan(self) -> None:
         """Print what a run would do."""
         left = self.points.count(self.before)
-        states = Counter(plan(self.shared, self.store).values())
+        states = Counter(plan(self.shared, self._known).values())
         whole = len(self.setup.graph({}).by_version)
         self._console.print(
             f"Sweep {self.sweep.name}: {left} trials to run, {len(self.before)} have their record; each has {whole} "
@@ -160,7 +162,7 @@ class SweepRun:
         """
         if self.sweep.config.stop != "none":
             raise SaptError("--inline runs trials one after another: set stop: none, or run on Ray")
-        self._experiment.upload(self.store)
+        self._experiment.upload(self._known)
         self._run_shared(InlineExecutor(self.store))
         for number in range(self.points.count(self.before)):
             point = self.points.ask(str(number))
@@ -168,7 +170,7 @@ class SweepRun:
             results: list[dict[str, Any]] = []
             error = None
             try:
-                trials.try_point(self.setup, point, results.append, InlineExecutor)
+                trials.try_point(self.setup, point, results.append, self._known, InlineExecutor(self.store))
             except SaptError as failed:
                 error = str(failed)
             self.ended(str(number), point, results, error)
@@ -196,7 +198,7 @@ class SweepRun:
             outbox = self._outbox = stack.enter_context(Outbox())
             self._parent = self._tracker.start_sequence(f"sweep {self.sweep.name}", key=self.key, params={}, tags=tags)
             try:
-                self._experiment.upload(self.store)
+                self._experiment.upload(self._known)
                 self._run_shared(executor)
                 if left:
                     run_trials(
@@ -253,7 +255,7 @@ class SweepRun:
                 self._console.print(said)
 
         with suppress(DivergenceError):  # every trial that needs the stage meets it, and is recorded as failed
-            run_graph(self.shared, self.store, executor, tell)
+            run_graph(self.shared, self._known, executor, tell)
 
     def _crown(self, chosen: TrialRecord, checked: Any) -> None:
         """Register the best trial's versions, scored on test rows as always, and give the last one the alias."""
@@ -264,7 +266,8 @@ class SweepRun:
             update={"evaluation": config.evaluation.model_copy(update={"split": "test"}), "tracking": checked}
         )
         experiment = replace(assemble(scored, "The best trial"), commit=self._experiment.commit)
-        monitor = publish_sequence(experiment, self.store, all_done=False, sweep=self.sweep.name)
+        known = Lookups(self.store, [experiment.key])  # the trials' processes have committed records since
+        monitor = publish_sequence(experiment, known, all_done=False, sweep=self.sweep.name)
         version = monitor.version
         assert version is not None  # noqa: S101 - it was published
         PoolRegistry(checked).set_alias(CHAMPION, version)
@@ -366,5 +369,5 @@ class _Body:
     def __call__(self, point: Mapping[str, Any], report: Any) -> None:
         from cluster.on_ray.executor import RayExecutor  # noqa: PLC0415  on Ray alone
 
-        cluster = self.setup.sweep.experiment(point).cluster
-        trials.try_point(self.setup, point, report, lambda _: RayExecutor(self.setup.store, cluster))
+        executor = RayExecutor(self.setup.store, self.setup.sweep.experiment(point).cluster)
+        trials.try_point(self.setup, point, report, Lookups(open_store(self.setup.store)), executor)

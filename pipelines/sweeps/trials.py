@@ -14,7 +14,7 @@ import optuna
 from pydantic import BaseModel, ConfigDict
 
 from cluster.stages import Executor, Stage, StageEvent, StageRecord, closure, run_graph
-from cluster.store import ArtifactStore, open_store
+from cluster.store.lookups import Lookups
 from pipelines.console import cli
 from pipelines.console.machine import Machine
 from pipelines.console.records import read_folder
@@ -168,12 +168,12 @@ def try_point(
     setup: Setup,
     point: Mapping[str, Scalar],
     report: Callable[[dict[str, Any]], None],
-    executor: Callable[[ArtifactStore], Executor[Any]],
+    known: Lookups,
+    executor: Executor[Any],
 ) -> None:
     """Learn the sequence with the settings of a point, and report after every task."""
-    store = open_store(setup.store)
     graph = setup.graph(point)
-    run_graph(graph.by_version, store, executor(store), Follower(graph, report).on_event)
+    run_graph(graph.by_version, known, executor, Follower(graph, report).on_event)
 
 
 def read_trials(sweep: Sweep, key: str) -> list[TrialRecord]:

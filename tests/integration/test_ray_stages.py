@@ -15,6 +15,7 @@ import pytest
 from cluster.on_ray.session import check_resources, connect
 from cluster.stages import Stage, StageContext, StageEvent, StageRecord, StageResult, plan, run_graph
 from cluster.store import open_store
+from cluster.store.lookups import Lookups
 from cluster.store.s3 import S3Store
 from sapt_core.errors import ClusterError, DataError
 from sapt_core.settings import ClusterConfig, StoreConfig
@@ -46,7 +47,7 @@ def run(stages: list[Stage], config: StoreConfig, events: list[StageEvent] | Non
     from cluster.on_ray.executor import RayExecutor
 
     on_event = events.append if events is not None else (lambda _: None)
-    done = run_graph(stages, open_store(config), RayExecutor(config, CLUSTER), on_event)
+    done = run_graph(stages, Lookups(open_store(config)), RayExecutor(config, CLUSTER), on_event)
     return {stage.name: record for stage, record in done.items()}
 
 
@@ -101,7 +102,7 @@ def test_graph_with_a_training_stage(config: StoreConfig, workers: int) -> None:
     events: list[StageEvent] = []
     assert run(stages, config, events) == done
     assert {event.kind for event in events} == {"planned", "cached"}
-    assert set(plan(stages, store).values()) == {"done"}
+    assert set(plan(stages, Lookups(store)).values()) == {"done"}
 
 
 def test_user_error_comes_out_clean_and_is_not_retried(config: StoreConfig, tmp_path: Path) -> None:
@@ -129,7 +130,7 @@ def test_two_drivers_at_one_stage_do_its_work_once(config: StoreConfig, tmp_path
     stage = Stage("train", "train", train_once, {"log": str(log)}, workers=1)
     store = open_store(config)
     with ThreadPoolExecutor(2) as pool:
-        done = list(pool.map(lambda _: run_graph([stage], store, RayExecutor(config, CLUSTER)), range(2)))
+        done = list(pool.map(lambda _: run_graph([stage], Lookups(store), RayExecutor(config, CLUSTER)), range(2)))
     assert log.read_text() == "trained\n"
     assert done[0] == done[1]
     assert list(Path(config.uri, "train").iterdir()) == []
@@ -166,7 +167,7 @@ def test_no_process_keeps_a_large_backbone(config: StoreConfig, memory: int) -> 
     from cluster.on_ray.executor import RayExecutor
 
     training = Stage("train", "train", where, inputs={stage.name: stage for stage in loading})
-    run_graph([training, *loading], open_store(config), RayExecutor(config, CLUSTER), look)
+    run_graph([training, *loading], Lookups(open_store(config)), RayExecutor(config, CLUSTER), look)
     assert len(processes) == 3
     assert seen == [not memory]
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from cluster.stages import InlineExecutor, Stage, StageEvent, run_graph
 from cluster.store.local import LocalStore
+from cluster.store.lookups import Lookups
 from pipelines.sequence.experiment import load_experiment
 from pipelines.sequence.making import VERSIONS
 from sapt_core.backbones import loading
@@ -48,10 +49,10 @@ def test_only_stages_that_run_a_model_load_one(tmp_path: Path, monkeypatch: pyte
     short = ("train.epochs=1", "benchmark.train_rows=8", "benchmark.test_rows=4", "evaluation.single_task=false")
     for source in ("generated", "statistics", "memory"):
         experiment = load_experiment(Path(QUICKSTART), [*TINY, *short, f"reflection.source={source}"])
-        experiment.upload(store)
+        experiment.upload(Lookups(store))
         with monkeypatch.context() as patch:
             patch.setattr(PreTrainedModel, "from_pretrained", classmethod(counted))
-            run_graph(experiment.graph.stages, store, InlineExecutor(store), follow)
+            run_graph(experiment.graph.stages, Lookups(store), InlineExecutor(store), follow)
     ran = {stage.kind for stage in at_work}
     assert ran >= LOADS.keys() - {"given", "zero_shot"}
     assert {kind: loads[kind] > 0 for kind in ran} == {kind: LOADS[kind] for kind in ran}
