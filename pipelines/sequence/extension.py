@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from omegaconf import DictConfig, OmegaConf
 
 from cluster.store import ArtifactStore
+from cluster.store.lookups import Lookups
 from pipelines.sequence.base import Base, read_base
 from pipelines.sequence.experiment import Experiment, assemble
 from sapt_core.backbones.loading import folder_of
@@ -54,12 +55,13 @@ def extend(
         overrides: dotted ``key=value``, over ``path``.
 
     Raises:
-        SnapshotError: the version does not carry what later tasks need.
-        StoreError: a blob of it is missing or damaged.
+        SnapshotError: the version does not carry what later tasks need, or something of it is gone.
+        StoreError: the store cannot be read.
         ConfigError: a field that the version decides, or a task that it knows.
         SaptError: with all faults of the task files and of the backbone.
     """
     base = read_base(manifest, store)
+    _check_whole(base, store)
     config = _config(base, additions, places, path, overrides)
     faults = [*_names(base, additions), *_reflection(base, config)]
     if faults:
@@ -72,6 +74,23 @@ def extend(
         folder=folder_of(manifest.backbone, store),
         base=base,
     )
+
+
+def _check_whole(base: Base, store: ArtifactStore) -> None:
+    """Refuse a version of which something is gone that later tasks need, naming all of it."""
+    needed: dict[str, str] = {}
+    for index, (task, carried) in enumerate(zip(base.tasks, base.carried, strict=True)):
+        outputs, metrics = base.training(index)
+        kept = {**carried.tokens, **carried.reflection, **outputs, "curve": metrics["curve"]}
+        needed |= {f"{name} of {task.name}": digest for name, digest in kept.items()}
+    gone = Lookups(store).missing(needed.values())
+    if gone:
+        lost = [f"{what} ({digest[:12]})" for what, digest in needed.items() if digest in gone]
+        raise SnapshotError(
+            f"The version cannot be gone on from: {store.uri} no longer has {', '.join(lost)}. If the store has moved, "
+            "say where to by store.uri; else restore what is gone, or go on from a version of before. What the version "
+            "answers needs its blocks and its router alone"
+        )
 
 
 def _config(

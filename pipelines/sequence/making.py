@@ -106,7 +106,7 @@ class StageMaker:
             reflection=config.reflection.model_dump(mode="json", exclude={"data_dir"}),
             generator=config.generator,
             train=config.train.model_copy(update={"checkpoint_every_steps": TrainConfig().checkpoint_every_steps}),
-            evaluation=config.evaluation.model_copy(update={"single_task": EvaluationConfig().single_task}),
+            evaluation=EvaluationConfig(batch_size=config.evaluation.batch_size, num_beams=config.evaluation.num_beams),
         ).model_dump(mode="json")
 
     def completion(self, chain: Chain, index: int, lineage: str) -> Stage:

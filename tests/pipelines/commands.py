@@ -12,6 +12,7 @@ from cluster.store import open_store
 from cluster.tracking.registry import Lineage, PoolRegistry
 from cluster.tracking.runs import Tracker
 from pipelines.sequence.experiment import DESCRIPTION
+from sapt_core.data.task import Task, dev_rows
 from sapt_core.settings import StoreConfig, TrackingConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,6 +51,18 @@ class Finished:
     @property
     def snapshot(self) -> str:
         return str(self.summary["snapshot"])
+
+
+def write_task(folder: Path, task: Task) -> None:
+    """A task in a folder of its own, in the layout of CL_Benchmark; dev rows are among the train rows again."""
+    dev = dev_rows(len(task.train) + len(task.dev), 0.1, 0)
+    left, right = iter(task.train), iter(task.dev)
+    train = [next(right if index in dev else left) for index in range(len(task.train) + len(task.dev))]
+    (folder / task.name).mkdir(parents=True)
+    for split, rows in (("train", train), ("test", task.test)):
+        instances = [{"input": row.input, "output": list(row.references)} for row in rows]
+        content = {"Definition": task.definition, "Instances": instances}
+        (folder / task.name / f"{split}.json").write_text(json.dumps(content))
 
 
 def command(store: Path, *arguments: str) -> list[str]:
