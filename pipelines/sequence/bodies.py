@@ -46,7 +46,7 @@ from sapt_core.settings import (
 from sapt_core.training.generator import generate_pseudo_samples
 from sapt_core.training.reflection import GaussianQueries
 from sapt_core.versions.learning import LearningSettings, Workplace, learn_task
-from sapt_core.versions.loading import load_blocks, load_pool
+from sapt_core.versions.loading import load_blocks, load_pool, load_version
 from sapt_core.versions.manifest import CarriedTask, Manifest, Recipe
 from sapt_core.versions.size import trained_parameters
 
@@ -357,9 +357,8 @@ def score_version(
     max_target_tokens: int,
 ) -> tuple[float, Tensor, list[dict[str, Any]]]:
     """Score, mixture weights (N, T) and predictions of a version on a task's test rows."""
-    model, tokenizer = load_backbone(manifest.backbone, store)
-    attached = SaptModel(model, load_pool(manifest, store, model, task.name)).to(default_device())
-    return _score(attached, tokenizer, task, config, precision=precision, max_target_tokens=max_target_tokens)
+    model, tokenizer = load_version(manifest, store, task.name)
+    return _score(model, tokenizer, task, config, precision=precision, max_target_tokens=max_target_tokens)
 
 
 def _score(

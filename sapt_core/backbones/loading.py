@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -21,7 +22,7 @@ from sapt_core.backbones.checkpoint import check_loaded, own_dtype, weight_files
 from sapt_core.backbones.faults import UNREADABLE, reason
 from sapt_core.backbones.files import cache_folder, copy_of, file_digest, remember
 from sapt_core.backbones.hub import fetched
-from sapt_core.backbones.last import Last
+from sapt_core.backbones.last import Given, Last, Loaded
 from sapt_core.backbones.reference import FILES, BackboneRef, load_model_config, location, model_class, skeleton
 from sapt_core.backbones.tokens import answer_settings, load_tokenizer
 from sapt_core.errors import BackboneError, ServiceError
@@ -73,6 +74,11 @@ def load_backbone(ref: BackboneRef, store: BlobStore) -> tuple[PreTrainedModel, 
     """
     # Sorted: a manifest names the same files in another order.
     return _load_cached(json.dumps(ref.model_dump(mode="json"), sort_keys=True), folder_of(ref, store))
+
+
+def beside_backbone(load: Callable[Given, Loaded]) -> Last[Given, Loaded]:
+    """A function that keeps what it made last of a backbone, until this or another one is loaded by somebody else."""
+    return Last(load, on=_load_cached)
 
 
 def load_encoding(ref: BackboneRef, store: BlobStore) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
