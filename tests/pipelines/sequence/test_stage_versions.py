@@ -42,6 +42,8 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "memory": (),
     "statistics": (*POOLED, "training/reflection"),
     "train": (*TOKENS, *TRAINING, "training/reflection", "training/rehearsal"),
+    "complete": ("versions/manifest",),
+    "carried": (),
     "evaluate": ANSWERS,
     "attend": POOLED,
     "quality": (*POOLED, "judging/analysis"),
