@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,6 +14,7 @@ from typing import Any
 from cluster.stages import StageRecord, find_record
 from cluster.store import ArtifactStore, open_store
 from cluster.store.lookups import Lookups
+from pipelines.console.checkout import git_commit
 from pipelines.sequence.base import Base, read_base
 from pipelines.sequence.graph import SequenceGraph, build_graph
 from sapt_core.backbones.loading import store_backbone
@@ -35,8 +34,6 @@ UNKEYED = {"pseudo_samples": 3, "train seekr": 2}
 
 
 DESCRIPTION = "experiment"  # kind of the record that tells what an experiment was made of
-
-CODE = tuple(f":/{name}/**.py" for name in ("pipelines", "cluster", "sapt_core"))
 
 
 @dataclass(frozen=True)
@@ -249,29 +246,6 @@ def assemble(
     tasks, unseen = tasks[:learnt], tasks[learnt:]
     graph = build_graph(config, tasks, unseen, ref, samples=digests, base=base, memory=weight_bytes(here.backbone))
     return Experiment(config, tasks, unseen, ref, graph, samples, git_commit(), base)
-
-
-def git_commit() -> str:
-    """The commit of the code that runs: GIT_COMMIT, else the checkout's, else ``unknown``; -dirty if changed.
-
-    A submitted job runs in a copy without its history, so its runtime environment has to say.
-    """
-    if stated := os.environ.get("GIT_COMMIT"):
-        return stated
-    try:
-        commit, changes = (
-            subprocess.run(  # noqa: S603  both lists of arguments stand below
-                ["git", *arguments],  # noqa: S607
-                cwd=Path(__file__).parent,
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout.strip()
-            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no", "--", *CODE])
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return f"{commit}-dirty" if changes else commit
 
 
 def _given_samples(config: ExperimentConfig, tasks: Sequence[Task]) -> dict[str, bytes]:

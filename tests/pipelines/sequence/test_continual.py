@@ -19,8 +19,8 @@ import pytest
 
 from cluster.stages import StageContext, StageResult
 from pipelines import continual, predict
+from pipelines.console.checkout import git_commit
 from pipelines.sequence import bodies
-from pipelines.sequence.experiment import git_commit
 from sapt_core.errors import SaptError
 from tests.pipelines.commands import (
     QUICKSTART,
@@ -314,7 +314,7 @@ def test_a_changed_checkout_is_no_commit(tmp_path: Path) -> None:
     subprocess.run(["git", "clone", "-q", str(ROOT), str(tmp_path / "copy")], check=True)
 
     def commit() -> str:
-        code = "from pipelines.sequence.experiment import git_commit; print(git_commit())"
+        code = "from pipelines.console.checkout import git_commit; print(git_commit())"
         environment = {**os.environ, "PYTHONPATH": str(tmp_path / "copy")}
         environment.pop("GIT_COMMIT", None)
         command = [sys.executable, "-c", code]
