@@ -182,7 +182,8 @@ def collect(
     scored = [[records[stage] for stage in row] for row in graph.evaluate[:version]]
     for stages in (graph.train[:version], *graph.evaluate[:version]):
         take(stages)
-    manifest = read_manifest(learnt[-1], store)
+    complete = [record for record in take(graph.completed(version - 1)) if record is not None]
+    manifest = read_manifest([*learnt, *complete][-1], store)
     single = [record.metrics["score"] for record in take(graph.single[:version]) if record is not None]
     attention = None
     if manifest.attention is not None:
@@ -220,7 +221,7 @@ def moved(manifest: Manifest, dev: Rows) -> tuple[float, ...]:
 
 
 def read_manifest(record: StageRecord, store: ArtifactStore) -> Manifest:
-    """The version that a training stage gave."""
+    """The version that a stage gave."""
     return Manifest.from_bytes(store.get(record.outputs["manifest"]))
 
 

@@ -44,7 +44,7 @@ def find(experiment: Experiment, store: ArtifactStore, version: int | None) -> F
     Raises:
         SaptError: no such version, naming those that are there.
     """
-    records = done(experiment.graph.stages, Lookups(store, [experiment.key]))
+    records = done(experiment.graph.published, Lookups(store, [experiment.key]))
     there = scored_versions(experiment, records)
     if not there:
         raise SaptError(
