@@ -79,11 +79,11 @@ def main() -> None:
     if ground.tracking is not None and is_there(ground.tracking):
         PoolRegistry(resolved(ground.tracking)).check_continuation(lineage)
     store = open_store(ground.store)
+    manifest = import_adapter(arguments.folder, task, rows, store, onto=ground.onto)
     if arguments.onto is None and config is not None:
         from sapt_core.backbones.loading import store_backbone
 
         store_backbone(config.backbone, ground.onto.backbone, store)
-    manifest = import_adapter(arguments.folder, task, rows, store, onto=ground.onto)
     _keep(store, manifest)
     if manifest.attention is not None:
         print(f"rows of {task.name} give its block {manifest.targets[-1][-1]:.2f} of their weight")
@@ -176,15 +176,12 @@ def read_rows(path: Path) -> tuple[list[str], str]:
     if not isinstance(instances, list) or not instances:
         raise DataError("The rows cannot be read:", [f"{path}: holds no rows; give inputs, one a row"])
     texts = [row.get("input") if isinstance(row, dict) else row for row in instances]
-    faults = [f"{path}: row {place}: input is {kind(text)}" for place, text in enumerate(texts) if not _is_text(text)]
-    if faults:
+    places = [place for place, text in enumerate(texts) if not isinstance(text, str)]
+    if places:
+        faults = [f"{path}: row {place}: input is {kind(texts[place])}" for place in places]
         raise DataError("The rows cannot be read; rows count from 0:", faults)
     wordings = content.get("Definition") or ""
-    return texts, str(wordings[0] if isinstance(wordings, list) else wordings)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+    return list(map(str, texts)), str(wordings[0] if isinstance(wordings, list) else wordings)
 
 
 def _lineage(ground: _Ground, folder: Path, task: LearntTask, rows: Sequence[str]) -> Lineage:

@@ -44,7 +44,7 @@ def test_onto_a_snapshot_the_store_alone_has_the_next(copied: Finished, adapter:
     where = f"store.uri={copied.store}"
     brought = call(pool.main, bringing(adapter, "--onto", copied.snapshot, "--max-target-tokens", "4", where))
     assert brought.code == 0, brought.err
-    assert "rows of colour give its block 0." in brought.out
+    assert "rows of colour give its block 1.00 of their weight" in brought.out
     digest = brought.out.split("snapshot ")[1].strip()
     store = open_store(StoreConfig(uri=str(copied.store)))
     before, after = (Manifest.from_bytes(store.get(each)) for each in (copied.snapshot, digest))
@@ -96,7 +96,10 @@ def test_a_pool_begins_with_an_adapter(
     finished: Finished, adapter: Path, call: Call, sqlite_tracking: TrackingConfig, tmp_path: Path
 ) -> None:
     places = [f"store.uri={tmp_path / 'new'}", f"tracking.uri={sqlite_tracking.uri}", "tracking.model=begun"]
-    brought = call(pool.main, bringing(adapter, "--config", QUICKSTART, *TINY, *places))
+    given = ["--config", QUICKSTART, *TINY, *places]
+    assert "its rank is" in call(pool.main, bringing(adapter, *given, "pet.r=1")).err
+    assert not (tmp_path / "new").exists()
+    brought = call(pool.main, bringing(adapter, *given))
     assert brought.code == 0, brought.err
     assert "begun version 1: models:/begun/1" in brought.out
     asked = call(predict.main, ["--version", "latest", "--task", "colour", "--input", "the sea", *places[1:]])
