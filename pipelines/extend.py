@@ -48,7 +48,7 @@ def main() -> None:
     _check_pairs(parser, arguments)
 
     from cluster.store import open_store
-    from pipelines.console.versions import found, snapshot
+    from pipelines.console.versions import find_registered, snapshot
     from pipelines.running.sequence import carry_out
     from pipelines.sequence.extension import Places, extend
     from sapt_core.config.experiment import load_places
@@ -61,9 +61,9 @@ def main() -> None:
         manifest, store = snapshot(arguments.snapshot, places)
         kept = places.store
     else:
-        manifest, kept, version = found(arguments.version, places, arguments.overrides)
-        store = open_store(kept)
-        tracking["model"] = version.model
+        found = find_registered(arguments.version, places, arguments.overrides)
+        manifest, kept, store = found.manifest, found.store, open_store(found.store)
+        tracking["model"] = found.version.model
     definitions = arguments.definition or [None] * len(arguments.task)
     additions = [
         Addition(name, path, definition, arguments.template, arguments.metric)

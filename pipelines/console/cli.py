@@ -6,8 +6,10 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 from pipelines.console.commands import started_so
 from sapt_core.errors import SaptError, ServiceError
@@ -16,9 +18,10 @@ from sapt_core.io.files import whole_file
 from sapt_core.io.shipped import config_file
 
 
-def plain_parser(description: str, example: str | None = None) -> argparse.ArgumentParser:
+def plain_parser(description: str, example: str | None = None, action: str = "") -> argparse.ArgumentParser:
     """A parser whose help is a command's docstring, with commands named the way this one was started."""
     return argparse.ArgumentParser(
+        prog=f"{Path(sys.argv[0]).name} {action}".rstrip(),
         description=started_so(description),
         epilog=None if example is None else f"example: {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -26,7 +29,14 @@ def plain_parser(description: str, example: str | None = None) -> argparse.Argum
 
 
 def parser(
-    description: str, example: str, *, kind: str = ".", needs_config: bool = True, actions: Sequence[str] = ()
+    description: str,
+    example: str,
+    *,
+    kind: str = ".",
+    needs_config: bool = True,
+    actions: Sequence[str] = (),
+    action: str = "",
+    folder: str = "",
 ) -> argparse.ArgumentParser:
     """A parser with ``--config`` and dotted ``key=value`` overrides.
 
@@ -36,8 +46,12 @@ def parser(
         kind: folder of the shipped configs that the command's are in; those of experiments are in none.
         needs_config: whether it must be given.
         actions: what the command can do, of which one must be named.
+        action: of the command, that this is the parser of, see ``chosen``.
+        folder: what is told of a folder that must be named; none is if there is nothing to tell.
     """
-    made = plain_parser(description, example)
+    made = plain_parser(description, example, action)
+    if folder:
+        made.add_argument("folder", type=Path, metavar="FOLDER", help=folder)
     if actions:
         made.add_argument("action", choices=actions)
     made.add_argument(
@@ -51,6 +65,25 @@ def parser(
         "overrides", nargs="*", metavar="key=value", help="dotted field of the config, e.g. seed=3 (see docs/config.md)"
     )
     return made
+
+
+def chosen(made: argparse.ArgumentParser, modules: Mapping[str, str]) -> ModuleType:
+    """The module of the command that the command line begins with; ends with a message, or the help, if it has none.
+
+    Args:
+        made: a parser that takes no command yet.
+        modules: by the commands' names; each has a ``main``, and its docstring begins with what it is for.
+    """
+    given = sys.argv[1:] or ["--help"]
+    if given[0] in modules:
+        return import_module(modules[given[0]])
+    width = max(map(len, modules))
+    told = {name: (import_module(module).__doc__ or "").splitlines()[0] for name, module in modules.items()}
+    made.usage = f"{made.prog} COMMAND [--help] ..."
+    made.epilog = "\n".join(["commands:", *(f"  {name:{width}}  {line}" for name, line in told.items())])
+    made.add_argument("command", choices=modules, help=argparse.SUPPRESS)
+    made.parse_args(given)
+    made.exit()
 
 
 def add_print_config(made: argparse.ArgumentParser, which: str = "the config") -> None:

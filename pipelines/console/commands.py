@@ -14,7 +14,7 @@ SCRIPTS = {
     "report": "report",
     "evaluate": "evaluate",
     "predict": "predict",
-    "export": "export",
+    "pool": "pool",
     "store": "store",
     "pretrain": "pretrain_tiny",
     "fields": "fields",

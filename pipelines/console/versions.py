@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
@@ -49,20 +50,33 @@ def registered(reference: str, places: PlacesConfig, overrides: Sequence[str] = 
         SnapshotError: it is no pool, is damaged, or was written by a newer release.
         TrackingError: MLflow cannot be reached or has no such version.
     """
-    manifest, store, _ = found(reference, places, overrides)
-    return manifest, open_store(store)
+    found = find_registered(reference, places, overrides)
+    return found.manifest, open_store(found.store)
 
 
-def found(
-    reference: str, places: PlacesConfig, overrides: Sequence[str] = ()
-) -> tuple[Manifest, StoreConfig, PoolVersion]:
-    """As ``registered``: the manifest, where its blobs lie, and what MLflow says of the version."""
+@dataclass(frozen=True)
+class Registered:
+    """A version that is registered in MLflow.
+
+    Attributes:
+        manifest: what it is.
+        store: where its blobs are.
+        version: as the registry has it.
+    """
+
+    manifest: Manifest
+    store: StoreConfig
+    version: PoolVersion
+
+
+def find_registered(reference: str, places: PlacesConfig, overrides: Sequence[str] = ()) -> Registered:
+    """A registered version with what the registry says of it; as ``registered``."""
     from cluster.tracking.registry import PoolRegistry  # noqa: PLC0415  MLflow only where it is asked for
     from cluster.tracking.service import check_readable  # noqa: PLC0415
 
     registry = PoolRegistry(check_readable(places.tracking))
     data, kept, version = registry.load_manifest(reference, places.store.endpoint_url)
-    return Manifest.from_bytes(data), _moved(kept, places.store, overrides), version
+    return Registered(Manifest.from_bytes(data), _moved(kept, places.store, overrides), version)
 
 
 def _moved(kept: StoreConfig, asked: StoreConfig, overrides: Sequence[str]) -> StoreConfig:

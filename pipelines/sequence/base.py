@@ -61,8 +61,9 @@ def read_base(manifest: Manifest, store: BlobStore) -> Base:
     if manifest.recipe is None or manifest.carried is None or manifest.lineage is None or manifest.trained is None:
         raise SnapshotError(
             f"The version (schema {manifest.schema_version}) does not carry what a later task needs of its tasks: an "
-            "earlier release published it. Publish the sequence again with this release, from its config and its "
-            "data: what is learnt is not learnt again, if it is in the store"
+            "earlier release published it, or its newest block was imported. Go on from one before, or publish the "
+            "sequence again with this release, from its config and its data: what is learnt is not learnt again, if it "
+            "is in the store"
         )
     line = [Manifest.from_bytes(store.get(manifest.trained))]
     while (before := line[-1].parent) is not None:

@@ -36,6 +36,8 @@ def test_every_block_of_the_page_runs(at_work: None, copied: Finished) -> None:
     assert names["larger"].manifest.parent == copied.snapshot
     exported = load_file("runs/adapters/colour/adapter_model.safetensors")
     assert any(tensor.abs().sum() for name, tensor in exported.items() if "lora_B" in name)
+    assert len(load_file("runs/adapters/both/adapter_model.safetensors")) == len(exported)
+    assert names["both"].tasks == ("animal", "basket", "colour", "paint")
     assert names["same"].digest == names["first"].digest
     assert repr(names["larger"]).endswith("of sapt on tiny: animal, basket, colour>")
 
