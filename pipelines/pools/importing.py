@@ -226,7 +226,7 @@ def _publish(manifest: Manifest, ground: _Ground, lineage: Lineage, rows: Sequen
     from cluster.tracking.registry import PoolRegistry
     from cluster.tracking.runs import Tracker
     from cluster.tracking.service import check
-    from pipelines.sequence.experiment import git_commit
+    from pipelines.console.checkout import git_commit
     from sapt_core.io.hashing import canonical_hash
 
     assert ground.tracking is not None  # noqa: S101 - main asks for it alone then
