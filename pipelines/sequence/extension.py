@@ -119,7 +119,7 @@ def _config(
         "generator": recipe.generator.model_dump(mode="json"),
         "train": recipe.train.model_dump(mode="json"),
         # FWT compares with every task learnt alone, the old ones too, whose rows need not be there any more.
-        "evaluation": recipe.evaluation.model_dump(mode="json") | {"single_task": False},
+        "evaluation": {"single_task": False},
         "store": places.store,
         "tracking": places.tracking,
     }

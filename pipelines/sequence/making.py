@@ -12,7 +12,7 @@ from sapt_core.backbones.reference import BackboneRef
 from sapt_core.config.experiment import ExperimentConfig
 from sapt_core.data.task import KnownTask, LearntTask, Task
 from sapt_core.methods.base import Method
-from sapt_core.settings import EvaluationConfig, TrainConfig
+from sapt_core.settings import TrainConfig
 from sapt_core.training.trainer import step_seed
 from sapt_core.versions.manifest import Recipe
 
@@ -106,7 +106,6 @@ class StageMaker:
             reflection=config.reflection.model_dump(mode="json", exclude={"data_dir"}),
             generator=config.generator,
             train=config.train.model_copy(update={"checkpoint_every_steps": TrainConfig().checkpoint_every_steps}),
-            evaluation=EvaluationConfig(batch_size=config.evaluation.batch_size, num_beams=config.evaluation.num_beams),
         ).model_dump(mode="json")
 
     def completion(self, chain: Chain, index: int, lineage: str) -> Stage:

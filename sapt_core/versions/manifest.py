@@ -20,7 +20,6 @@ from sapt_core.io.hashing import Digest
 from sapt_core.methods.base import AnyMethod
 from sapt_core.settings import (
     AttentionConfig,
-    EvaluationConfig,
     GeneratorConfig,
     PETConfig,
     TrainConfig,
@@ -37,8 +36,9 @@ class Recipe(BaseModel):
         seed: of the sequence.
         max_source_tokens, max_target_tokens: longest prompt and answer.
         dev_fraction, split_seed: how dev rows are split off the train rows.
-        reflection, generator, train, evaluation: sections of the config. ``train.precision`` is settled, what is a
-            habit of the machine stands at its default, and where given samples lay is left out.
+        reflection, generator, train: sections of the config. ``train.precision`` is settled, what is a habit of the
+            machine stands at its default, and where given samples lay is left out. How it was scored is none of it:
+            that makes no other version.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -51,7 +51,6 @@ class Recipe(BaseModel):
     reflection: dict[str, JsonValue]
     generator: GeneratorConfig
     train: TrainConfig
-    evaluation: EvaluationConfig
 
 
 class CarriedTask(BaseModel):

@@ -271,7 +271,8 @@ def test_dry_run_shows_what_is_done(
     assert counts == {
         "prepare": [2, 0, 0],
         "train": [2, 0, 0],
-        "pseudo_samples": [1, 0, 0],
+        "pseudo_samples": [2, 0, 0],
+        "complete": [2, 0, 0],
         "single": [2, 0, 0],
         "evaluate": [0, 5, 0],
         "attend": [2, 0, 0],
