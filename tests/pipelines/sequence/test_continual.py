@@ -22,6 +22,7 @@ from pipelines import continual, predict
 from pipelines.console.checkout import git_commit
 from pipelines.sequence import bodies
 from sapt_core.errors import SaptError
+from sapt_core.versions.manifest import Manifest
 from tests.pipelines.commands import (
     QUICKSTART,
     ROOT,
@@ -35,7 +36,7 @@ from tests.pipelines.commands import (
     records,
 )
 
-KINDS = {"prepare", "pseudo_samples", "train", "evaluate", "single", "attend", "quality", "cost"}
+KINDS = {"complete", "prepare", "pseudo_samples", "train", "evaluate", "single", "attend", "quality", "cost"}
 
 
 def test_inline_runs_where_ray_mlflow_and_boto3_are_not_installed(finished: Finished) -> None:
@@ -120,7 +121,10 @@ def test_a_record_that_is_gone_is_made_again_and_no_other(
 def test_a_blob_that_is_gone_is_made_again(
     copied: Finished, call: Callable[[Callable[[], None], list[str]], Outcome]
 ) -> None:
-    blob = copied.store / "blobs" / copied.snapshot[:2] / copied.snapshot
+    folder = copied.store / "blobs"
+    trained = Manifest.from_bytes((folder / copied.snapshot[:2] / copied.snapshot).read_bytes()).trained
+    assert trained is not None
+    blob = folder / trained[:2] / trained
     blob.unlink()
     again = call(continual.main, command(copied.store)[2:])
     assert again.code == 0, again.err
@@ -253,8 +257,8 @@ def test_dry_run_writes_nothing(
         arguments = ["--config", QUICKSTART, "--dry-run", *extra, *TINY, "--summary", "new/summary.json"]
         shown = call(continual.main, arguments)
         assert shown.code == 0, shown.err
-        assert "16 stages" in shown.out
-        assert "4 of the 16 stages to run learn every task alone" in shown.out
+        assert "19 stages" in shown.out
+        assert "4 of the 19 stages to run learn every task alone" in shown.out
         assert "evaluation.single_task=false" in shown.out
         assert list(tmp_path.iterdir()) == []
     assert "alone" not in call(continual.main, [*arguments, "evaluation.single_task=false"]).out
