@@ -23,6 +23,7 @@ OUTPUTS: Mapping[str, tuple[str, ...]] = {
     "prepare": ("train.arrow", "dev.arrow", "test.arrow", "meta.json"),
     "pseudo_samples": ("samples",),
     "train": ("manifest", "block", "router"),
+    "complete": ("manifest",),
     "evaluate": ("predictions",),
 }
 
