@@ -90,7 +90,9 @@ def test_local_ray_with_sqlite(finished: Finished, predicting: None) -> None:
     stages = [
         f"{kind}[{index:02d} {name}]" for kind in ("prepare", "train", "single") for index, name in enumerate(TASKS)
     ]
-    assert sorted(outcome.started) == sorted([*stages, "pseudo_samples[00 animal]"])
+    assert sorted(outcome.started) == sorted(
+        [*stages, *(f"pseudo_samples[{index:02d} {name}]" for index, name in enumerate(TASKS))]
+    )
     assert f"registered: quickstart version {len(TASKS)}" in outcome.out
     assert (summary["version"], len(summary["scores"]), len(summary["single"])) == (2, 2, 2)
 
