@@ -103,7 +103,7 @@ def import_adapter(
         router=store_router(pool, store),
         targets=(*(parent.targets if parent else ()), target),
         state=parent.state if parent else {},
-        parent=parent.digest if parent else None,
+        parent=parent.as_parent if parent else None,
     )
     store.put(manifest.to_bytes())
     return manifest

@@ -170,7 +170,7 @@ def learn_task(
             router=store_router(pool, store),
             targets=(*(parent.targets if parent else ()), target),
             state={**(parent.state if parent else {}), **saved},
-            parent=parent.digest if parent else None,
+            parent=parent.as_parent if parent else None,
         )
         store.put(manifest.to_bytes())
     return manifest, curve

@@ -168,6 +168,11 @@ class Manifest(BaseModel):
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
     @property
+    def as_parent(self) -> str:
+        """What the next version names as its parent: the manifest as training wrote it, be this one it or complete."""
+        return self.trained or self.digest
+
+    @property
     def block_names(self) -> tuple[str, ...]:
         """The task that made each block, oldest first; a block that all tasks share is named so."""
         grows = self.method.pool == "block per task"
