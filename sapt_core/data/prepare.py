@@ -315,9 +315,13 @@ class PreparedTask:
     def from_blobs(cls, blobs: Mapping[str, bytes]) -> PreparedTask:
         """Read what ``to_blobs`` wrote, in place and not copied. A split that is not there has no rows."""
         meta = json.loads(blobs["meta.json"])
-        none = _stream(datasets.Dataset(datasets.table.InMemoryTable(SCHEMA.empty_table())))
-        splits = {split: read_split(blobs.get(f"{split}.arrow", none)) for split in SPLITS}
+        names = {split: f"{split}.arrow" for split in SPLITS}
+        splits = {split: read_split(blobs[name]) if name in blobs else _no_rows() for split, name in names.items()}
         return cls(**{name: meta[name] for name in TOLD}, **splits)
+
+
+def _no_rows() -> datasets.Dataset:
+    return datasets.Dataset(datasets.table.InMemoryTable(SCHEMA.empty_table()))
 
 
 def read_split(data: bytes) -> datasets.Dataset:

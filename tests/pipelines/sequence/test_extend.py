@@ -66,7 +66,10 @@ def go_on(call: Call, store: Path, version: str, *given: str) -> Outcome:
     return call(extend.main, ["--snapshot", version, *given, "--inline", *summary, f"store.uri={store}"])
 
 
-def test_a_task_that_comes_later_ends_in_the_version_of_one_run(call: Call, data: Path, tmp_path: Path) -> None:
+def test_a_task_that_comes_later_ends_in_the_version_of_one_run(
+    call: Call, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     whole = learn(call, tmp_path / "whole", data, NAMES)
     before = learn(call, tmp_path / "store", data, NAMES[:2])
     for name in NAMES[:2]:
@@ -77,6 +80,8 @@ def test_a_task_that_comes_later_ends_in_the_version_of_one_run(call: Call, data
     assert after["snapshot"] == whole["snapshot"]
     assert after["scores"] == whole["scores"]
     assert "train[02 ticket] started" in ended.out
+    page = next(line for line in ended.out.splitlines() if line.startswith("report: ")).removeprefix("report: ")
+    assert "All 3" in Path(page).read_text()
     assert "train[00" not in ended.out
 
 
