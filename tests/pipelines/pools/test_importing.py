@@ -48,7 +48,7 @@ def test_onto_a_snapshot_the_store_alone_has_the_next(copied: Finished, adapter:
     digest = brought.out.split("snapshot ")[1].strip()
     store = open_store(StoreConfig(uri=str(copied.store)))
     before, after = (Manifest.from_bytes(store.get(each)) for each in (copied.snapshot, digest))
-    assert after.parent == copied.snapshot
+    assert after.parent == before.as_parent
     assert (after.tasks[2].definition, after.tasks[2].max_target_tokens) == ("Name it.", 4)
     assert (after.tasks[2].template, after.tasks[2].metric) == (before.tasks[1].template, before.tasks[1].metric)
     block, of_animal = (load_blob(each, store) for each in (after.blocks[2], before.blocks[0]))
