@@ -73,6 +73,11 @@ def add_run(made: argparse.ArgumentParser) -> None:
     made.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
     add_inline(made)
     made.add_argument("--summary", type=Path, metavar="FILE", help="write the figures of the end as JSON")
+    made.add_argument(
+        "--new-line",
+        metavar="NAME",
+        help="publish as a line of versions of its own, beside those of the registered model (tracking.line=NAME)",
+    )
 
 
 def add_version(made: argparse.ArgumentParser) -> None:
@@ -108,6 +113,8 @@ def parse(
     arguments = made.parse_intermixed_args()
     if getattr(arguments, "processes", None) is not None and not arguments.inline:
         made.error("--processes goes with --inline; on Ray, the cluster says how many stages run at once")
+    if getattr(arguments, "new_line", None) is not None:
+        arguments.overrides.append(f"tracking.line={arguments.new_line}")
     _quieten_transformers()
     if getattr(arguments, "print_config", False):
         sys.stdout.write(config(arguments))

@@ -17,7 +17,7 @@ from sapt_core.settings import PlacesConfig, StoreConfig
 from sapt_core.versions.manifest import Manifest
 
 if TYPE_CHECKING:
-    from cluster.tracking.registry import PoolVersion
+    from cluster.tracking.lines import PoolVersion
 
 
 def open_version(arguments: Namespace, places: PlacesConfig) -> tuple[Manifest, ArtifactStore]:

@@ -11,8 +11,9 @@ from urllib.parse import quote
 
 from cluster.stages import StageRecord
 from cluster.store import resolved
+from cluster.tracking.lines import SWEEP, Lineage
 from cluster.tracking.outbox import Outbox
-from cluster.tracking.registry import SWEEP, Lineage, PoolRegistry
+from cluster.tracking.registry import PoolRegistry
 from cluster.tracking.runs import LoggedDataset, Tracker
 from cluster.tracking.service import check_readable
 from pipelines.reports.page import Link
@@ -25,10 +26,10 @@ from sapt_core.versions.manifest import Manifest
 
 def lineage_of(experiment: Experiment, sweep: str | None = None) -> Lineage:
     """What the registry compares with the pool that it holds."""
-    tasks = ", ".join(task.name for task in experiment.every_task)
-    asked = f"method {experiment.config.method.name}, tasks {tasks}"
+    tasks = tuple(task.name for task in experiment.every_task)
+    asked = f"method {experiment.config.method.name}, tasks {', '.join(tasks)}"
     return Lineage(
-        asked if sweep is None else f"{asked} (the best trial of sweep {sweep})", experiment.graph.lineage, sweep
+        asked if sweep is None else f"{asked} (the best trial of sweep {sweep})", experiment.graph.lineage, sweep, tasks
     )
 
 
@@ -115,6 +116,7 @@ class MLflowPublisher:
         params = _flat(config.model_dump(mode="json", exclude={"store", "tracking", "cluster", "diagnostics"}))
         self.versions: list[int | None] = []
         self._run: str | None = None
+        self._parent = None if experiment.base is None else experiment.base.manifest.digest
         self._outbox = outbox
 
         def open_run() -> None:
@@ -182,7 +184,9 @@ class MLflowPublisher:
             f"AP {metrics['ap']:.2f}, F.Ra {metrics['f_ra']:.2f}.",
             tags={"task": manifest.tasks[-1].name, "tasks": tasks, **self._tags},
             metrics=metrics,
+            parent=self._parent,
         )
+        self._parent = manifest.digest
         self.versions.append(number)
 
     def finish(self, summary: Mapping[str, Any], report: Callable[[], Mapping[str, bytes]]) -> None:

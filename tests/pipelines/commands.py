@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster.store import open_store
-from cluster.tracking.registry import Lineage, PoolRegistry
+from cluster.tracking.lines import Lineage
+from cluster.tracking.registry import PoolRegistry
 from cluster.tracking.runs import Tracker
 from pipelines.sequence.experiment import DESCRIPTION
 from sapt_core.data.task import Task, dev_rows

@@ -86,9 +86,9 @@ def test_another_pool_does_not_take_the_place_of_the_registered_one(
         assert "Traceback" not in refused.err
         for part in (
             "tracking.model=quickstart holds another pool",
-            "newest version, 2, is of method sapt, tasks animal, basket.",
+            "in its line main the newest version, 2, is of method sapt, tasks animal, basket.",
             "Asked is method",
-            "tracking.replace=true",
+            "Give --new-line NAME (tracking.line=NAME)",
         ):
             assert part in refused.err
     assert versions(sqlite_tracking) == published
@@ -99,11 +99,11 @@ def test_another_pool_does_not_take_the_place_of_the_registered_one(
     [
         ["benchmark.tasks=animal,basket,loan"],
         ["benchmark.test_rows=6"],
-        ["benchmark.tasks=basket", "tracking.replace=true"],
+        ["benchmark.tasks=basket", "--new-line", "baskets"],
         ["benchmark.tasks=basket", "tracking.model=another"],
         ["benchmark.tasks=basket", "--inline"],
     ],
-    ids=["longer", "other test rows", "replace", "another model", "inline"],
+    ids=["longer", "other test rows", "a new line", "another model", "inline"],
 )
 def test_what_may_be_published(given: list[str], submit: Submit, published: list[dict[str, str]]) -> None:
     outcome = submit(*given, "--dry-run")
@@ -130,9 +130,13 @@ def test_going_on_after_another_took_the_place_is_asked_for_again(
     client.create_model_version("quickstart", str(tmp_path / "foreign"), tags={"method": "ewc", "task": "loan"})
     refused = submit()
     assert refused.code == 2
-    assert "newest version, 2, is of method ewc, tasks loan." in refused.err
-    assert submit("tracking.replace=true").code == 0
+    assert "somebody else's version 2 (method ewc, tasks loan) is the newest of its line main by now" in refused.err
+    assert "Extend that one (sapt extend --from models:/quickstart/2)" in refused.err
+    assert submit("--new-line", "mine").code == 0
     assert [each.get("tasks") for each in versions(sqlite_tracking)] == ["animal", None, "animal, basket"]
+    assert [each.get("line") for each in versions(sqlite_tracking)] == ["main", None, "mine"]
+    assert versions(sqlite_tracking)[2]["sapt.parent"] == versions(sqlite_tracking)[0]["sapt.snapshot"]
+    assert submit().code == 0  # goes on in the line that its newest version is in
 
 
 # A process that has a version's requirements, what those require, and nothing else: no project, no other package.
