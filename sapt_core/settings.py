@@ -355,8 +355,20 @@ class TrackingConfig(Section):
     )
 
 
+class RegistryConfig(Section):
+    """When a version may become the champion."""
+
+    max_drop: float = Field(
+        1.0,
+        ge=0,
+        description="Points that a task may score lower than with the champion; more is refused. One point is a row of "
+        "a hundred: less than that is within what other test rows would say.",
+    )
+
+
 class PlacesConfig(Section):
     """Where versions of the pool are kept: all that reading one needs."""
 
     store: StoreConfig = Field(StoreConfig(), description="Where blobs and records live.")
     tracking: TrackingConfig = Field(TrackingConfig(), description="Where runs and versions are told of.")
+    registry: RegistryConfig = Field(RegistryConfig(), description="When a version may become the champion.")

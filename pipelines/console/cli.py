@@ -6,7 +6,7 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from pipelines.console.commands import started_so
@@ -26,7 +26,13 @@ def plain_parser(description: str, example: str | None = None) -> argparse.Argum
 
 
 def parser(
-    description: str, example: str, *, kind: str = ".", needs_config: bool = True, actions: Sequence[str] = ()
+    description: str,
+    example: str,
+    *,
+    kind: str = ".",
+    needs_config: bool = True,
+    actions: Sequence[str] = (),
+    named: Mapping[str, str] | None = None,
 ) -> argparse.ArgumentParser:
     """A parser with ``--config`` and dotted ``key=value`` overrides.
 
@@ -36,10 +42,13 @@ def parser(
         kind: folder of the shipped configs that the command's are in; those of experiments are in none.
         needs_config: whether it must be given.
         actions: what the command can do, of which one must be named.
+        named: what else must be named, with its help.
     """
     made = plain_parser(description, example)
     if actions:
         made.add_argument("action", choices=actions)
+    for name, told in (named or {}).items():
+        made.add_argument(name, metavar=name.upper(), help=told)
     made.add_argument(
         "--config",
         type=lambda text: config_file(text, kind),
@@ -60,9 +69,9 @@ def add_print_config(made: argparse.ArgumentParser, which: str = "the config") -
     )
 
 
-def add_inline(made: argparse.ArgumentParser) -> None:
+def add_inline(made: argparse.ArgumentParser, told: str = "on this machine alone: no Ray, no MLflow") -> None:
     """The options of those who run without Ray."""
-    made.add_argument("--inline", action="store_true", help="on this machine alone: no Ray, no MLflow")
+    made.add_argument("--inline", action="store_true", help=told)
     made.add_argument(
         "--processes", type=_at_least_one, metavar="N", help="with --inline: run up to N stages at once (default: 1)"
     )

@@ -15,6 +15,7 @@ SCRIPTS = {
     "evaluate": "evaluate",
     "predict": "predict",
     "export": "export",
+    "pool": "pool",
     "store": "store",
     "pretrain": "pretrain_tiny",
     "fields": "fields",

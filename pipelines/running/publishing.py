@@ -113,7 +113,9 @@ class MLflowPublisher:
         }
         suite = f"{config.benchmark.suite} {len(experiment.every_task)} tasks"
         name = name or f"{config.method.name} {suite} seed {config.seed}"
-        params = _flat(config.model_dump(mode="json", exclude={"store", "tracking", "cluster", "diagnostics"}))
+        params = _flat(
+            config.model_dump(mode="json", exclude={"store", "tracking", "registry", "cluster", "diagnostics"})
+        )
         self.versions: list[int | None] = []
         self._run: str | None = None
         self._parent = None if experiment.base is None else experiment.base.manifest.digest

@@ -1,0 +1,1 @@
+"""What ``pipelines/pool.py`` does with registered versions, a file an action."""
