@@ -31,8 +31,7 @@ class Pool:
     call: Callable[[Callable[[], None], list[str]], Outcome]
 
     def __call__(self, *words: str) -> Outcome:
-        config = self.registry.config
-        return self.call(pool.main, [*words, f"tracking.uri={config.uri}", f"tracking.model={config.model}"])
+        return self.call(pool.main, [*words, f"tracking.uri={self.registry.config.uri}"])
 
     def refused(self, *words: str) -> Outcome:
         """What is said where nothing may be changed."""
