@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 CHAMPION, PREVIOUS = "champion", "previous"
+NUMBER = "{version}"  # in a description: the version's own number
 _AMBIENT = threading.Lock()
 
 log = logging.getLogger(__name__)
@@ -99,7 +100,8 @@ class PoolRegistry:
             digest: identity of the snapshot's content (hex).
             index: tasks learnt, from 1; the metrics' step and the tag ``index``.
             run_id: the sequence's run, which gets the metrics too.
-            description: of the version in the UI (Markdown), where a link to the run follows it.
+            description: of the version in the UI (Markdown), where a link to the run follows it; ``NUMBER`` in it
+                becomes the version's number as soon as that is known.
             tags: task, method, backbone, config hash, data digest, git commit …
             metrics: scores so far by name, shown beside the version in the UI.
             parent: digest of the snapshot that it goes on from; None for a first task.
@@ -112,6 +114,7 @@ class PoolRegistry:
         """
         with reported(self.config.uri):
             if (there := self._with_digest(digest)) is not None:
+                self._number(there)
                 return int(there.version)
             versions = self.versions()
             place = self._place(versions, lineage, index, parent)
@@ -121,7 +124,7 @@ class PoolRegistry:
             self._make_registered_model()
             model = self._logged_model(manifest, store, digest=digest, index=index, run_id=run_id, metrics=metrics)
             before = parent_of(versions, parent, lineage.names[index - 2] if index > 1 else None)
-            snapshot = parent if before is None else before.tags[SNAPSHOT]
+            snapshot = parent if before is None else before.tags.get(SNAPSHOT, parent)
             with _ambient(self.config.uri):
                 made = client.create_model_version(
                     self.config.model,
@@ -149,7 +152,14 @@ class PoolRegistry:
                 client.set_logged_model_tags(model.model_id, {"mlflow.modelVersions": names})
             if first.version == made.version:
                 self._settle(int(made.version), place, lineage, index, parent)
+            self._number(first)
             return int(first.version)
+
+    def _number(self, version: ModelVersion) -> None:
+        """Write a version's number into its description, once it has one."""
+        if NUMBER in (version.description or ""):
+            text = version.description.replace(NUMBER, str(version.version))
+            client_of(self.config.uri).update_model_version(self.config.model, version.version, text)
 
     def _place(
         self, versions: Sequence[PoolVersion], lineage: Lineage, index: int, parent: str | None
@@ -251,6 +261,10 @@ class PoolRegistry:
         """The version of ``tracking.model`` that has an alias; None if none has."""
         return next((version for version in self.versions() if alias in version.aliases), None)
 
+    def with_snapshot(self, digest: str) -> PoolVersion | None:
+        """The oldest version of ``tracking.model`` with this content; None if none has it."""
+        return next((version for version in self.versions() if version.tags.get(SNAPSHOT) == digest), None)
+
     def tag(self, version: PoolVersion, tags: Mapping[str, str]) -> None:
         """Set tags of a version; those that are there are replaced."""
         with reported(self.config.uri):
@@ -314,7 +328,9 @@ class PoolRegistry:
 
         try:
             client_of(self.config.uri).create_registered_model(
-                self.config.model, description="PET pools of SAPT on Ray: one version for every task learnt."
+                self.config.model,
+                description="PET pools of SAPT on Ray: one version for every task learnt. In a line (tag `line`) a "
+                "version knows all tasks of those before it; `champion` is the one that was chosen to answer.",
             )
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":

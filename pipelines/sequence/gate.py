@@ -87,7 +87,7 @@ class Gate:
             return None if task not in stages else float(records[stages[task]].metrics["score"])
 
         found = [
-            Row(task, *(score(stages, task) for stages in (self.candidate, self.champion, self.bare)))
+            Row(task, score(self.candidate, task), score(self.champion, task), score(self.bare, task))
             for task in self.tasks
         ]
         return [*found, *(Row(task, None, None, None, learnt=False) for task in self.lost)]

@@ -61,10 +61,16 @@ def test_what_mlflow_says_of_a_version_and_its_data(finished: Finished, sqlite_t
     version = client.get_model_version("quickstart", "2")
     figures = finished.summary
     run = client.get_run(version.run_id)
-    assert version.description == (
-        f"sapt after 2 tasks (animal, basket): AP {figures['ap']:.2f}, F.Ra {figures['f_ra']:.2f}. "
-        f"[Run](#/experiments/{run.info.experiment_id}/runs/{version.run_id})"
-    )
+    for part in (
+        f"sapt after 2 tasks: AP {figures['ap']:.2f}, F.Ra {figures['f_ra']:.2f}. Backbone ",
+        f"| animal | {figures['scores'][1][0]:.2f} | {figures['scores'][1][0] - figures['scores'][0][0]:+.2f} |",
+        f"| basket | {figures['scores'][1][1]:.2f} | new |",
+        'load_model("models:/quickstart/2")',
+        "sapt pool promote 2 tracking.model=quickstart",
+        f"[Run](#/experiments/{run.info.experiment_id}/runs/{version.run_id})",
+    ):
+        assert part in version.description
+    assert (version.tags["line"], version.tags["ap"]) == ("main", f"{figures['ap']:.2f}")
     assert version.tags["tasks"] == "animal, basket"
     model = client.get_logged_model(version.source.removeprefix("models:/"))
     scores = {metric.key: metric.value for metric in model.metrics}
