@@ -27,8 +27,8 @@ ACTIONS = {
 
 def main() -> None:
     """Do what is named, or say what there is."""
-    started, *given = sys.argv
-    if given and given[0] in ACTIONS:
+    started, given = sys.argv[0], sys.argv[1:] or ["--help"]
+    if given[0] in ACTIONS:
         sys.argv = [started if started.endswith(".py") else f"{started} {given[0]}", *given[1:]]
         _module(given[0]).main()
         return

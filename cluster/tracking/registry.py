@@ -157,8 +157,9 @@ class PoolRegistry:
 
     def _number(self, version: ModelVersion) -> None:
         """Write a version's number into its description, once it has one."""
-        if NUMBER in (version.description or ""):
-            text = version.description.replace(NUMBER, str(version.version))
+        description = version.description or ""
+        if NUMBER in description:
+            text = description.replace(NUMBER, str(version.version))
             client_of(self.config.uri).update_model_version(self.config.model, version.version, text)
 
     def _place(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from pipelines.console import cli
 from pipelines.console.commands import pasted
 from pipelines.pools.showing import VERSION
-from sapt_core.errors import ConfigError, FaultsError, LineageError, SnapshotError
+from sapt_core.errors import ConfigError, FaultsError, LineageError, SnapshotError, StoreError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -58,20 +58,19 @@ def main() -> None:
         console.print(f"{version.model} version {version.version} is the champion already")
         return
     _check_line(version, champion or versions[0], arguments.line)
-    rival = None
-    if champion is not None:
-        rival, beside, _ = found(champion.uri, places, arguments.overrides)
-        if beside.uri != kept.uri:
-            raise SnapshotError(
-                f"The version lies in {kept.uri} and the champion, version {champion.version}, in {beside.uri}: copy "
-                "one store into the other and say by store.uri where both are"
-            )
-    config = _config(arguments, candidate, kept, places)
-    gate = build_gate(config, candidate, rival)
-    rows = _scored(gate, open_store(kept), config, arguments)
-    console.print(_table(rows, version, champion))
-    drop = places.registry.max_drop
-    faults = [fault for row in rows for fault in row.faults(drop)]
+    rows: list[Row] = []
+    try:
+        rival = None if champion is None else _rival(champion, kept, arguments, places)
+        config = _config(arguments, candidate, kept, places)
+        gate = build_gate(config, candidate, rival)
+        rows = _scored(gate, open_store(kept), config, arguments)
+        console.print(_table(rows, version, champion))
+        faults = [fault for row in rows for fault in row.faults(places.registry.max_drop)]
+    except (SnapshotError, StoreError) as error:  # so that a champion can be replaced that is damaged
+        if arguments.force is None:
+            raise
+        faults = [f"not scored: {error}"]
+        console.print(faults[0], soft_wrap=True)
     if faults and arguments.force is None:
         title = f"{version.model} version {version.version} is not promoted (--force REASON does it all the same):"
         raise FaultsError(title, faults)
@@ -101,6 +100,23 @@ def _check_line(version: PoolVersion, other: PoolVersion, said: str | None) -> N
             f"{other.line}: it does not go on from that. If it is to take its place all the same, give "
             f"--line {version.line}"
         )
+
+
+def _rival(champion: PoolVersion, kept: StoreConfig, arguments: argparse.Namespace, places: PlacesConfig) -> Manifest:
+    """The champion's manifest, if its blobs lie where those of the version do.
+
+    Raises:
+        SnapshotError: they lie elsewhere; or it is damaged or was written by a newer release.
+    """
+    from pipelines.console.versions import found
+
+    rival, beside, _ = found(champion.uri, places, arguments.overrides)
+    if beside.uri != kept.uri:
+        raise SnapshotError(
+            f"The version lies in {kept.uri} and the champion, version {champion.version}, in {beside.uri}: copy one "
+            "store into the other and say by store.uri where both are"
+        )
+    return rival
 
 
 def _config(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from cluster.tracking.registry import PoolRegistry
 from cluster.tracking.service import client_of
 from pipelines import pool
 from pipelines.sequence.gate import Row
+from sapt_core.backbones.reference import BackboneRef
 from sapt_core.settings import StoreConfig, TrackingConfig
 from sapt_core.versions.manifest import Manifest
 from tests.pipelines.commands import Finished, Outcome, change_metrics, level_scores, publish
@@ -155,6 +157,23 @@ def test_what_is_not_promoted_whatever_its_scores(two: Pool) -> None:
     assert two("promote", "2", "--inline", "--line", "branch-of-1").code == 0
 
 
+def test_a_champion_in_another_store_or_on_another_backbone(
+    two: Pool, copied: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two.registry.crown(two.registry.versions()[0])
+    client = client_of(two.registry.config.uri)
+    client.delete_model_version("sapt", "2")
+    shutil.copytree(two.store, tmp_path / "elsewhere")
+    publish(replace(copied, store=tmp_path / "elsewhere"), two.registry.config, two.digests[1])
+    assert "copy one store into the other" in two.refused("promote", "latest", "--inline").err
+    there = f"store.uri={tmp_path / 'elsewhere'}"
+    monkeypatch.setattr(BackboneRef, "is_of", lambda own, other: False)
+    assert "neither can be scored on the other's rows" in two.refused("promote", "latest", "--inline", there).err
+    monkeypatch.undo()
+    ended = two("promote", "latest", "--inline", there)
+    assert ended.code == 0, ended.err
+
+
 def test_a_version_without_sealed_rows_is_not_promoted(two: Pool, copied: Finished) -> None:
     trained = two.manifest(1).trained
     two.registry.crown(two.registry.versions()[0])
@@ -162,6 +181,11 @@ def test_a_version_without_sealed_rows_is_not_promoted(two: Pool, copied: Finish
     client.delete_model_version("sapt", "2")
     publish(copied, two.registry.config, trained)
     assert "an earlier release published it" in two.refused("promote", "latest", "--inline").err
+    forced = two("promote", "latest", "--inline", "--force", "nothing else answers")
+    assert forced.code == 0, forced.err
+    last = two.registry.versions()[-1]
+    assert last.aliases == ("champion",)
+    assert last.tags["promoted.against"].startswith("not scored: ")
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from cluster.tracking.service import client_of
-from pipelines import continual, predict
+from pipelines import continual, extend, predict
+from sapt_core.config.experiment import load_config
+from sapt_core.data import load_sequence
 from sapt_core.settings import TrackingConfig
-from tests.pipelines.commands import Finished, Outcome, command
+from tests.pipelines.commands import QUICKSTART, TINY, Finished, Outcome, command, write_task
 
 pytest_plugins = ["tests.mlflow_servers"]
 
@@ -143,6 +145,31 @@ def test_going_on_after_another_took_the_place_is_asked_for_again(
     assert [each.get("line") for each in versions(sqlite_tracking)] == ["main", None, "mine"]
     assert versions(sqlite_tracking)[2]["sapt.parent"] == versions(sqlite_tracking)[0]["sapt.snapshot"]
     assert submit().code == 0  # goes on in the line that its newest version is in
+
+
+@pytest.mark.parametrize(
+    ("version", "given", "code"),
+    [("1", [], 2), ("1", ["--new-line", "branch-of-1"], 0), ("2", [], 0), ("latest", [], 0)],
+)
+def test_a_version_that_somebody_has_extended_is_told_of_before_training(
+    *,
+    version: str,
+    given: list[str],
+    code: int,
+    published: list[dict[str, str]],
+    sqlite_tracking: TrackingConfig,
+    tmp_path: Path,
+    call: Callable[..., Outcome],
+) -> None:
+    (task,) = load_sequence(load_config(QUICKSTART, [*TINY, "benchmark.tasks=ticket"]).benchmark)
+    write_task(tmp_path / "data", task)
+    words = ["--from", f"models:/quickstart/{version}", "--task", "ticket", "--data", str(tmp_path / "data/ticket")]
+    ended = call(extend.main, [*words, "--dry-run", *given, f"tracking.uri={sqlite_tracking.uri}"])
+    assert ended.code == code, ended.out + ended.err
+    if code:
+        assert "goes on from version 1 of tracking.model=quickstart, and somebody else's version 2" in ended.err
+        assert "tracking.line=branch-of-1" in ended.err
+    assert versions(sqlite_tracking) == published
 
 
 # A process that has a version's requirements, what those require, and nothing else: no project, no other package.
