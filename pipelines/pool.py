@@ -1,5 +1,7 @@
-"""Look after versions of a pool: take blocks out as PEFT adapters, and bring adapters in.
+"""Look at the versions of a pool, choose the one that answers, and take adapters out and in.
 
+python pipelines/pool.py list tracking.model=quickstart
+python pipelines/pool.py promote 4 tracking.model=quickstart
 python pipelines/pool.py export --version latest --task animal --out adapters/animal tracking.model=quickstart
 python pipelines/pool.py import adapters/colour --onto models:/quickstart@latest --task colour --rows colour.txt
 """
@@ -10,7 +12,16 @@ import sys
 
 from pipelines.console import cli
 
-ACTIONS = {"export": "exporting", "import": "importing"}
+ACTIONS = {
+    "list": "listing",
+    "show": "showing",
+    "compare": "comparing",
+    "verify": "verifying",
+    "promote": "promoting",
+    "rollback": "rolling_back",
+    "export": "exporting",
+    "import": "importing",
+}
 """The file in ``pipelines/pools`` that each action is."""
 
 

@@ -36,7 +36,7 @@ def parser(
     needs_config: bool = True,
     actions: Sequence[str] = (),
     action: str = "",
-    folder: str = "",
+    named: Mapping[str, str] | None = None,
 ) -> argparse.ArgumentParser:
     """A parser with ``--config`` and dotted ``key=value`` overrides.
 
@@ -47,13 +47,13 @@ def parser(
         needs_config: whether it must be given.
         actions: what the command can do, of which one must be named.
         action: of the command, that this is the parser of, see ``chosen``.
-        folder: what is told of a folder that must be named; none is if there is nothing to tell.
+        named: what else must be named, with its help.
     """
     made = plain_parser(description, example, action)
-    if folder:
-        made.add_argument("folder", type=Path, metavar="FOLDER", help=folder)
     if actions:
         made.add_argument("action", choices=actions)
+    for name, told in (named or {}).items():
+        made.add_argument(name, metavar=name.upper(), help=told)
     made.add_argument(
         "--config",
         type=lambda text: config_file(text, kind),
@@ -93,9 +93,9 @@ def add_print_config(made: argparse.ArgumentParser, which: str = "the config") -
     )
 
 
-def add_inline(made: argparse.ArgumentParser) -> None:
+def add_inline(made: argparse.ArgumentParser, told: str = "on this machine alone: no Ray, no MLflow") -> None:
     """The options of those who run without Ray."""
-    made.add_argument("--inline", action="store_true", help="on this machine alone: no Ray, no MLflow")
+    made.add_argument("--inline", action="store_true", help=told)
     made.add_argument(
         "--processes", type=_at_least_one, metavar="N", help="with --inline: run up to N stages at once (default: 1)"
     )
@@ -106,6 +106,11 @@ def add_run(made: argparse.ArgumentParser) -> None:
     made.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
     add_inline(made)
     made.add_argument("--summary", type=Path, metavar="FILE", help="write the figures of the end as JSON")
+    made.add_argument(
+        "--new-line",
+        metavar="NAME",
+        help="publish as a line of versions of its own, beside those of the registered model (tracking.line=NAME)",
+    )
 
 
 def add_version(made: argparse.ArgumentParser) -> None:
@@ -141,6 +146,8 @@ def parse(
     arguments = made.parse_intermixed_args()
     if getattr(arguments, "processes", None) is not None and not arguments.inline:
         made.error("--processes goes with --inline; on Ray, the cluster says how many stages run at once")
+    if getattr(arguments, "new_line", None) is not None:
+        arguments.overrides.append(f"tracking.line={arguments.new_line}")
     _quieten_transformers()
     if getattr(arguments, "print_config", False):
         sys.stdout.write(config(arguments))

@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from omegaconf import OmegaConf
 
@@ -18,7 +17,7 @@ from sapt_core.settings import PlacesConfig, StoreConfig
 from sapt_core.versions.manifest import Manifest
 
 if TYPE_CHECKING:
-    from cluster.tracking.registry import PoolVersion
+    from cluster.tracking.lines import PoolVersion
 
 
 def open_version(arguments: Namespace, places: PlacesConfig) -> tuple[Manifest, ArtifactStore]:
@@ -54,8 +53,7 @@ def registered(reference: str, places: PlacesConfig, overrides: Sequence[str] = 
     return found.manifest, open_store(found.store)
 
 
-@dataclass(frozen=True)
-class Registered:
+class Registered(NamedTuple):
     """A version that is registered in MLflow.
 
     Attributes:

@@ -24,7 +24,7 @@ from sapt_core.errors import DataError
 
 if TYPE_CHECKING:
     from cluster.store import ArtifactStore
-    from cluster.tracking.registry import Lineage
+    from cluster.tracking.lines import Lineage
     from sapt_core.config.experiment import ExperimentConfig
     from sapt_core.data.task import LearntTask
     from sapt_core.settings import PlacesConfig, StoreConfig, TrackingConfig
@@ -69,17 +69,18 @@ def main() -> None:
     from sapt_core.data.task import LearntTask
     from sapt_core.versions.importing import import_adapter
 
+    folder = Path(arguments.folder)
     rows, definition = read_rows(arguments.rows)
     config = None if arguments.config is None else load_config(arguments.config, arguments.overrides)
     ground = _ground(arguments, config)
     given = {field: getattr(arguments, field) for field in ground.usual if getattr(arguments, field) is not None}
     definition = definition if arguments.definition is None else arguments.definition
     task = LearntTask(name=arguments.task, definition=definition, **{**ground.usual, **given})
-    lineage = _lineage(ground, arguments.folder, task, rows)
+    lineage = _lineage(ground, folder, task, rows)
     if ground.tracking is not None and is_there(ground.tracking):
         PoolRegistry(resolved(ground.tracking)).check_continuation(lineage)
     store = open_store(ground.store)
-    manifest = import_adapter(arguments.folder, task, rows, store, onto=ground.onto)
+    manifest = import_adapter(folder, task, rows, store, onto=ground.onto)
     if arguments.onto is None and config is not None:
         from sapt_core.backbones.loading import store_backbone
 
@@ -100,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         pasted("pool", "import", *example),
         needs_config=False,
         action="import",
-        folder="of the adapter, as PEFT's save_pretrained wrote it",
+        named={"folder": "of the adapter, as PEFT's save_pretrained wrote it"},
     )
     parser.add_argument("--onto", metavar="REF", help="models:/NAME@ALIAS, models:/NAME/NUMBER, or a snapshot's digest")
     parser.add_argument("--task", required=True, metavar="NAME", help="what the adapter was trained on")
@@ -122,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _ground(arguments: argparse.Namespace, config: ExperimentConfig | None) -> _Ground:
     """What the command line names; errors as of ``registered``, ``snapshot`` and ``identify``."""
-    from cluster.tracking.registry import LINEAGE
+    from cluster.tracking.lines import LINEAGE
     from pipelines.console.versions import find_registered, snapshot
     from sapt_core.backbones.reference import identify
     from sapt_core.config.experiment import load_places
@@ -186,7 +187,7 @@ def read_rows(path: Path) -> tuple[list[str], str]:
 
 def _lineage(ground: _Ground, folder: Path, task: LearntTask, rows: Sequence[str]) -> Lineage:
     """The version before, and a name of the next that is known before it is made."""
-    from cluster.tracking.registry import Lineage
+    from cluster.tracking.lines import Lineage
     from sapt_core.io.hashing import canonical_hash
     from sapt_core.versions.adapters import SETTINGS, TENSORS
     from sapt_core.versions.manifest import Manifest
@@ -195,8 +196,9 @@ def _lineage(ground: _Ground, folder: Path, task: LearntTask, rows: Sequence[str
     digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
     earlier = ground.onto.tasks if isinstance(ground.onto, Manifest) else ()
     name = canonical_hash([IMPORT, ground.line, digests, task.model_dump(), list(rows)])
-    asked = f"method {ground.onto.method.name}, tasks {', '.join(each.name for each in (*earlier, task))}"
-    return Lineage(asked, (*(ground.line or "" for _ in earlier), name))
+    tasks = tuple(each.name for each in (*earlier, task))
+    asked = f"method {ground.onto.method.name}, tasks {', '.join(tasks)}"
+    return Lineage(asked, (*(ground.line or "" for _ in earlier), name), tasks=tasks)
 
 
 def _keep(store: ArtifactStore, manifest: Manifest) -> None:
@@ -228,6 +230,7 @@ def _publish(manifest: Manifest, ground: _Ground, lineage: Lineage, rows: Sequen
     from cluster.tracking.service import check
     from pipelines.console.checkout import git_commit
     from sapt_core.io.hashing import canonical_hash
+    from sapt_core.versions.manifest import Manifest
 
     assert ground.tracking is not None  # noqa: S101 - main asks for it alone then
     tracking, task = check(ground.tracking), manifest.tasks[-1].name
@@ -252,6 +255,7 @@ def _publish(manifest: Manifest, ground: _Ground, lineage: Lineage, rows: Sequen
         f"scored; its tasks: {tasks}.",
         tags={"task": task, "tasks": tasks, **tags},
         metrics={},
+        parent=ground.onto.digest if isinstance(ground.onto, Manifest) else None,
     )
     tracker.finish(run, "FINISHED")
     return number

@@ -193,7 +193,9 @@ def _remembered(config: ExperimentConfig, store: ArtifactStore) -> Experiment | 
 
 def _described_under(config: ExperimentConfig) -> Iterator[str]:
     """Keys of what a config was run with, oldest first: its folders may have held something else later on."""
-    unread: Any = dict.fromkeys(("cluster", "diagnostics", "store", "tracking"), True) | {"train": {"precision"}}
+    unread: Any = dict.fromkeys(("cluster", "diagnostics", "registry", "store", "tracking"), True) | {
+        "train": {"precision"}
+    }
     fields = config.model_dump(mode="json", exclude=unread)
     return (canonical_hash([DESCRIPTION, number, fields]) for number in count())
 

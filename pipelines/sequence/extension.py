@@ -18,7 +18,7 @@ from sapt_core.config.overrides import parsed
 from sapt_core.data.addition import Addition, load_additions
 from sapt_core.errors import ConfigError, SnapshotError
 from sapt_core.versions.learning import require_same_kind
-from sapt_core.versions.manifest import Manifest
+from sapt_core.versions.manifest import Manifest, Recipe
 
 # What a version says of itself, and a config may therefore not: what is learnt on it is learnt the same way.
 OF_THE_VERSION = ("method", "backbone", "pet", "attention")
@@ -97,14 +97,40 @@ def _config(
     base: Base, additions: Sequence[Addition], places: Places, path: Path | None, overrides: Sequence[str]
 ) -> ExperimentConfig:
     """The version's own settings, and over them what is said to differ."""
-    manifest, recipe = base.manifest, base.recipe
+    folder = str(additions[0].path.absolute().parent)
+    own = own_settings(base.manifest, base.recipe, [addition.name for addition in additions], folder, places)
+    given = [*([] if path is None else [read_mapping(path)]), *parsed(overrides, ExperimentConfig)]
+    config = validated(ExperimentConfig, [OmegaConf.create(own), *given], "The extension's config")
+    faults = [
+        f"benchmark.{field}: is said by --task and --data; leave it out"
+        for field in OF_THE_TASKS
+        if any(OmegaConf.select(layer, f"benchmark.{field}") is not None for layer in given)
+    ]
+    faults += _differing(base, config, given)
+    if faults:
+        raise ConfigError("An extension goes on as the version was learnt:", faults)
+    return config
+
+
+def own_settings(
+    manifest: Manifest, recipe: Recipe, tasks: Sequence[str], folder: str, places: Places
+) -> dict[str, Any]:
+    """The sections of a config that learns and scores tasks as a version did.
+
+    Args:
+        manifest: the version.
+        recipe: how its newest task was learnt.
+        tasks: their names.
+        folder: holds them.
+        places: where the version lies.
+    """
     newest = manifest.tasks[-1]
-    own = {
+    own: dict[str, Any] = {
         "seed": recipe.seed,
         "benchmark": {
             "suite": "folder",
-            "data_dir": str(additions[0].path.absolute().parent),
-            "tasks": [addition.name for addition in additions],
+            "data_dir": folder,
+            "tasks": list(tasks),
             "template": newest.template,
             "metric": newest.metric,
             "max_source_tokens": recipe.max_source_tokens,
@@ -125,17 +151,7 @@ def _config(
     }
     if manifest.attention is not None:
         own["attention"] = manifest.attention.model_dump(mode="json")
-    given = [*([] if path is None else [read_mapping(path)]), *parsed(overrides, ExperimentConfig)]
-    config = validated(ExperimentConfig, [OmegaConf.create(own), *given], "The extension's config")
-    faults = [
-        f"benchmark.{field}: is said by --task and --data; leave it out"
-        for field in OF_THE_TASKS
-        if any(OmegaConf.select(layer, f"benchmark.{field}") is not None for layer in given)
-    ]
-    faults += _differing(base, config, given)
-    if faults:
-        raise ConfigError("An extension goes on as the version was learnt:", faults)
-    return config
+    return own
 
 
 def _differing(base: Base, config: ExperimentConfig, given: Sequence[DictConfig]) -> list[str]:

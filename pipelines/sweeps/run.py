@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from cluster.tracking.outbox import Outbox
     from cluster.tracking.runs import Tracker
 
-CHAMPION = "champion"
 FEWEST_DRAWN = 3
 
 
@@ -179,8 +178,9 @@ class SweepRun:
     def published(self) -> None:
         """Run on Ray Tune; the sweep is a parent run in MLflow, each trial a child."""
         from cluster.tracking import runs, service  # noqa: PLC0415  not with --inline
+        from cluster.tracking.lines import Lineage  # noqa: PLC0415
         from cluster.tracking.outbox import Outbox  # noqa: PLC0415
-        from cluster.tracking.registry import Lineage, PoolRegistry  # noqa: PLC0415
+        from cluster.tracking.registry import PoolRegistry  # noqa: PLC0415
 
         config = self.sweep.config
         checked = service.check(self._experiment.config.tracking)
@@ -270,8 +270,13 @@ class SweepRun:
         monitor = publish_sequence(experiment, known, all_done=False, sweep=self.sweep.name)
         version = monitor.version
         assert version is not None  # noqa: S101 - it was published
-        PoolRegistry(checked).set_alias(CHAMPION, version)
-        self._console.print(f"{CHAMPION}: {checked.model} version {version}")
+        registry = PoolRegistry(checked)
+        published = registry.resolve(str(version))
+        if published.is_branch:  # somebody else's version became the newest of the line meanwhile
+            self._console.print(f"no new champion: {checked.model} version {version} is the line {published.line}")
+            return
+        registry.crown(published)
+        self._console.print(f"champion: {checked.model} version {version}")
 
     # cluster.on_ray.tuning.News
 

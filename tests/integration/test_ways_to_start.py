@@ -202,7 +202,7 @@ def test_a_deleted_record_runs_that_stage_alone(finished: Finished, ray_cluster:
 
 
 def test_a_change_runs_what_depends_on_it(finished: Finished, ray_cluster: Cluster) -> None:
-    again = run([*finished.command[:-2], "reflection.weight=0.25", "tracking.replace=true"], ray_cluster.environment)
+    again = run([*finished.command[:-2], "reflection.weight=0.25", "tracking.line=lighter"], ray_cluster.environment)
     assert (again.code, again.started) == (0, ["train[01 ticket]"]), again.out + again.err
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cluster.store import open_store
-from cluster.tracking.registry import Lineage, PoolRegistry
+from cluster.tracking.lines import Lineage
+from cluster.tracking.registry import PoolRegistry
 from cluster.tracking.runs import Tracker
 from pipelines.sequence.experiment import DESCRIPTION
 from sapt_core.data.task import Task, dev_rows
@@ -71,7 +73,15 @@ def command(store: Path, *arguments: str) -> list[str]:
     return [sys.executable, script, "--config", QUICKSTART, "--inline", *TINY, f"store.uri={store}", *arguments]
 
 
-def publish(finished: Finished, tracking: TrackingConfig, digest: str | None = None, index: int = 2) -> int:
+def publish(
+    finished: Finished,
+    tracking: TrackingConfig,
+    digest: str | None = None,
+    index: int = 2,
+    *,
+    tags: Mapping[str, str] | None = None,
+    metrics: Mapping[str, float] | None = None,
+) -> int:
     """Register a version of the tiny sequence, its last by default; returns its number."""
     places, digest = StoreConfig(uri=str(finished.store)), digest or finished.snapshot
     run = Tracker(tracking).start_sequence("tiny", key=finished.summary["key"], params={}, tags={})
@@ -83,8 +93,8 @@ def publish(finished: Finished, tracking: TrackingConfig, digest: str | None = N
         index=index,
         run_id=run,
         description="",
-        tags={},
-        metrics={},
+        tags=tags or {},
+        metrics=metrics or {},
     )
 
 

@@ -79,7 +79,7 @@ def test_what_is_no_mixture_is_refused(finished: Finished, call: Call, tmp_path:
 def test_the_actions_are_told(call: Call) -> None:
     told = call(pool.main, [])
     assert told.code == 0
-    assert "  export  Write a block" in told.out
-    assert "  import  Make a PEFT LoRA adapter" in told.out
+    assert "  export    Write a block" in told.out
+    assert "  import    Make a PEFT LoRA adapter" in told.out
     refused(call(pool.main, ["exprot"]), "'export'")
     assert "usage: script export " in call(pool.main, ["export", "--help"]).out
