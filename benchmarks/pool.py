@@ -126,7 +126,8 @@ def batch(model: PreTrainedModel) -> Batch:
     ids = torch.randint(5, VOCABULARY, (ROWS, PROMPT), generator=generator)
     labels = torch.randint(5, VOCABULARY, (ROWS, ANSWER), generator=generator)
     labels = labels if model.config.is_encoder_decoder else ids[:, -ANSWER:].clone()
-    return Batch(input_ids=ids, attention_mask=torch.ones_like(ids), query_mask=torch.ones_like(ids) > 0, labels=labels)
+    mask = torch.ones_like(ids)
+    return Batch(input_ids=ids, attention_mask=mask, query_mask=mask > 0, labels=labels, left_padded=False)
 
 
 def training_step(backbone: PreTrainedModel, pool: PETPool) -> Call:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from cluster.stages import done
 from cluster.store import open_store
+from cluster.store.lookups import Lookups
 from pipelines.console import cli
 from pipelines.console.tables import wide_console
 from pipelines.sequence.bodies import kept_inputs, pooling_model, prepared_task
@@ -43,9 +44,10 @@ def main() -> None:
     cli.check_output(arguments.output)
     experiment = load_experiment(arguments.config, arguments.overrides)
     config, graph, store = experiment.config, experiment.graph, open_store(experiment.config.store)
-    needed = (*graph.prepare, *graph.kept)
-    records = done(needed, store)
-    if not graph.kept or not records.keys() >= {*needed}:
+    reflected_on = graph.kept[: len(graph.train) - 1]
+    needed = (*graph.prepare, *reflected_on)
+    records = done(needed, Lookups(store, [experiment.key]))
+    if not reflected_on or not records.keys() >= {*needed}:
         raise SaptError(f"{store.uri} does not hold what reflection keeps of these tasks: run the same config first")
 
     model, tokenizer = load_backbone(experiment.backbone, store)
@@ -74,7 +76,7 @@ def main() -> None:
         is_encoder_decoder=bool(model.config.is_encoder_decoder),
     )
     found: list[dict[str, Any]] = []
-    for index, stage in enumerate(graph.kept):
+    for index, stage in enumerate(reflected_on):
         task, kept = tasks[index], kept_inputs(store, records[stage])
         if isinstance(kept, GaussianQueries):
             pooled = kept.draw(DRAWS, torch.Generator().manual_seed(config.seed))

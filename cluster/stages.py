@@ -12,7 +12,7 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache, partial
@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cluster.store import ArtifactStore
 from cluster.store.lease import leased
+from cluster.store.lookups import Lookups
 from cluster.store.patience import patiently
 from sapt_core.errors import DivergenceError, StoreError
 from sapt_core.io.blobs import Checkpoints
@@ -180,8 +181,10 @@ def find_record(store: ArtifactStore, key: str) -> StageRecord | None:
         StoreError: the record is there but is not one of ours.
     """
     stored = store.read_record(key)
-    if stored is None:
-        return None
+    return None if stored is None else _parsed(stored, key, store)
+
+
+def _parsed(stored: Mapping[str, Json], key: str, store: ArtifactStore) -> StageRecord:
     try:
         return StageRecord.model_validate(stored)
     except ValidationError as error:
@@ -306,7 +309,7 @@ class InlineExecutor:
 
 def run_graph(
     stages: Sequence[Stage],
-    store: ArtifactStore,
+    known: Lookups,
     executor: Executor[Any],
     on_event: Callable[[StageEvent], None] = lambda _: None,
 ) -> dict[Stage, StageRecord]:
@@ -340,23 +343,23 @@ def run_graph(
         graph.done(stage)
         on_event(StageEvent(kind, stage, record.key, record))
 
-    def admit(stage: Stage) -> None:
-        key = stage_key(stage, inputs_of(stage))
-        if key in to_do:  # the same work under another name: one run serves both
-            to_do[key].append(stage)
-            return
-        record = patiently(partial(_valid_record, store, key, stage))
-        if record is not None:
-            finish(stage, "cached", record)
-            return
-        to_do[key] = [stage]
-        ready.append((order[stage], key))
+    def admit(new: Sequence[Stage]) -> None:
+        keys = {stage: stage_key(stage, inputs_of(stage)) for stage in new}
+        unknown = {key: stage for stage, key in keys.items() if key not in to_do}
+        found = patiently(partial(_valid_records, unknown, known))
+        for stage, key in keys.items():
+            if key in found:
+                finish(stage, "cached", found[key])
+            elif key in to_do:  # the same work under another name: one run serves both
+                to_do[key].append(stage)
+            else:
+                to_do[key] = [stage]
+                ready.append((order[stage], key))
 
     while (graph.is_active() and failure is None) or in_flight:
         new = graph.get_ready() if failure is None else ()
-        for stage in sorted(new, key=order.__getitem__):
-            admit(stage)
         if new:
+            admit(sorted(new, key=order.__getitem__))
             continue  # a stage that was done already makes others ready
         chosen = _first_with_room(ready, to_do, executor) if failure is None else None
         if chosen is not None:
@@ -369,6 +372,8 @@ def run_graph(
         for handle, outcome in executor.wait(list(in_flight)):
             key = in_flight.pop(handle)
             first, *twins = to_do.pop(key)
+            if isinstance(outcome, StageRecord):
+                known.add(key, outcome.model_dump(mode="json"))
             for stage in (first, *twins):
                 if isinstance(outcome, StageRecord):
                     finish(stage, "finished" if stage is first else "cached", outcome)
@@ -380,23 +385,28 @@ def run_graph(
     return records
 
 
-def done(stages: Sequence[Stage], store: ArtifactStore) -> dict[Stage, StageRecord]:
+def done(stages: Sequence[Stage], known: Lookups) -> dict[Stage, StageRecord]:
     """Records of the stages, and of those they depend on, that a run would not repeat. Nothing is run."""
     graph, _ = _graph(stages)
+    graph.prepare()
     records: dict[Stage, StageRecord] = {}
-    for stage in graph.static_order():
-        if all(source in records for source in stage.inputs.values()):
-            key = stage_key(stage, {name: records[source] for name, source in stage.inputs.items()})
-            record = find_record(store, key)
-            if record is not None and not _lost_outputs(store, record):
-                records[stage] = record
+    while graph.is_active():
+        new = graph.get_ready()
+        keys = {
+            stage: stage_key(stage, {name: records[source] for name, source in stage.inputs.items()})
+            for stage in new
+            if all(source in records for source in stage.inputs.values())
+        }
+        found = _looked_up(keys.values(), known)
+        records |= {stage: found[key][0] for stage, key in keys.items() if key in found and not found[key][1]}
+        graph.done(*new)
     return records
 
 
-def plan(stages: Sequence[Stage], store: ArtifactStore) -> dict[Stage, Literal["done", "to run", "unknown"]]:
+def plan(stages: Sequence[Stage], known: Lookups) -> dict[Stage, Literal["done", "to run", "unknown"]]:
     """What a run would do with each stage: ``unknown`` where the key depends on results not there yet."""
     graph, _ = _graph(stages)
-    records = done(stages, store)
+    records = done(stages, known)
     states: dict[Stage, Literal["done", "to run", "unknown"]] = {}
     for stage in graph.static_order():
         if stage in records:
@@ -443,18 +453,22 @@ def _graph(stages: Sequence[Stage]) -> tuple[TopologicalSorter[Stage], dict[Stag
     return graph, order
 
 
-def _valid_record(store: ArtifactStore, key: str, stage: Stage) -> StageRecord | None:
-    """The stage's record if all its blobs are there; a record that has lost one is deleted."""
-    record = find_record(store, key)
-    if record is None:
-        return None
-    lost = _lost_outputs(store, record)
-    if lost:
-        log.warning("%s runs again: its %s is no longer in %s", stage.name, ", ".join(lost), store.uri)
-        store.delete_record(key)
-        return None
-    return record
+def _valid_records(stages: Mapping[str, Stage], known: Lookups) -> dict[str, StageRecord]:
+    """Records of these stages, given by key, whose blobs are all there; a record that has lost one is deleted."""
+    found = _looked_up(stages, known)
+    for key, (_, lost) in found.items():
+        if lost:
+            where = known.store.uri
+            log.warning("%s runs again: its %s is no longer in %s", stages[key].name, ", ".join(lost), where)
+            known.delete(key)
+    return {key: record for key, (record, lost) in found.items() if not lost}
 
 
-def _lost_outputs(store: ArtifactStore, record: StageRecord) -> list[str]:
-    return [name for name, digest in record.outputs.items() if not store.has(digest)]
+def _looked_up(keys: Iterable[str], known: Lookups) -> dict[str, tuple[StageRecord, list[str]]]:
+    """The records that there are of these keys, each with the names of those of its outputs that are gone."""
+    records = {key: _parsed(stored, key, known.store) for key, stored in known.records(keys).items()}
+    gone = known.missing(digest for record in records.values() for digest in record.outputs.values())
+    return {
+        key: (record, [name for name, digest in record.outputs.items() if digest in gone])
+        for key, record in records.items()
+    }

@@ -41,7 +41,7 @@ def main() -> None:
         links = run.links()
     files = page.build(findings, links)
     page.write(folder, files)
-    print(f"report: {folder / page.PAGE}, after {len(findings.tasks)} of {len(experiment.tasks)} tasks")
+    print(f"report: {folder / page.PAGE}, after {len(findings.tasks)} of {len(experiment.every_task)} tasks")
     if run is not None:
         print(f"in MLflow: {run.log_report(files, arguments.version)} of run {run.run_id}")
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from importlib import import_module
-from types import ModuleType
 
 from pipelines.console import cli
 from pipelines.console.commands import SCRIPTS
@@ -14,27 +12,13 @@ from sapt_core import __version__
 
 def main() -> None:
     """Run the command that is named, as its file in ``pipelines`` does, or say what there is."""
-    given = sys.argv[1:] or ["--help"]
-    if given[0] in SCRIPTS:
-        sys.argv = [f"sapt {given[0]}", *given[1:]]
-        cli.run(_module(given[0]).main)
-        return
-    width = max(map(len, SCRIPTS))
-    listed = [f"  {name:{width}}  {(_module(name).__doc__ or '').splitlines()[0]}" for name in SCRIPTS]
     parser = argparse.ArgumentParser(
-        prog="sapt",
-        usage="sapt COMMAND [--help] ...",
-        description=__doc__,
-        epilog="\n".join(["commands:", *listed]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="sapt", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"sapt-on-ray {__version__}")
-    parser.add_argument("command", choices=SCRIPTS, help=argparse.SUPPRESS)
-    parser.parse_args(given)
-
-
-def _module(command: str) -> ModuleType:
-    return import_module(f"pipelines.{SCRIPTS[command]}")
+    module = cli.chosen(parser, {name: f"pipelines.{script}" for name, script in SCRIPTS.items()})
+    sys.argv = [f"sapt {sys.argv[1]}", *sys.argv[2:]]
+    cli.run(module.main)
 
 
 if __name__ == "__main__":

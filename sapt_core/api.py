@@ -1,4 +1,4 @@
-"""What code that uses a pool needs: load a version, answer, see the weights, learn one more task, export a block."""
+"""What code that uses a pool needs: load a version, answer, see the weights, learn one more task, adapters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from sapt_core.data.task import Example, LearntTask, Task, dev_rows
 from sapt_core.errors import DataError, SaptError
 from sapt_core.io.blobs import BlobStore, NoCheckpoints
 from sapt_core.training.trainer import step_seed
-from sapt_core.versions.export import export_block
+from sapt_core.versions.export import export_block, export_mixture
+from sapt_core.versions.importing import import_adapter
 from sapt_core.versions.learning import LearningSettings, Workplace, learn_task
 from sapt_core.versions.manifest import Manifest
 from sapt_core.versions.predictor import Prediction, Predictor
@@ -101,20 +102,40 @@ class Pool:
         inputs = [list(given.get(name, ())) for name in self.tasks] if given else []
         return _learn(task, config, self.store, ref=self.manifest.backbone, parent=self.manifest, kept=inputs)
 
-    def export(self, block: str, folder: Path | str) -> None:
-        """Write a block as a plain PEFT adapter folder.
+    def export(self, block: str | Mapping[str, float], folder: Path | str) -> None:
+        """Write a block, or a mixture of blocks, as a plain PEFT adapter folder.
 
         Args:
-            block: its name, one of ``blocks``.
+            block: its name, one of ``blocks``, or weights by such names; blocks that are left out have none.
             folder: is made; must be empty or not there yet.
 
         Raises:
-            SnapshotError: PEFT has no kind for it, or the folder holds something.
+            SnapshotError: PEFT has no kind for it, the folder holds something, or the weights are no mixture.
             SaptError: there is no such block.
         """
-        if block not in self.blocks:
+        if not isinstance(block, str):
+            export_mixture(self.manifest, block, self.store, Path(folder))
+        elif block in self.blocks:
+            export_block(self.manifest, self.blocks.index(block), self.store, Path(folder))
+        else:
             raise SaptError(f"there is no block {block!r}; there are: {', '.join(self.blocks)}")
-        export_block(self.manifest, self.blocks.index(block), self.store, Path(folder))
+
+    def import_adapter(self, folder: Path | str, name: str, inputs: Sequence[str], definition: str = "") -> Pool:
+        """Make a PEFT LoRA adapter the newest block, without training.
+
+        Template, metric and lengths of its task are those of the newest one.
+
+        Args:
+            folder: as PEFT's ``save_pretrained`` wrote it.
+            name: of the task that it was trained on.
+            inputs: of that task; they say when the block is meant.
+            definition: the instruction that is put before every input.
+
+        Raises:
+            FaultsError: with all that is against the adapter, the task and the pool.
+        """
+        task = self.manifest.tasks[-1].model_copy(update={"name": name, "definition": definition})
+        return Pool(import_adapter(Path(folder), task, inputs, self.store, onto=self.manifest), self.store)
 
 
 def load(digest: str, store: BlobStore) -> Pool:

@@ -347,10 +347,22 @@ class TrackingConfig(Section):
     uri: str = Field("sqlite:///runs/mlflow.db", description="Any MLflow tracking URI.")
     experiment: str = Field("sapt", min_length=1, description="MLflow experiment that gets the runs.")
     model: str = Field("sapt", pattern=MODEL_NAME, description="Registered model that gets a version a task.")
-    replace: bool = Field(
-        False,
-        description="Publish even where the registered model holds a pool that this sequence does not go on from: its "
-        "versions stay, and `latest` becomes this sequence's.",
+    line: str | None = Field(
+        None,
+        pattern=MODEL_NAME,
+        description="Line of versions that this sequence goes on or begins; default: that of the version it goes on "
+        "from, else the registered model's first. In a line no version has lost tasks of the one before.",
+    )
+
+
+class RegistryConfig(Section):
+    """When a version may become the champion."""
+
+    max_drop: float = Field(
+        1.0,
+        ge=0,
+        description="Points that a task may score lower than with the champion; more is refused. One point is a row of "
+        "a hundred: less than that is within what other test rows would say.",
     )
 
 
@@ -359,3 +371,4 @@ class PlacesConfig(Section):
 
     store: StoreConfig = Field(StoreConfig(), description="Where blobs and records live.")
     tracking: TrackingConfig = Field(TrackingConfig(), description="Where runs and versions are told of.")
+    registry: RegistryConfig = Field(RegistryConfig(), description="When a version may become the champion.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -18,6 +19,12 @@ import pytest
 def pytest_configure() -> None:
     """A job in a shell's background has Ctrl-C ignored and passes that on; here it interrupts wherever tests run."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: no collection needs to look at it again, and a full one takes seconds else."""
+    gc.collect()
+    gc.freeze()
 
 
 def free_port() -> int:

@@ -7,6 +7,7 @@ Layout, relative to the store's root:
     checkpoints/<key>/<n>-<id>/<file>   resumable state of a running stage, manifest.json written last
     leases/<key>.json                   who is at work on a stage
     probes/                             what ``check`` writes and deletes
+    packs/<key>                         copies of a finished sequence's records in one object, to be read at once
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from sapt_core.io.files import poured, whole_file
 
 CHUNK_BYTES = 1 << 20
 REFRESH_SECONDS = 24 * 3600
+AT_ONCE = 16  # requests that one process makes at a time, where it has many to make
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _CREATE_ATTEMPTS = 5
 
@@ -85,6 +87,13 @@ class ArtifactStore(ABC):
     @abstractmethod
     def _list(self, folder: str) -> list[Entry]:
         """All objects under a folder, at any depth."""
+
+    def _tags(self, folder: str) -> dict[str, str] | None:
+        """Names of all objects under a folder, each with a tag that is another once its content is.
+
+        None where it takes no fewer requests to ask for what is wanted one by one.
+        """
+        return None
 
     @abstractmethod
     def _delete(self, name: str) -> None:

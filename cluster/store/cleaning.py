@@ -9,6 +9,8 @@ read wherever its manifest has been published.
 What no record reaches may be on its way into one: a stage keeps its blobs before its record, and a run the
 texts of its tasks before either. Both have just been put, which makes a blob's age zero even if it was there, so
 what is younger than a grace period stays. It must be longer than any run takes.
+
+A pack has copies of records and reaches nothing. It goes when none of its records is there any more.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any, NamedTuple
 
-from cluster.store.base import ArtifactStore, Entry
+from cluster.store.base import AT_ONCE, ArtifactStore, Entry
+from cluster.store.lookups import read_pack
 from sapt_core.errors import StoreError
 
 GRACE = timedelta(days=14)
@@ -29,13 +32,13 @@ NO_RECORD = "no record reaches it"
 FINISHED = "its stage is done"
 BROKEN_OFF = "its stage was broken off, and the same run would go on from it"
 KILLED = "left by a process that was killed"
+UNPACKED = "none of the records is there that it holds copies of"
 
-_AT_ONCE = 16
 _DIGEST = re.compile(r"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])")
 
 
 class Leftover(NamedTuple):
-    """An object that a store can do without, and why: ``NO_RECORD``, ``FINISHED``, ``BROKEN_OFF`` or ``KILLED``."""
+    """An object that a store can do without, and why: one of the reasons above."""
 
     entry: Entry
     why: str
@@ -67,6 +70,10 @@ def unreachable(store: ArtifactStore, *, grace: timedelta = GRACE, keep: Iterabl
         youngest = min(entry.age for entry in entries)  # the whole goes or stays
         found += [Leftover(entry._replace(age=youngest), why) for entry in entries]
     found += [Leftover(entry, KILLED) for folder in ("leases", "probes", "tmp") for entry in store._list(folder)]
+    packs = store._list("packs")
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        held = list(pool.map(lambda pack: read_pack(store, _last(pack.name)).keys(), packs))
+    found += [Leftover(pack, UNPACKED) for pack, copied in zip(packs, held, strict=True) if copied.isdisjoint(keys)]
     return [each for each in found if each.entry.age > grace.total_seconds()]
 
 
@@ -84,13 +91,13 @@ def remove(store: ArtifactStore, leftovers: Sequence[Leftover]) -> int:
         store._delete(there.name)
         return there.size
 
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
+    with ThreadPoolExecutor(AT_ONCE) as pool:
         return sum(pool.map(removed, leftovers))
 
 
 def _reached(store: ArtifactStore, keys: Iterable[str], keep: Iterable[str]) -> set[str]:
     """Digests that the records and the manifests name, and those manifests' parents, and so on."""
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
+    with ThreadPoolExecutor(AT_ONCE) as pool:
         records = [record for record in pool.map(store.read_record, keys) if record is not None]
     reached, manifests = _digests(records), set(keep)
     for digest in manifests:

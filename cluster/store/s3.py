@@ -10,6 +10,7 @@ from contextlib import closing
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -28,7 +29,7 @@ from botocore.exceptions import (
     ResponseStreamingError,
 )
 
-from cluster.store.base import CHUNK_BYTES, ArtifactStore, Entry
+from cluster.store.base import AT_ONCE, CHUNK_BYTES, ArtifactStore, Entry
 from sapt_core.errors import StoreError, StoreUnavailableError
 from sapt_core.io.addresses import redacted, without_user
 
@@ -45,6 +46,12 @@ _CREDENTIALS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "
 _CUT = (ResponseStreamingError, IncompleteReadError, ReadTimeoutError)
 _CONFLICT_ATTEMPTS = 10
 _READ_ATTEMPTS = 4
+
+# A page of a listing has 1,000 names and comes after the one before. A sequence of 100 tasks has some 5,500 records and
+# 7,000 blobs, so in a store of its own a dozen pages spare as many thousand requests. In one that hundreds share the
+# pages are mostly of others: after some seconds' worth of them it is given up, and what is wanted is asked for, several
+# requests at a time.
+_LISTED_PAGES = 100
 
 
 class S3Store(ArtifactStore):
@@ -70,13 +77,19 @@ class S3Store(ArtifactStore):
 
     @cached_property
     def client(self) -> Any:
-        """The boto3 client. It signs what it asks for, so a user name in the address is of no use to it."""
+        """The boto3 client. It signs what it asks for, so a user name in the address is of no use to it.
+
+        Threads may share it but not make it, so something is listed before several of them ask.
+        """
         try:
             return boto3.client(
                 "s3",
                 endpoint_url=self._endpoint_url and without_user(self._endpoint_url),
                 config=Config(
-                    connect_timeout=10, read_timeout=60, retries={"mode": "standard", "total_max_attempts": 4}
+                    connect_timeout=10,
+                    read_timeout=60,
+                    retries={"mode": "standard", "total_max_attempts": 4},
+                    max_pool_connections=AT_ONCE,
                 ),
             )
         except (BotoCoreError, ValueError) as error:
@@ -194,6 +207,13 @@ class S3Store(ArtifactStore):
             if not item["Key"].endswith("/")
         ]
 
+    def _tags(self, folder: str) -> dict[str, str] | None:
+        pages = self._pages(folder, _LISTED_PAGES)
+        if pages and pages[-1].get("IsTruncated"):
+            return None
+        root = self._key("")
+        return {item["Key"].removeprefix(root): item["ETag"] for page in pages for item in page.get("Contents", [])}
+
     def _delete(self, name: str) -> None:
         self._delete_key(self._key(name))
 
@@ -206,9 +226,10 @@ class S3Store(ArtifactStore):
     def _delete_key(self, key: str) -> None:
         self._call("delete", lambda: self.client.delete_object(Bucket=self.bucket, Key=key))
 
-    def _pages(self, folder: str) -> list[Any]:
+    def _pages(self, folder: str, at_most: int | None = None) -> list[Any]:
         asked = {"Bucket": self.bucket, "Prefix": self._key(folder) + "/"}
-        return self._call("list", lambda: list(self.client.get_paginator("list_objects_v2").paginate(**asked)))
+        pages = self.client.get_paginator("list_objects_v2")
+        return self._call("list", lambda: list(islice(pages.paginate(**asked), at_most)))
 
     def _key(self, name: str) -> str:
         return f"{self.prefix}/{name}" if self.prefix else name

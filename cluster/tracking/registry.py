@@ -10,10 +10,11 @@ is done for it here.
 from __future__ import annotations
 
 import json
+import logging
 import re
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,18 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from cluster.tracking.files import MANIFEST_FILE, POOL_FILE, read_version, save_version
+from cluster.tracking.lines import (
+    LINE,
+    LINEAGE,
+    PARENT,
+    SNAPSHOT,
+    Lineage,
+    Place,
+    PoolVersion,
+    parent_of,
+    place_of,
+    require_continuation,
+)
 from cluster.tracking.runs import metric_name, score_time
 from cluster.tracking.service import MODEL, client_of, experiment_of, reported
 from sapt_core.errors import LineageError, SnapshotError, TrackingError
@@ -31,55 +44,13 @@ if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
     from mlflow.entities.model_registry import ModelVersion
 
-SNAPSHOT = "sapt.snapshot"
-LINEAGE = "sapt.lineage"
-SWEEP = "sweep"
+CHAMPION, PREVIOUS = "champion", "previous"
+NUMBER = "{version}"  # in a description: the version's own number
 _AMBIENT = threading.Lock()
 
+log = logging.getLogger(__name__)
+
 _REFERENCE = re.compile(r"""(?:models:/(?P<model>[^/@'"]+)[/@])?(?P<selector>[^/@:]+)""")
-
-
-@dataclass(frozen=True)
-class PoolVersion:
-    """One version of the registered model.
-
-    Attributes:
-        model: name of the registered model.
-        version: its number, from 1.
-        aliases: without ``latest``, which MLflow derives.
-        tags: task, index, method and so on, as published.
-        run_id: the sequence's run.
-    """
-
-    model: str
-    version: int
-    aliases: tuple[str, ...]
-    tags: Mapping[str, str]
-    run_id: str | None
-
-    @property
-    def uri(self) -> str:
-        """What ``mlflow.pyfunc.load_model`` takes."""
-        return f"models:/{self.model}/{self.version}"
-
-
-@dataclass(frozen=True)
-class Lineage:
-    """Whose versions a sequence publishes.
-
-    Attributes:
-        asked: the sequence in words, for messages.
-        names: of its versions, oldest first, as known before they are learnt; an ancestor has the same name.
-        sweep: the sweep whose best trial it is: the next one may learn with other settings.
-    """
-
-    asked: str
-    names: tuple[str, ...]
-    sweep: str | None = None
-
-    def holds(self, tags: Mapping[str, str]) -> bool:
-        """Whether a version with these tags is one of the sequence's own, or of the sweep that it is of."""
-        return tags.get(LINEAGE) in self.names or (self.sweep is not None and tags.get(SWEEP) == self.sweep)
 
 
 @dataclass(frozen=True)
@@ -93,29 +64,12 @@ class PoolRegistry:
     config: TrackingConfig
 
     def check_continuation(self, lineage: Lineage) -> None:
-        """Refuse a sequence that would publish over a pool that it does not go on from.
-
-        It does where the newest version is one of its own or an ancestor, and where all of its versions are there
-        already. ``tracking.replace`` allows the rest.
+        """Refuse a sequence that would not go on the line that it belongs to; see ``require_continuation``.
 
         Raises:
             LineageError: with what is there, what is asked and what to do.
         """
-        with reported(self.config.uri):
-            versions = {int(found.version): found for found in self._versions(self.config.model)}
-        if not versions or self.config.replace:
-            return
-        newest = versions[max(versions)]
-        known = {found.tags.get(LINEAGE) for found in versions.values()}
-        if lineage.holds(newest.tags) or (lineage.names and known.issuperset(lineage.names)):
-            return
-        learnt = newest.tags.get("tasks") or newest.tags.get("task", "not known")
-        raise LineageError(
-            f"tracking.model={self.config.model} holds another pool: its newest version, {newest.version}, is of "
-            f"method {newest.tags.get('method', 'not known')}, tasks {learnt}. Asked is {lineage.asked}, which does "
-            "not go on from it: other tasks, data, settings or another release. Give a tracking.model of its own, or "
-            "tracking.replace=true, which leaves the versions that are there and makes this sequence `latest`."
-        )
+        require_continuation(self.versions(), lineage, model=self.config.model, line=self.config.line)
 
     def publish(
         self,
@@ -129,13 +83,15 @@ class PoolRegistry:
         description: str,
         tags: Mapping[str, str],
         metrics: Mapping[str, float],
+        parent: str | None = None,
     ) -> int:
-        """Make the snapshot the next version, or find the version that it already is.
+        """Make the snapshot the next version of its line, or find the version that it already is.
 
         The version appears at once and complete: MLflow's logged model and its files come first. MLflow has no
         create-if-absent, so of two processes that publish the same snapshot at the same time both may make a
         version; each then looks again, and whoever has not the lowest number takes its own back. Another
-        client can see the second one for that moment.
+        client can see the second one for that moment. Of two that go on from one version, whoever comes second
+        becomes a line of its own, and is told.
 
         Args:
             manifest: ``manifest.json`` of the snapshot, UTF-8 JSON.
@@ -144,23 +100,31 @@ class PoolRegistry:
             digest: identity of the snapshot's content (hex).
             index: tasks learnt, from 1; the metrics' step and the tag ``index``.
             run_id: the sequence's run, which gets the metrics too.
-            description: of the version in the UI (Markdown), where a link to the run follows it.
+            description: of the version in the UI (Markdown), where a link to the run follows it; ``NUMBER`` in it
+                becomes the version's number as soon as that is known.
             tags: task, method, backbone, config hash, data digest, git commit …
             metrics: scores so far by name, shown beside the version in the UI.
+            parent: digest of the snapshot that it goes on from; None for a first task.
 
         Returns:
             The version's number.
 
         Raises:
-            LineageError: another sequence has published there meanwhile.
+            LineageError: another sequence, which has no version in common with this one, has published meanwhile.
         """
         with reported(self.config.uri):
             if (there := self._with_digest(digest)) is not None:
+                self._number(there)
                 return int(there.version)
-            self.check_continuation(lineage)
+            versions = self.versions()
+            place = self._place(versions, lineage, index, parent)
+            if isinstance(place, PoolVersion):
+                return place.version
             client = client_of(self.config.uri)
             self._make_registered_model()
             model = self._logged_model(manifest, store, digest=digest, index=index, run_id=run_id, metrics=metrics)
+            before = parent_of(versions, parent, lineage.names[index - 2] if index > 1 else None)
+            snapshot = parent if before is None else before.tags.get(SNAPSHOT, parent)
             with _ambient(self.config.uri):
                 made = client.create_model_version(
                     self.config.model,
@@ -168,7 +132,14 @@ class PoolRegistry:
                     run_id=run_id,
                     model_id=model.model_id,
                     description=f"{description} [Run](#/experiments/{model.experiment_id}/runs/{run_id})",
-                    tags={**tags, "index": str(index), SNAPSHOT: digest, LINEAGE: lineage.names[index - 1]},
+                    tags={
+                        **tags,
+                        "index": str(index),
+                        SNAPSHOT: digest,
+                        LINEAGE: lineage.names[index - 1],
+                        LINE: place.line,
+                        **({} if snapshot is None else {PARENT: snapshot}),
+                    },
                 )
             first = self._with_digest(digest) or made
             if first.version != made.version:
@@ -179,7 +150,73 @@ class PoolRegistry:
                 # What MLflow's own log_model sets: the logged model's page links to the version.
                 names = json.dumps([{"name": self.config.model, "version": str(first.version)}])
                 client.set_logged_model_tags(model.model_id, {"mlflow.modelVersions": names})
+            if first.version == made.version:
+                self._settle(int(made.version), place, lineage, index, parent)
+            self._number(first)
             return int(first.version)
+
+    def _number(self, version: ModelVersion) -> None:
+        """Write a version's number into its description, once it has one."""
+        description = version.description or ""
+        if NUMBER in description:
+            text = description.replace(NUMBER, str(version.version))
+            client_of(self.config.uri).update_model_version(self.config.model, version.version, text)
+
+    def _place(
+        self, versions: Sequence[PoolVersion], lineage: Lineage, index: int, parent: str | None
+    ) -> Place | PoolVersion:
+        config = self.config
+        return place_of(versions, lineage, index, model=config.model, parent=parent, line=config.line)
+
+    def _settle(self, version: int, place: Place, lineage: Lineage, index: int, parent: str | None) -> None:
+        """See where a version belongs, now that it has its number: of two at once the lower one was first.
+
+        Raises:
+            LineageError: another sequence's first version was faster; this one is taken back.
+        """
+        client, model = client_of(self.config.uri), self.config.model
+        earlier = [each for each in self.versions() if each.version < version]
+        try:
+            settled = self._place(earlier, lineage, index, parent)
+        except LineageError:
+            client.delete_model_version(model, str(version))
+            raise
+        if isinstance(settled, Place) and settled != place:
+            client.set_model_version_tag(model, str(version), LINE, settled.line)
+            place = settled
+        if place.branched is not None:
+            log.warning(
+                "Version %d of %s is a line of its own, %s: while it was learnt, somebody else's version became the "
+                "newest of line %s after version %d, which it goes on from. It is not the champion; to make it that, "
+                "promote it by the name of its line",
+                version,
+                model,
+                place.line,
+                place.branched.line,
+                place.branched.version,
+            )
+
+    def versions(self, name: str | None = None) -> list[PoolVersion]:
+        """All versions of a registered model, oldest first; none of one that is not there.
+
+        Args:
+            name: of the model; None is ``tracking.model``.
+        """
+        name = name or self.config.model
+        with reported(self.config.uri):
+            found = sorted(self._versions(name), key=lambda each: int(each.version))
+            aliases = self._aliases(name) if found else {}
+        return [
+            PoolVersion(
+                model=name,
+                version=int(each.version),
+                aliases=tuple(sorted(alias for alias, target in aliases.items() if target == int(each.version))),
+                tags=dict(each.tags),
+                run_id=each.run_id or None,
+                source=each.source or "",
+            )
+            for each in found
+        ]
 
     def resolve(self, reference: str) -> PoolVersion:
         """Find the version that a user means.
@@ -198,25 +235,52 @@ class PoolRegistry:
                 f"or in full models:/{self.config.model}/3 or models:/{self.config.model}@champion."
             )
         name, selector = match["model"] or self.config.model, match["selector"]
-        with reported(self.config.uri):
-            versions = {int(found.version): found for found in self._versions(name)}
-            aliases = self._aliases(name) if versions else {}
+        versions = {found.version: found for found in self.versions(name)}
+        aliases = {alias: found.version for found in versions.values() for alias in found.aliases}
         number = int(selector) if selector.isascii() and selector.isdigit() else aliases.get(selector)
         if selector == "latest" and versions:
             number = max(versions)
         if number not in versions:
             raise TrackingError(f"{reference!r} does not exist in MLflow: {_inventory(name, versions, aliases)}")
-        found = versions[number]
-        return PoolVersion(
-            model=name,
-            version=number,
-            aliases=tuple(sorted(alias for alias, target in aliases.items() if target == number)),
-            tags=dict(found.tags),
-            run_id=found.run_id or None,
-        )
+        return versions[number]
 
-    def set_alias(self, alias: str, version: int) -> None:
-        """Give a version an alias, which it takes from the one that had it."""
+    def crown(self, version: PoolVersion) -> None:
+        """Make a version the champion; ``previous`` remembers the one that it was."""
+        champion = self.with_alias(CHAMPION)
+        if champion is None or champion.version != version.version:
+            # In this order, so that between the two calls the champion is one of both.
+            if champion is not None:
+                self._set_alias(PREVIOUS, champion.version)
+            self._set_alias(CHAMPION, version.version)
+
+    def swap(self, champion: PoolVersion, previous: PoolVersion) -> None:
+        """Take the champion back for the one before it, which it then is itself."""
+        self._set_alias(CHAMPION, previous.version)
+        self._set_alias(PREVIOUS, champion.version)
+
+    def with_alias(self, alias: str) -> PoolVersion | None:
+        """The version of ``tracking.model`` that has an alias; None if none has."""
+        return next((version for version in self.versions() if alias in version.aliases), None)
+
+    def with_snapshot(self, digest: str) -> PoolVersion | None:
+        """The oldest version of ``tracking.model`` with this content; None if none has it."""
+        return next((version for version in self.versions() if version.tags.get(SNAPSHOT) == digest), None)
+
+    def tag(self, version: PoolVersion, tags: Mapping[str, str]) -> None:
+        """Set tags of a version; those that are there are replaced."""
+        with reported(self.config.uri):
+            for name, value in tags.items():
+                client_of(self.config.uri).set_model_version_tag(version.model, str(version.version), name, value)
+
+    def scores(self, version: PoolVersion) -> dict[str, float]:
+        """The figures that a version was published with, by their names in MLflow; none of a foreign one."""
+        if not version.source.startswith("models:/"):
+            return {}
+        with reported(self.config.uri):
+            model = client_of(self.config.uri).get_logged_model(version.source.removeprefix("models:/"))
+        return {metric.key: metric.value for metric in model.metrics or ()}
+
+    def _set_alias(self, alias: str, version: int) -> None:
         with reported(self.config.uri):
             client_of(self.config.uri).set_registered_model_alias(self.config.model, alias, str(version))
 
@@ -265,7 +329,9 @@ class PoolRegistry:
 
         try:
             client_of(self.config.uri).create_registered_model(
-                self.config.model, description="PET pools of SAPT on Ray: one version for every task learnt."
+                self.config.model,
+                description="PET pools of SAPT on Ray: one version for every task learnt. In a line (tag `line`) a "
+                "version knows all tasks of those before it; `champion` is the one that was chosen to answer.",
             )
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from cluster.stages import Executor, InlineExecutor, Stage, StageEvent, plan, run_graph
 from cluster.store import ArtifactStore
+from cluster.store.lookups import Lookups
 from pipelines.comparisons.cells import Cell, Comparison
 from pipelines.comparisons.records import read_records, record_of, write_record
 from pipelines.comparisons.table import results
@@ -47,6 +48,7 @@ class ComparisonRun:
         self.store = store
         self.failed: dict[Cell, Exception] = {}
         self._console = console
+        self._known = Lookups(store, [cell.experiment.key for cell in self.cells])
         self._graphs = {cell: _named(cell.experiment.graph, f"{cell.place.name}: ") for cell in cells}
         self._origin = {copy: (cell, stage) for cell, copies in self._graphs.items() for stage, copy in copies.items()}
         self._monitors: dict[Cell, Monitor] = {}
@@ -67,7 +69,7 @@ class ComparisonRun:
     @cached_property
     def plan(self) -> Mapping[Stage, str]:
         """What a run would do with each stage, before it is run."""
-        return plan(self.stages, self.store)
+        return plan(self.stages, self._known)
 
     def show_plan(self, *, recorded: int) -> None:
         """Print what a run would do, a line a cell."""
@@ -103,12 +105,12 @@ class ComparisonRun:
         """
         self._publisher = publisher
         for cell in self.cells:
-            cell.experiment.upload(self.store)
+            cell.experiment.upload(self._known)
         try:
             while stages := self.stages:
                 failures = len(self.failed)
                 try:
-                    run_graph(stages, self.store, executor, self.on_event)
+                    run_graph(stages, self._known, executor, self.on_event)
                 except Exception:
                     if len(self.failed) == failures:  # no stage's failure but the surroundings'
                         raise
@@ -118,6 +120,10 @@ class ComparisonRun:
                     with suppress(TrackingError):  # the first error is the one to tell
                         opened.abandon(killed=not isinstance(error, Exception))
             raise
+        for cell in self.cells:
+            if cell in self._complete:
+                keys = [record.key for record in self._monitors[cell].records.values()]
+                self._known.pack(cell.experiment.key, keys)
         return self.failed
 
     def on_event(self, event: StageEvent) -> None:

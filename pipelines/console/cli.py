@@ -6,8 +6,10 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 from pipelines.console.commands import started_so
 from sapt_core.errors import SaptError, ServiceError
@@ -16,9 +18,10 @@ from sapt_core.io.files import whole_file
 from sapt_core.io.shipped import config_file
 
 
-def plain_parser(description: str, example: str | None = None) -> argparse.ArgumentParser:
+def plain_parser(description: str, example: str | None = None, action: str = "") -> argparse.ArgumentParser:
     """A parser whose help is a command's docstring, with commands named the way this one was started."""
     return argparse.ArgumentParser(
+        prog=f"{Path(sys.argv[0]).name} {action}".rstrip(),
         description=started_so(description),
         epilog=None if example is None else f"example: {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -26,7 +29,14 @@ def plain_parser(description: str, example: str | None = None) -> argparse.Argum
 
 
 def parser(
-    description: str, example: str, *, kind: str = ".", needs_config: bool = True, actions: Sequence[str] = ()
+    description: str,
+    example: str,
+    *,
+    kind: str = ".",
+    needs_config: bool = True,
+    actions: Sequence[str] = (),
+    action: str = "",
+    named: Mapping[str, str] | None = None,
 ) -> argparse.ArgumentParser:
     """A parser with ``--config`` and dotted ``key=value`` overrides.
 
@@ -36,10 +46,14 @@ def parser(
         kind: folder of the shipped configs that the command's are in; those of experiments are in none.
         needs_config: whether it must be given.
         actions: what the command can do, of which one must be named.
+        action: of the command, that this is the parser of, see ``chosen``.
+        named: what else must be named, with its help.
     """
-    made = plain_parser(description, example)
+    made = plain_parser(description, example, action)
     if actions:
         made.add_argument("action", choices=actions)
+    for name, told in (named or {}).items():
+        made.add_argument(name, metavar=name.upper(), help=told)
     made.add_argument(
         "--config",
         type=lambda text: config_file(text, kind),
@@ -53,6 +67,25 @@ def parser(
     return made
 
 
+def chosen(made: argparse.ArgumentParser, modules: Mapping[str, str]) -> ModuleType:
+    """The module of the command that the command line begins with; ends with a message, or the help, if it has none.
+
+    Args:
+        made: a parser that takes no command yet.
+        modules: by the commands' names; each has a ``main``, and its docstring begins with what it is for.
+    """
+    given = sys.argv[1:] or ["--help"]
+    if given[0] in modules:
+        return import_module(modules[given[0]])
+    width = max(map(len, modules))
+    told = {name: (import_module(module).__doc__ or "").splitlines()[0] for name, module in modules.items()}
+    made.usage = f"{made.prog} COMMAND [--help] ..."
+    made.epilog = "\n".join(["commands:", *(f"  {name:{width}}  {line}" for name, line in told.items())])
+    made.add_argument("command", choices=modules, help=argparse.SUPPRESS)
+    made.parse_args(given)
+    made.exit()
+
+
 def add_print_config(made: argparse.ArgumentParser, which: str = "the config") -> None:
     """The option that shows what a config comes to; ``parse`` is told how if it is not an experiment's."""
     made.add_argument(
@@ -60,11 +93,23 @@ def add_print_config(made: argparse.ArgumentParser, which: str = "the config") -
     )
 
 
-def add_inline(made: argparse.ArgumentParser) -> None:
+def add_inline(made: argparse.ArgumentParser, told: str = "on this machine alone: no Ray, no MLflow") -> None:
     """The options of those who run without Ray."""
-    made.add_argument("--inline", action="store_true", help="on this machine alone: no Ray, no MLflow")
+    made.add_argument("--inline", action="store_true", help=told)
     made.add_argument(
         "--processes", type=_at_least_one, metavar="N", help="with --inline: run up to N stages at once (default: 1)"
+    )
+
+
+def add_run(made: argparse.ArgumentParser) -> None:
+    """The options of commands that run a sequence."""
+    made.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
+    add_inline(made)
+    made.add_argument("--summary", type=Path, metavar="FILE", help="write the figures of the end as JSON")
+    made.add_argument(
+        "--new-line",
+        metavar="NAME",
+        help="publish as a line of versions of its own, beside those of the registered model (tracking.line=NAME)",
     )
 
 
@@ -101,6 +146,8 @@ def parse(
     arguments = made.parse_intermixed_args()
     if getattr(arguments, "processes", None) is not None and not arguments.inline:
         made.error("--processes goes with --inline; on Ray, the cluster says how many stages run at once")
+    if getattr(arguments, "new_line", None) is not None:
+        arguments.overrides.append(f"tracking.line={arguments.new_line}")
     _quieten_transformers()
     if getattr(arguments, "print_config", False):
         sys.stdout.write(config(arguments))

@@ -8,12 +8,13 @@ from pathlib import Path
 
 SCRIPTS = {
     "learn": "continual",
+    "extend": "extend",
     "compare": "compare",
     "sweep": "sweep",
     "report": "report",
     "evaluate": "evaluate",
     "predict": "predict",
-    "export": "export",
+    "pool": "pool",
     "store": "store",
     "pretrain": "pretrain_tiny",
     "fields": "fields",

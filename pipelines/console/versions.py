@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from argparse import Namespace
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from omegaconf import OmegaConf
 
@@ -14,6 +15,9 @@ from sapt_core.config.overrides import parsed
 from sapt_core.errors import SnapshotError
 from sapt_core.settings import PlacesConfig, StoreConfig
 from sapt_core.versions.manifest import Manifest
+
+if TYPE_CHECKING:
+    from cluster.tracking.lines import PoolVersion
 
 
 def open_version(arguments: Namespace, places: PlacesConfig) -> tuple[Manifest, ArtifactStore]:
@@ -45,12 +49,32 @@ def registered(reference: str, places: PlacesConfig, overrides: Sequence[str] = 
         SnapshotError: it is no pool, is damaged, or was written by a newer release.
         TrackingError: MLflow cannot be reached or has no such version.
     """
+    found = find_registered(reference, places, overrides)
+    return found.manifest, open_store(found.store)
+
+
+class Registered(NamedTuple):
+    """A version that is registered in MLflow.
+
+    Attributes:
+        manifest: what it is.
+        store: where its blobs are.
+        version: as the registry has it.
+    """
+
+    manifest: Manifest
+    store: StoreConfig
+    version: PoolVersion
+
+
+def find_registered(reference: str, places: PlacesConfig, overrides: Sequence[str] = ()) -> Registered:
+    """A registered version with what the registry says of it; as ``registered``."""
     from cluster.tracking.registry import PoolRegistry  # noqa: PLC0415  MLflow only where it is asked for
     from cluster.tracking.service import check_readable  # noqa: PLC0415
 
     registry = PoolRegistry(check_readable(places.tracking))
-    data, kept, _ = registry.load_manifest(reference, places.store.endpoint_url)
-    return Manifest.from_bytes(data), open_store(_moved(kept, places.store, overrides))
+    data, kept, version = registry.load_manifest(reference, places.store.endpoint_url)
+    return Registered(Manifest.from_bytes(data), _moved(kept, places.store, overrides), version)
 
 
 def _moved(kept: StoreConfig, asked: StoreConfig, overrides: Sequence[str]) -> StoreConfig:

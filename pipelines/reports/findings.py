@@ -182,7 +182,8 @@ def collect(
     scored = [[records[stage] for stage in row] for row in graph.evaluate[:version]]
     for stages in (graph.train[:version], *graph.evaluate[:version]):
         take(stages)
-    manifest = read_manifest(learnt[-1], store)
+    complete = [record for record in take(graph.completed(version - 1)) if record is not None]
+    manifest = read_manifest([*learnt, *complete][-1], store)
     single = [record.metrics["score"] for record in take(graph.single[:version]) if record is not None]
     attention = None
     if manifest.attention is not None:
@@ -194,7 +195,8 @@ def collect(
             kl=tuple(None if rows is None else moved(manifest, rows) for rows in dev),
         )
     kept = take(graph.kept[: version - 1])
-    compared = take(graph.quality[: version - 1])
+    compared = take(graph.quality[: max(version - 1 - graph.known, 0)])
+    qualities = dict(enumerate(compared, start=graph.known))
     return Findings(
         experiment=experiment,
         manifest=manifest,
@@ -206,7 +208,7 @@ def collect(
         curves=tuple(read_curve(record, store) for record in learnt),
         attention=attention,
         reflected=tuple(bool(record and record.metrics["bytes"]) for record in kept) + (False,) * (version - len(kept)),
-        samples=tuple(_samples(*pair) for pair in zip(kept, compared, strict=True)) if compared else (),
+        samples=tuple(_samples(record, qualities.get(index)) for index, record in enumerate(kept)) if compared else (),
         answers=tuple(_answers(row[index], scored[-1][index], store) for index, row in enumerate(scored)),
         records=tuple(record.key for record in used.values()),
         finished_at=max(record.finished_at for record in used.values()),
@@ -219,7 +221,7 @@ def moved(manifest: Manifest, dev: Rows) -> tuple[float, ...]:
 
 
 def read_manifest(record: StageRecord, store: ArtifactStore) -> Manifest:
-    """The version that a training stage gave."""
+    """The version that a stage gave."""
     return Manifest.from_bytes(store.get(record.outputs["manifest"]))
 
 

@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from cluster.stages import done
 from cluster.store import ArtifactStore
+from cluster.store.lookups import Lookups
 from pipelines.console import cli
 from pipelines.reports.findings import Findings, collect, scored_versions
 from pipelines.sequence.experiment import Experiment
@@ -43,7 +44,7 @@ def find(experiment: Experiment, store: ArtifactStore, version: int | None) -> F
     Raises:
         SaptError: no such version, naming those that are there.
     """
-    records = done(experiment.graph.stages, store)
+    records = done(experiment.graph.published, Lookups(store, [experiment.key]))
     there = scored_versions(experiment, records)
     if not there:
         raise SaptError(
@@ -53,7 +54,9 @@ def find(experiment: Experiment, store: ArtifactStore, version: int | None) -> F
         )
     if version is not None and not 1 <= version <= there:
         tasks = ", ".join(f"{number} ({name})" for number, name in enumerate(experiment.graph.tasks[:there], 1))
-        raise SaptError(f"--version {version}: scored so far are {tasks} of {len(experiment.tasks)}; give one of them.")
+        raise SaptError(
+            f"--version {version}: scored so far are {tasks} of {len(experiment.every_task)}; give one of them."
+        )
     return collect(experiment, records, store, there if version is None else version)
 
 
@@ -75,7 +78,7 @@ def build(findings: Findings, links: Sequence[Link] = ()) -> dict[str, bytes]:
 
     sections = [section for make in SECTIONS if (section := make(findings)) is not None]
     plots = [part for section in sections for part in section.parts if isinstance(part, Plot)]
-    matrix, config, total = findings.matrix, findings.experiment.config, len(findings.experiment.tasks)
+    matrix, config, total = findings.matrix, findings.experiment.config, len(findings.experiment.every_task)
     fwt = matrix.fwt()
     page = Environment(
         loader=PackageLoader("pipelines.reports", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True

@@ -25,6 +25,8 @@ from sapt_core.judging.metrics import ScoreMatrix
 from sapt_core.versions.manifest import Manifest
 
 UNTOLD = {
+    "carried",
+    "complete",
     "evaluate",
     "zero_shot",
     "attend",
@@ -68,14 +70,17 @@ class Monitor:
         self.console = wide_console()
         self.records: dict[Stage, StageRecord] = {}
         self.store = store
-        self._complete = 0
+        self._planned: set[Stage] = set()
+        self._told = experiment.graph.known
         self._publisher = publisher
         self._label = label
 
     def on_event(self, event: StageEvent) -> None:
         """Take news of one stage."""
         stage = event.stage
-        if event.kind == "started" and stage.kind not in UNTOLD:
+        if event.kind == "planned":
+            self._planned.add(stage)
+        elif event.kind == "started" and stage.kind not in UNTOLD:
             self._say(f"{stage.name} started")
         elif event.kind == "failed":
             self._say(f"{stage.name} failed")
@@ -106,13 +111,15 @@ class Monitor:
         return ScoreMatrix(graph.tasks, rows, single if len(single) == len(graph.tasks) else None)
 
     def manifest(self, index: int) -> Manifest:
-        """Version ``index`` (from 0) of the pool."""
-        return read_manifest(self.records[self.experiment.graph.train[index]], self.store)
+        """Version ``index`` (from 0): as it is published, where that is planned, else as training left it."""
+        graph = self.experiment.graph
+        stage = next((each for each in graph.completed(index) if each in self._planned), graph.train[index])
+        return read_manifest(self.records[stage], self.store)
 
     @cached_property
     def findings(self) -> Findings:
         """All there is to say of the sequence; to be asked for once it has ended."""
-        return collect(self.experiment, self.records, self.store, len(self.experiment.tasks))
+        return collect(self.experiment, self.records, self.store, len(self.experiment.every_task))
 
     def summary(self) -> dict[str, Any]:
         """The figures of the end, for scripts."""
@@ -226,10 +233,11 @@ class Monitor:
     def _publish_rows(self) -> None:
         """Publish every version whose scores are complete, in the order of the tasks."""
         graph = self.experiment.graph
-        while self._complete < len(graph.tasks):
-            index = self._complete
+        while self._told < len(graph.tasks):
+            index = self._told
             attend = graph.attend[index : index + 1]
-            needed = (graph.train[index], *graph.evaluate[index], *graph.transfer[index], *attend)
+            complete = [stage for stage in graph.completed(index) if stage in self._planned]
+            needed = (graph.train[index], *graph.evaluate[index], *graph.transfer[index], *attend, *complete)
             if not all(stage in self.records for stage in needed):
                 return
             matrix = self.matrix()
@@ -242,7 +250,7 @@ class Monitor:
                 transfer = dict(zip(graph.unseen, self._scores(graph.transfer[index]), strict=True))
                 unseen = {f"unseen/{name}": score for name, score in transfer.items()}
                 self._publisher.version(manifest, index, {**scores, **unseen, **figures, **routing})
-            self._complete += 1
+            self._told += 1
             self._say(
                 f"after {graph.tasks[index]}: AP {matrix.ap(index):.1f}, F.Ra {matrix.f_ra(index):.1f} | "
                 + " ".join(f"{score:.1f}" for score in row)

@@ -11,11 +11,13 @@ from urllib.parse import quote
 
 from cluster.stages import StageRecord
 from cluster.store import resolved
+from cluster.tracking.lines import SWEEP, Lineage
 from cluster.tracking.outbox import Outbox
-from cluster.tracking.registry import SWEEP, Lineage, PoolRegistry
-from cluster.tracking.runs import LoggedDataset, Tracker
+from cluster.tracking.registry import PoolRegistry
+from cluster.tracking.runs import LoggedDataset, Tracker, metric_name
 from cluster.tracking.service import check_readable
 from pipelines.reports.page import Link
+from pipelines.running.description import describe
 from pipelines.sequence.experiment import Experiment
 from sapt_core.errors import TrackingError
 from sapt_core.io.addresses import redacted, without_user
@@ -25,9 +27,11 @@ from sapt_core.versions.manifest import Manifest
 
 def lineage_of(experiment: Experiment, sweep: str | None = None) -> Lineage:
     """What the registry compares with the pool that it holds."""
-    tasks = ", ".join(task.name for task in experiment.tasks)
-    asked = f"method {experiment.config.method.name}, tasks {tasks}"
-    return Lineage(asked if sweep is None else f"{asked} (the best trial of sweep {sweep})", experiment.lineage, sweep)
+    tasks = tuple(task.name for task in experiment.every_task)
+    asked = f"method {experiment.config.method.name}, tasks {', '.join(tasks)}"
+    return Lineage(
+        asked if sweep is None else f"{asked} (the best trial of sweep {sweep})", experiment.graph.lineage, sweep, tasks
+    )
 
 
 @dataclass(frozen=True)
@@ -108,11 +112,15 @@ class MLflowPublisher:
             "git_commit": experiment.commit,
             **({} if sweep is None else {SWEEP: sweep}),
         }
-        suite = f"{config.benchmark.suite} {len(experiment.tasks)} tasks"
+        suite = f"{config.benchmark.suite} {len(experiment.every_task)} tasks"
         name = name or f"{config.method.name} {suite} seed {config.seed}"
-        params = _flat(config.model_dump(mode="json", exclude={"store", "tracking", "cluster", "diagnostics"}))
+        params = _flat(
+            config.model_dump(mode="json", exclude={"store", "tracking", "registry", "cluster", "diagnostics"})
+        )
         self.versions: list[int | None] = []
+        self._tasks = [task.name for task in experiment.every_task]
         self._run: str | None = None
+        self._parent = None if experiment.base is None else experiment.base.manifest.digest
         self._outbox = outbox
 
         def open_run() -> None:
@@ -176,12 +184,26 @@ class MLflowPublisher:
             digest=manifest.digest,
             index=index + 1,
             run_id=self.run_id,
-            description=f"{manifest.method.name} after {len(manifest.tasks)} tasks ({tasks}): "
-            f"AP {metrics['ap']:.2f}, F.Ra {metrics['f_ra']:.2f}.",
-            tags={"task": manifest.tasks[-1].name, "tasks": tasks, **self._tags},
+            description=describe(manifest, self._registry.config.model, metrics, self._scores_before()),
+            tags={
+                "task": manifest.tasks[-1].name,
+                "tasks": tasks,
+                **{name: f"{metrics[name]:.2f}" for name in ("ap", "f_ra")},
+                **self._tags,
+            },
             metrics=metrics,
+            parent=self._parent,
         )
+        self._parent = manifest.digest
         self.versions.append(number)
+
+    def _scores_before(self) -> dict[str, float]:
+        """Figures of the version that the next one goes on from, by their names here."""
+        assert self._registry is not None  # noqa: S101 - asked where versions are registered
+        before = None if self._parent is None else self._registry.with_snapshot(self._parent)
+        scores = {} if before is None else self._registry.scores(before)
+        names = [f"score/{name}" for name in self._tasks]
+        return {name: scores[metric_name(name)] for name in names if metric_name(name) in scores}
 
     def finish(self, summary: Mapping[str, Any], report: Callable[[], Mapping[str, bytes]]) -> None:
         """Close the parent run with the figures of the end, its warnings and its report.
@@ -226,7 +248,7 @@ def _datasets(experiment: Experiment) -> list[LoggedDataset]:
             name=task.name,
             digest=task.digest,
             folder=None if folder is None else str(folder.absolute() / task.name),
-            rows={split: len(getattr(task, split)) for split in ("train", "dev", "test")},
+            rows=dict(task.rows),
             context=context,
         )
         for context, tasks in (("training", experiment.tasks), ("evaluation", experiment.unseen))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import ExitStack, closing, suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cluster.processes import stage_processes
-from cluster.stages import Executor, InlineExecutor, run_graph
-from cluster.store import ArtifactStore
-from pipelines.console.places import is_passing
+from cluster.stages import Executor, InlineExecutor, plan, run_graph
+from cluster.store import ArtifactStore, open_store
+from cluster.store.lookups import Lookups
+from pipelines.console.cli import write_output
+from pipelines.console.places import check_lasting, is_passing
 from pipelines.reports import page
 from pipelines.running.monitor import Monitor
 from pipelines.sequence.experiment import Experiment
@@ -19,10 +22,40 @@ from sapt_core.config.experiment import ExperimentConfig
 from sapt_core.errors import ServiceError, TrackingError
 from sapt_core.settings import StoreConfig
 
-if TYPE_CHECKING:
-    pass
-
 log = logging.getLogger(__name__)
+
+
+def carry_out(experiment: Experiment, arguments: Namespace) -> None:
+    """Plan, run and publish an experiment, and print what came of it, as the options of ``cli.add_run`` say.
+
+    Raises:
+        ConfigError: what comes of it would not outlive a Ray job.
+        LineageError: the registered model holds a pool that the sequence does not go on from.
+        ServiceError: MLflow, the store or Ray cannot be used.
+    """
+    check_lasting({"--summary": arguments.summary}, experiment.config, inline=arguments.inline)
+    store = open_store(experiment.config.store)
+    if not arguments.dry_run:
+        store.check()
+    known = Lookups(store, [experiment.key])
+    states = plan(experiment.graph.published, known)
+    Monitor(experiment, store, None).show_plan(states)
+    if arguments.dry_run:
+        if not arguments.inline:
+            check_registry(experiment)
+        return
+    if arguments.inline:
+        monitor = Monitor(experiment, store, None)
+        with ExitStack() as stack:
+            executor = inline_executor(arguments, experiment.config.store, store, stack)
+            run(experiment, known, executor, monitor)
+        _, said, kept = report(monitor)
+        monitor.console.print(f"report: {said if kept else f'not written, for {said}'}", soft_wrap=True)
+    else:
+        monitor = publish_sequence(experiment, known, all_done=set(states.values()) == {"done"})
+    monitor.show_end()
+    if arguments.summary is not None:
+        write_output(arguments.summary, json.dumps(monitor.summary(), indent=1, allow_nan=False))
 
 
 def check_registry(experiment: Experiment) -> None:
@@ -42,14 +75,12 @@ def check_registry(experiment: Experiment) -> None:
         log.warning("Not checked whether tracking.model is free: %s", error)
 
 
-def publish_sequence(
-    experiment: Experiment, store: ArtifactStore, *, all_done: bool, sweep: str | None = None
-) -> Monitor:
+def publish_sequence(experiment: Experiment, known: Lookups, *, all_done: bool, sweep: str | None = None) -> Monitor:
     """Run on Ray, unless nothing is left to run, and publish to MLflow.
 
     Args:
         experiment: the sequence.
-        store: holds what its stages give.
+        known: what is known of the store that holds what its stages give.
         all_done: nothing is left to run.
         sweep: whose best trial it is.
 
@@ -64,13 +95,13 @@ def publish_sequence(
     checked = service.check(experiment.config.tracking)
     registry.PoolRegistry(checked).check_continuation(lineage_of(experiment, sweep))
     with ExitStack() as stack:
-        executor = InlineExecutor(store) if all_done else ray_executor(experiment.config, stack)
+        executor = InlineExecutor(known.store) if all_done else ray_executor(experiment.config, stack)
         outbox = stack.enter_context(Outbox())
         # MLflow sees the run once nothing forbids it.
         publisher = MLflowPublisher(experiment, checked, outbox, sweep=sweep)
-        monitor = Monitor(experiment, store, publisher)
+        monitor = Monitor(experiment, known.store, publisher)
         try:
-            run(experiment, store, executor, monitor)
+            run(experiment, known, executor, monitor)
             outbox.flush()  # the summary names the last version
             files, said, kept = report(monitor, publisher.run.links(monitor.version))
             publisher.finish(monitor.summary(), lambda: files)
@@ -120,6 +151,7 @@ def ray_executor(config: ExperimentConfig, stack: ExitStack) -> Executor[Any]:
     return stack.enter_context(closing(RayExecutor(config.store, config.cluster)))
 
 
-def run(experiment: Experiment, store: ArtifactStore, executor: Executor[Any], monitor: Monitor) -> None:
-    experiment.upload(store)
-    run_graph(experiment.graph.stages, store, executor, monitor.on_event)
+def run(experiment: Experiment, known: Lookups, executor: Executor[Any], monitor: Monitor) -> None:
+    experiment.upload(known)
+    records = run_graph(experiment.graph.published, known, executor, monitor.on_event)
+    known.pack(experiment.key, [record.key for record in records.values()])

@@ -18,12 +18,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from cluster.stages import StageContext, StageRecord, StageResult
+from pipelines.sequence.base import training_outputs
 from pipelines.sequence.progress import progress
 from sapt_core.backbones.device import default_device
 from sapt_core.backbones.loading import load_backbone, load_embeddings, load_encoding
 from sapt_core.backbones.reference import BackboneRef
 from sapt_core.data.prepare import PreparedTask, PromptEncoder, prepare_task, read_split
 from sapt_core.data.task import LearntTask, Task
+from sapt_core.errors import StoreError
 from sapt_core.io.blobs import BlobStore
 from sapt_core.judging import metrics
 from sapt_core.judging.analysis import MIN_ROWS, draw, sample_quality
@@ -44,11 +46,13 @@ from sapt_core.settings import (
 from sapt_core.training.generator import generate_pseudo_samples
 from sapt_core.training.reflection import GaussianQueries
 from sapt_core.versions.learning import LearningSettings, Workplace, learn_task
-from sapt_core.versions.loading import load_blocks, load_pool
-from sapt_core.versions.manifest import Manifest
+from sapt_core.versions.loading import load_blocks, load_pool, load_version
+from sapt_core.versions.manifest import CarriedTask, Manifest, Recipe
 from sapt_core.versions.size import trained_parameters
 
 Input = TypeVar("Input")
+
+CARRIED = frozenset({"dev.arrow", "test.arrow", "meta.json"})  # of a task's tokens: scores and attention need no more
 
 COST_ROWS = 16  # a batch that the cost of a forward is counted on
 
@@ -126,7 +130,7 @@ def given_samples(context: StageContext) -> StageResult:
 
 def memory(context: StageContext) -> StageResult:
     """Keep a random share of a task's real train inputs. Reads ``share``, ``seed``; input ``task``."""
-    texts = [str(text) for text in prepared_task(context.store, context.inputs["task"]).train["input"]]
+    texts = [str(text) for text in prepared_task(context.store, context.inputs["task"], "train").train["input"]]
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(context.reads["seed"])).tolist()
     wanted = max(1, round(context.reads["share"] * len(texts)))
     return _keep_texts(context, [texts[index] for index in sorted(order[:wanted])])
@@ -177,19 +181,63 @@ def train(context: StageContext) -> StageResult:
                 evaluation=EvaluationConfig(**reads["evaluation"]),
                 seed=reads["seed"],
             ),
-            prepared_task(context.store, inputs["task"]),
+            prepared_task(context.store, inputs["task"], "train", "dev"),
             LearntTask(**reads["learnt"]),
             parent=None if parent is None else Manifest.from_bytes(context.store.get(parent.outputs["manifest"])),
             kept=kept,
         )
-    outputs = {"manifest": manifest.digest, "block": manifest.blocks[-1]}
-    if manifest.router is not None:
-        outputs["router"] = manifest.router
-    outputs |= {f"state {name}": digest for name, digest in manifest.state.items()}
     return StageResult(
-        outputs=outputs,
+        outputs=training_outputs(manifest),
         metrics={"curve": _store_curve(context, curve), "last": curve[-1]},
     )
+
+
+def complete(context: StageContext) -> StageResult:
+    """A version with all that later tasks need: its manifest, in the store.
+
+    Reads ``lineage``, ``recipe``, ``tasks`` (of each its text's ``data``, its ``rows`` and the ``origin`` of what
+    there is to reflect on). Inputs: ``version``, the train stage; for each task ``task 00``, its ``prepare``,
+    ``learnt 00``, its train stage, and where there is something to reflect on ``kept 00``.
+    """
+    reads, inputs = context.reads, context.inputs
+    manifest = Manifest.from_bytes(context.store.get(inputs["version"].outputs["manifest"]))
+    carried = [
+        CarriedTask(
+            data=task["data"],
+            rows=task["rows"],
+            tokens={name: digest for name, digest in inputs[f"task {index:02d}"].outputs.items() if name in CARRIED},
+            reflection=inputs[f"kept {index:02d}"].outputs if f"kept {index:02d}" in inputs else {},
+            origin=task["origin"],
+            curve=inputs[f"learnt {index:02d}"].metrics["curve"],
+        )
+        for index, task in enumerate(reads["tasks"])
+    ]
+    version = manifest.complete(lineage=reads["lineage"], recipe=Recipe(**reads["recipe"]), carried=carried)
+    return StageResult(outputs={"manifest": context.store.put(version.to_bytes())})
+
+
+def carried(context: StageContext) -> StageResult:
+    """What a stage gave that ran before, elsewhere: as the version that is gone on from carries it.
+
+    Reads ``outputs``; ``metrics``, where its record had some that are asked for.
+
+    Raises:
+        StoreError: something of it is not in the store any more.
+    """
+    outputs: dict[str, str] = context.reads["outputs"]
+    gone = [name for name, digest in outputs.items() if not context.store.has(digest)]
+    if gone:
+        raise StoreError(
+            f"{context.name}: {', '.join(gone)} of the version that is gone on from is not in {context.store.uri} any "
+            "more. Give the store.uri that the version was published with, or go on from another version."
+        )
+    metrics: dict[str, Any] = dict(context.reads["metrics"])
+    if "samples" in outputs:
+        data = context.store.get(outputs["samples"])
+        metrics |= {"kept": len(json.loads(data)), "bytes": len(data)}
+    elif "statistics" in outputs:
+        metrics["bytes"] = context.store.size(outputs["statistics"])
+    return StageResult(outputs=outputs, metrics=metrics)
 
 
 def cost(context: StageContext) -> StageResult:
@@ -220,7 +268,7 @@ def evaluate(context: StageContext) -> StageResult:
     Metrics: ``score`` (0 to 100) and ``weights``, the mean mixture over the version's blocks (T).
     """
     reads = context.reads
-    task = prepared_task(context.store, context.inputs["task"])
+    task = prepared_task(context.store, context.inputs["task"], reads["evaluation"]["split"])
     manifest = Manifest.from_bytes(context.store.get(context.inputs["version"].outputs["manifest"]))
     score, weights, predictions = score_version(
         manifest,
@@ -288,7 +336,7 @@ def zero_shot(context: StageContext) -> StageResult:
     score, _, predictions = _score(
         bare_model(model).to(default_device()),
         tokenizer,
-        prepared_task(context.store, context.inputs["task"]),
+        prepared_task(context.store, context.inputs["task"], reads["evaluation"]["split"]),
         EvaluationConfig(**reads["evaluation"]),
         precision=reads["precision"],
         max_target_tokens=reads["max_target_tokens"],
@@ -309,9 +357,8 @@ def score_version(
     max_target_tokens: int,
 ) -> tuple[float, Tensor, list[dict[str, Any]]]:
     """Score, mixture weights (N, T) and predictions of a version on a task's test rows."""
-    model, tokenizer = load_backbone(manifest.backbone, store)
-    attached = SaptModel(model, load_pool(manifest, store, model, task.name)).to(default_device())
-    return _score(attached, tokenizer, task, config, precision=precision, max_target_tokens=max_target_tokens)
+    model, tokenizer = load_version(manifest, store, task.name)
+    return _score(model, tokenizer, task, config, precision=precision, max_target_tokens=max_target_tokens)
 
 
 def _score(
@@ -357,9 +404,10 @@ def numbered(inputs: Mapping[str, Input], word: str) -> list[Input]:
     return [inputs[name] for name in sorted(names, key=lambda name: int(name.partition(" ")[2]))]
 
 
-def prepared_task(store: BlobStore, record: StageRecord) -> PreparedTask:
-    """A task's tokenised rows, from the record of its ``prepare``."""
-    return PreparedTask.from_blobs({name: store.get(digest) for name, digest in record.outputs.items()})
+def prepared_task(store: BlobStore, record: StageRecord, *splits: str) -> PreparedTask:
+    """A task's tokenised rows, from the record of its ``prepare``: of all splits, or of those that are asked for."""
+    names = {f"{split}.arrow" for split in splits} | {"meta.json"} if splits else record.outputs.keys()
+    return PreparedTask.from_blobs({name: store.get(record.outputs[name]) for name in sorted(names)})
 
 
 def _store_predictions(context: StageContext, predictions: list[dict[str, Any]]) -> str:

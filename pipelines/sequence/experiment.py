@@ -4,36 +4,36 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 from cluster.stages import StageRecord, find_record
 from cluster.store import ArtifactStore, open_store
+from cluster.store.lookups import Lookups
+from pipelines.console.checkout import git_commit
+from pipelines.sequence.base import Base, read_base
 from pipelines.sequence.graph import SequenceGraph, build_graph
 from sapt_core.backbones.loading import store_backbone
-from sapt_core.backbones.reference import BackboneRef, identify
+from sapt_core.backbones.reference import BackboneRef, identify, weight_bytes
 from sapt_core.config.experiment import ExperimentConfig, load_config
 from sapt_core.config.preflight import check_backbone, settle_precision, with_precision
 from sapt_core.config.unused import keys_of, unused, warn_of_unused
 from sapt_core.data import load_inputs, load_sequence
-from sapt_core.data.task import Task
+from sapt_core.data.task import KnownTask, Task
 from sapt_core.errors import ConfigError, FaultsError, SaptError
 from sapt_core.io.hashing import canonical_hash
 from sapt_core.settings import BackboneConfig, BenchmarkConfig
+from sapt_core.versions.manifest import Manifest
 
 # Versions of stages that keys did not hold yet: left out, so that the records of that time stay valid.
 UNKEYED = {"pseudo_samples": 3, "train seekr": 2}
 
 
 DESCRIPTION = "experiment"  # kind of the record that tells what an experiment was made of
-
-CODE = tuple(f":/{name}/**.py" for name in ("pipelines", "cluster", "sapt_core"))
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class Experiment:
 
     Attributes:
         config: as validated, with a number format in the place of ``train.precision`` auto.
-        tasks: those of the sequence, oldest first.
+        tasks: those that are learnt, oldest first.
+        base: the version that is gone on from, with the tasks that come before; None for a sequence from its start.
         unseen: those that are scored and never learnt.
         backbone: by content.
         graph: the stages.
@@ -57,84 +58,79 @@ class Experiment:
     graph: SequenceGraph
     samples: Mapping[str, bytes]
     commit: str
+    base: Base | None = None
+
+    @property
+    def every_task(self) -> tuple[Task | KnownTask, ...]:
+        """The tasks of the pool once all are learnt, oldest first."""
+        return (*(() if self.base is None else self.base.tasks), *self.tasks)
 
     @property
     def key(self) -> str:
         """sha256 over config, data and backbone, and over what stages and method have learnt to do otherwise."""
         given = [hashlib.sha256(data).hexdigest() for data in self.samples.values()]
         unseen = [[task.digest for task in self.unseen]] if self.unseen else []
-        versions = {stage.kind: stage.version for stage in self.graph.stages}
+        versions = {stage.kind: stage.version for stage in self.graph.stages if stage.kind != "carried"}
         versions[f"train {self.config.method.name}"] = versions.pop("train")
         raised = {kind: version for kind, version in versions.items() if version != UNKEYED.get(kind, 1)}
-        what = [self.config.digest(), self.data_digest, self.backbone.digest, *given, *unseen]
+        before = [] if self.base is None else [self.base.manifest.digest]
+        what = [self.config.digest(), self.data_digest, self.backbone.digest, *given, *unseen, *before]
         if self.backbone.joined:  # a backbone's digest is of earlier releases' too, which tokenised in two parts
             raised["joined"] = 1
         return canonical_hash([*what, raised] if raised else what)
 
     @property
-    def lineage(self) -> tuple[str, ...]:
-        """A name of every version that is known before it is learnt: a hash of all that it will be learnt from.
-
-        Two sequences that begin with the same tasks, learnt alike, have the same first names.
-        """
-        names: list[str] = []
-        for task, stage in zip(self.tasks, self.graph.train, strict=True):
-            kept = {name: source for name, source in stage.inputs.items() if name not in {"task", "parent"}}
-            names.append(
-                canonical_hash(
-                    [
-                        names[-1:],
-                        [stage.kind, stage.version, dict(stage.reads)],
-                        {name: [source.kind, source.version, dict(source.reads)] for name, source in kept.items()},
-                        replace(task, test=()).digest,  # other test rows make no other version
-                    ]
-                )
-            )
-        return tuple(names)
-
-    @property
     def data_digest(self) -> str:
         """sha256 over the text of all tasks of the sequence."""
-        return canonical_hash([task.digest for task in self.tasks])
+        return canonical_hash([task.digest for task in self.every_task])
 
-    def upload(self, store: ArtifactStore) -> None:
+    def upload(self, known: Lookups) -> None:
         """Put what the stages start from into the store: the tasks' text, given samples and the backbone's files."""
-        for data in (*(task.to_json() for task in (*self.tasks, *self.unseen)), *self.samples.values()):
-            store.put(data)
-        store_backbone(self.config.backbone, self.backbone, store)
-        self._describe(store)
+        store, description = known.store, self._description(known.store)
+        given = [task.to_json() for task in (*self.tasks, *self.unseen)], self.samples.values()
+        texts = {hashlib.sha256(data).hexdigest(): data for data in chain(*given)}
+        # What the description names is kept. Until it is there, putting the texts again makes them young.
+        for digest in texts if description is not None else known.missing(texts):
+            store.put(texts[digest])
+        if self.base is None:  # whose backbone is in the store
+            store_backbone(self.config.backbone, self.backbone, store)
+        if description is not None:
+            store.commit_record(description.key, description.model_dump(mode="json"))
 
-    def _describe(self, store: ArtifactStore) -> None:
-        """Keep under the config what else the experiment is made of, so that ``find_experiment`` needs no folder."""
+    def _description(self, store: ArtifactStore) -> StageRecord | None:
+        """What else the experiment is made of, kept under its config, so that ``find_experiment`` needs no folder.
+
+        None if the store has it.
+        """
         values: dict[str, Any] = {
             "backbone": self.backbone.model_dump(mode="json"),
             "precision": self.config.train.precision,
             "samples": list(self.samples),
             "tasks": len(self.tasks),
             "unseen": len(self.unseen),
+            **({} if self.base is None else {"base": self.base.manifest.digest}),
         }
         texts = [hashlib.sha256(data).hexdigest() for data in self.samples.values()]
         digests = [task.digest for task in (*self.tasks, *self.unseen)]
         outputs = {f"{index:03d}": digest for index, digest in enumerate([*digests, *texts])}
         for key in _described_under(self.config):
             there = find_record(store, key)
-            if there is not None and (there.values, there.outputs) == (values, outputs):
-                return
             if there is None:
-                record = StageRecord(
-                    kind=DESCRIPTION,
-                    name=DESCRIPTION,
-                    key=key,
-                    inputs={},
-                    outputs=outputs,
-                    values=values,
-                    metrics={},
-                    seconds=0.0,
-                    finished_at=datetime.now(UTC),
-                    world_size=1,
-                )
-                store.commit_record(key, record.model_dump(mode="json"))
-                return
+                break
+            if (there.values, there.outputs) == (values, outputs):
+                return None
+        return StageRecord(
+            kind=DESCRIPTION,
+            name=DESCRIPTION,
+            key=key,
+            inputs={},
+            outputs=outputs,
+            values=values,
+            metrics={},
+            seconds=0.0,
+            finished_at=datetime.now(UTC),
+            world_size=1,
+        )
 
 
 def load_experiment(path: Path, overrides: Sequence[str]) -> Experiment:
@@ -188,12 +184,18 @@ def _remembered(config: ExperimentConfig, store: ArtifactStore) -> Experiment | 
     if config.train.precision == "auto":
         config = with_precision(config, values["precision"])
     given = {name: store.get(digest) for name, digest in samples.items()}
-    return Experiment(config, tasks, unseen, ref, build_graph(config, tasks, unseen, ref, samples), given, git_commit())
+    version = values.get("base")
+    base = None if version is None else read_base(Manifest.from_bytes(store.get(version)), store)
+    memory = weight_bytes(config.backbone)
+    graph = build_graph(config, tasks, unseen, ref, samples=samples, base=base, memory=memory)
+    return Experiment(config, tasks, unseen, ref, graph, given, git_commit(), base)
 
 
 def _described_under(config: ExperimentConfig) -> Iterator[str]:
     """Keys of what a config was run with, oldest first: its folders may have held something else later on."""
-    unread: Any = dict.fromkeys(("cluster", "diagnostics", "store", "tracking"), True) | {"train": {"precision"}}
+    unread: Any = dict.fromkeys(("cluster", "diagnostics", "registry", "store", "tracking"), True) | {
+        "train": {"precision"}
+    }
     fields = config.model_dump(mode="json", exclude=unread)
     return (canonical_hash([DESCRIPTION, number, fields]) for number in count())
 
@@ -204,6 +206,8 @@ def assemble(
     *,
     load: Callable[[BenchmarkConfig], tuple[Task, ...]] = load_sequence,
     identified: Callable[[BackboneConfig], BackboneRef] = identify,
+    folder: Path | None = None,
+    base: Base | None = None,
 ) -> Experiment:
     """Check a configured experiment without starting or writing anything.
 
@@ -211,6 +215,8 @@ def assemble(
         config: the experiment.
         name: what messages call it.
         load, identified: for those who assemble many experiments on the same data and backbone.
+        folder: where the backbone's files lie on this machine, if not where the config says.
+        base: the version that is gone on from.
 
     Raises:
         SaptError: with all faults of the task files and of the backbone.
@@ -229,45 +235,26 @@ def assemble(
     samples = attempt(lambda: _given_samples(config, (tasks or ())[:learnt]))
     ref = attempt(lambda: identified(config.backbone))
     if ref is not None:
-        attempt(lambda: check_backbone(config, tasks or ()))
-        settled = attempt(lambda: settle_precision(config, ref))
-        config = config if settled is None else settled
+        there = {} if folder is None else {"path": str(folder), "revision": None}
+        here = config.model_copy(update={"backbone": config.backbone.model_copy(update=there)})
+        attempt(lambda: check_backbone(here, tasks or ()))
+        settled = attempt(lambda: settle_precision(here, ref))
+        config = config if settled is None else with_precision(config, settled.train.precision)
     if len(faults) > 1:
         raise FaultsError(f"{name} cannot be run:", [str(fault).replace("\n", "\n  ") for fault in faults])
     if faults:
         raise faults[0]
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in samples.items()}
     tasks, unseen = tasks[:learnt], tasks[learnt:]
-    graph = build_graph(config, tasks, unseen, ref, digests)
-    return Experiment(config, tasks, unseen, ref, graph, samples, git_commit())
-
-
-def git_commit() -> str:
-    """The commit of the code that runs: GIT_COMMIT, else the checkout's, else ``unknown``; -dirty if changed.
-
-    A submitted job runs in a copy without its history, so its runtime environment has to say.
-    """
-    if stated := os.environ.get("GIT_COMMIT"):
-        return stated
-    try:
-        commit, changes = (
-            subprocess.run(  # noqa: S603  both lists of arguments stand below
-                ["git", *arguments],  # noqa: S607
-                cwd=Path(__file__).parent,
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout.strip()
-            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no", "--", *CODE])
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return f"{commit}-dirty" if changes else commit
+    graph = build_graph(config, tasks, unseen, ref, samples=digests, base=base, memory=weight_bytes(here.backbone))
+    return Experiment(config, tasks, unseen, ref, graph, samples, git_commit(), base)
 
 
 def _given_samples(config: ExperimentConfig, tasks: Sequence[Task]) -> dict[str, bytes]:
-    """The inputs that reflection source ``given`` has for every task but the last, as the store keeps them."""
+    """The inputs that reflection source ``given`` has of the tasks, as the store keeps them."""
     if config.reflection.data_dir is None or not config.method.shared_attention:
         return {}
-    inputs = load_inputs(config.reflection.data_dir, [task.name for task in tasks[:-1]])
+    # The newest is reflected on by tasks that are still to come, and need not be there yet.
+    there = [task.name for task in tasks[-1:] if (config.reflection.data_dir / task.name).is_dir()]
+    inputs = load_inputs(config.reflection.data_dir, [*(task.name for task in tasks[:-1]), *there])
     return {name: json.dumps(texts).encode() for name, texts in inputs.items()}

@@ -6,44 +6,18 @@ sequence and of each other, and a version is scored while the next one is learnt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
 
-from cluster.stages import Stage, StageContext, StageResult
+from cluster.stages import Stage
 from pipelines.sequence import bodies
-from sapt_core.backbones.reference import BackboneRef, weight_bytes
+from pipelines.sequence.base import Base
+from pipelines.sequence.making import ATTENDED_ON, KEPT_FROM, NAMED_BY, SAMPLED, VERSIONS, Chain, StageMaker
+from sapt_core.backbones.reference import BackboneRef
 from sapt_core.config.experiment import ExperimentConfig
-from sapt_core.data.task import LearntTask, Task
-from sapt_core.methods.base import Method
+from sapt_core.data.task import KnownTask, Task
+from sapt_core.io.hashing import canonical_hash
 from sapt_core.methods.sequential import Sequential
-from sapt_core.training.trainer import step_seed
-
-# What each kind of stage computes; raised where its body, or what that calls, gives something else than before, so
-# that what is stored is made anew. A train stage counts its method's version too (``Method.version``).
-VERSIONS = {
-    "prepare": 1,
-    "pseudo_samples": 4,
-    "given": 1,
-    "memory": 1,
-    "statistics": 1,
-    "train": 1,
-    "evaluate": 2,
-    "attend": 1,
-    "quality": 2,
-    "zero_shot": 2,
-    "cost": 1,
-}
-
-# Outputs of ``prepare`` that can change what a later stage gives. Prompts hold definition and template,
-# so a split's tokens stand for them.
-KEPT_FROM = frozenset({"train.arrow"})
-LEARNT_FROM = frozenset({"train.arrow", "dev.arrow"})
-SAMPLED = frozenset({"samples"})
-ATTENDED_ON = frozenset({"dev.arrow"})
-NAMED_BY = frozenset({"manifest"})  # it names all blobs of a version
-
-Body: TypeAlias = Callable[[StageContext], StageResult]
 
 
 @dataclass(frozen=True)
@@ -55,9 +29,13 @@ class SequenceGraph:
         train: T stages, one version each.
         evaluate: row i holds the scores of version i on tasks 0..i.
         single: each task learnt alone and scored; empty if not asked for.
-        kept: what there is to reflect on of tasks 0..T-2; empty for a method without reflection.
-        quality: how the pseudo-samples in ``kept`` compare with the real rows; empty where there are none.
+        kept: what there is to reflect on of every task, of the newest as far as it is there; empty for a method without
+            reflection. Later tasks need it, so that of the newest none of the other stages does.
+        quality: how the pseudo-samples of tasks ``known``..T-2 compare with the real rows; empty where there are none.
         attend: version i's mean attention on the dev rows of tasks 0..i; empty for a method without attention.
+        complete: the versions as they are published, with all that later tasks need, from version ``known`` on.
+        lineage: names of these versions that are known before they are learnt: a hash of all that each is learnt from.
+            Two sequences that begin with the same tasks, learnt alike, have the same first names.
         cost: what the last version costs.
         prepare: one stage a task.
         unseen: names of tasks that are scored and never learnt.
@@ -76,7 +54,19 @@ class SequenceGraph:
     zero_shot: tuple[Stage, ...]
     quality: tuple[Stage, ...]
     attend: tuple[Stage, ...]
+    complete: tuple[Stage, ...]
+    lineage: tuple[str, ...]
     cost: Stage
+
+    @property
+    def known(self) -> int:
+        """How many of the tasks, the oldest, were learnt before: by the version that the sequence goes on from."""
+        return len(self.train) - len(self.complete)
+
+    def completed(self, index: int) -> tuple[Stage, ...]:
+        """The stage that completes version ``index`` (from 0); none for one that was published before."""
+        place = index - self.known
+        return () if place < 0 else self.complete[place : place + 1]
 
     @property
     def alone(self) -> list[Stage]:
@@ -90,12 +80,20 @@ class SequenceGraph:
 
     @property
     def stages(self) -> list[Stage]:
-        """All of them, most urgent first: the chain, then task by task what the chain and the versions wait for."""
+        """What the figures need, most urgent first: the chain, then task by task what it and the versions wait for."""
+        return self._stages(self.kept[: len(self.train) - 1], ())
+
+    @property
+    def published(self) -> list[Stage]:
+        """All of them, in the same order: the figures, and versions that can be gone on from."""
+        return self._stages(self.kept, self.complete)
+
+    def _stages(self, kept: Sequence[Stage], complete: Sequence[Stage]) -> list[Stage]:
         found = list(self.train)
         for index, row in enumerate(self.evaluate):
-            found += [self.prepare[index], *self.kept[index : index + 1], *row, *self.transfer[index]]
+            found += [self.prepare[index], *kept[index : index + 1], *row, *self.transfer[index]]
             found += self.attend[index : index + 1]
-        return [*found, *self.single, *self.quality, *self.zero_shot, self.cost]
+        return [*found, *complete, *self.single, *self.quality, *self.zero_shot, self.cost]
 
 
 def build_graph(
@@ -103,45 +101,43 @@ def build_graph(
     tasks: Sequence[Task],
     unseen: Sequence[Task],
     ref: BackboneRef,
+    *,
     samples: Mapping[str, str] | None = None,
+    base: Base | None = None,
+    memory: int = 0,
 ) -> SequenceGraph:
     """The graph of a configured experiment; nothing is run.
 
+    Stages of tasks that ``base`` has learnt give what it carries of them, so that what comes after has the keys, and
+    the results, that it has where all tasks are learnt in one run.
+
     Args:
         config: the experiment.
-        tasks: those of the sequence, as loaded for ``config.benchmark``.
+        tasks: those that are learnt, as loaded for ``config.benchmark``.
         unseen: those that are scored only.
         ref: the configured backbone, by content.
-        samples: for reflection source ``given``, the blob of every earlier task's inputs by its name.
+        samples: for reflection source ``given``, the blob of every task's inputs by its name; the newest may lack.
+        base: the version that is gone on from.
+        memory: bytes that the backbone's weights take, as far as known.
     """
-    labels = [f"{index:02d} {task.name}" for index, task in enumerate(tasks)]
-    learner = _Learner(config, ref, samples or {}, weight_bytes(config.backbone))
-    prepare = tuple(learner.preparation(f"prepare[{label}]", task) for label, task in zip(labels, tasks, strict=True))
-    reflects = config.method.shared_attention and config.reflection.source != "none" and config.reflection.weight > 0
-    kept = tuple(
-        learner.keeping(label, task, prepared)
-        for label, task, prepared in zip(labels[:-1], tasks[:-1], prepare[:-1], strict=True)
-        if reflects
-    )
-    train: list[Stage] = []
-    for index, (label, task) in enumerate(zip(labels, tasks, strict=True)):
-        earlier = {f"kept {number:02d}": stage for number, stage in enumerate(kept[:index])}
-        parent = {"parent": train[-1]} if train else {}
-        train.append(
-            learner.stage(f"train[{label}]", task, config.method, {"task": prepare[index], **parent, **earlier})
-        )
+    make = StageMaker(config, ref, samples or {}, memory)
+    before = () if base is None else base.tasks
+    every: tuple[Task | KnownTask, ...] = (*before, *tasks)
+    labels = [f"{index:02d} {task.name}" for index, task in enumerate(every)]
+    chain = _chain(make, every, base)
+    prepare, kept, train = chain.prepare, chain.kept, chain.train
     evaluate = tuple(
-        tuple(learner.evaluation(f"evaluate[v{i:02d} on {labels[j]}]", version, prepare[j]) for j in range(i + 1))
+        tuple(make.evaluation(f"evaluate[v{i:02d} on {labels[j]}]", version, prepare[j]) for j in range(i + 1))
         for i, version in enumerate(train)
     )
     single: tuple[Stage, ...] = ()
     if config.evaluation.single_task:
         alone = [
-            learner.stage(f"single[{label}]", task, Sequential(), {"task": prepared})
+            make.stage(f"single[{label}]", task, Sequential(), {"task": prepared})
             for label, task, prepared in zip(labels, tasks, prepare, strict=True)
         ]
         single = tuple(
-            learner.evaluation(f"evaluate[single {label}]", version, prepared)
+            make.evaluation(f"evaluate[single {label}]", version, prepared)
             for label, version, prepared in zip(labels, alone, prepare, strict=True)
         )
     quality = tuple(
@@ -150,19 +146,19 @@ def build_graph(
             kind="quality",
             version=VERSIONS["quality"],
             body=bodies.quality,
-            told=learner.named,
+            told=make.named,
             reads={
-                "backbone": learner.backbone,
+                "backbone": make.backbone,
                 "max_source_tokens": config.benchmark.max_source_tokens,
                 "template": task.template,
                 "definition": task.definition,
             },
-            inputs={"task": prepared, "kept": samples},
+            inputs={"task": prepare[index], "kept": kept[index]},
             uses={"task": KEPT_FROM, "kept": SAMPLED},
             cpus=config.cluster.cpus_per_worker,
         )
-        for label, task, prepared, samples in zip(labels, tasks, prepare, kept, strict=False)
-        if config.reflection.source in {"generated", "given"}
+        for index, (label, task) in list(enumerate(zip(labels, every, strict=True)))[len(before) : -1]
+        if kept and config.reflection.source in {"generated", "given"}
     )
     attend = tuple(
         Stage(
@@ -177,207 +173,74 @@ def build_graph(
         for i, version in enumerate(train)
         if config.method.shared_attention
     )
-    prepared_unseen = [learner.preparation(f"prepare[unseen {task.name}]", task) for task in unseen]
+    prepared_unseen = [make.preparation(f"prepare[unseen {task.name}]", task) for task in unseen]
     transfer = tuple(
         tuple(
-            learner.evaluation(f"evaluate[v{i:02d} on unseen {task.name}]", version, prepared)
+            make.evaluation(f"evaluate[v{i:02d} on unseen {task.name}]", version, prepared)
             for task, prepared in zip(unseen, prepared_unseen, strict=True)
         )
         for i, version in enumerate(train)
     )
     zero_shot = tuple(
-        learner.zero_shot(f"zero_shot[{task.name}]", prepared)
+        make.zero_shot(f"zero_shot[{task.name}]", prepared)
         for task, prepared in zip(unseen, prepared_unseen, strict=True)
     )
+    lineage = _lineage(chain, base)
     return SequenceGraph(
-        tasks=tuple(task.name for task in tasks),
-        prepare=prepare,
-        kept=kept,
+        tasks=tuple(task.name for task in every),
+        prepare=tuple(prepare),
+        kept=tuple(kept),
         train=tuple(train),
         evaluate=evaluate,
         single=single,
         quality=quality,
         attend=attend,
-        cost=learner.cost(train[-1], prepare[-1]),
+        complete=tuple(make.completion(chain, index, lineage[index]) for index in range(len(before), len(every))),
+        lineage=lineage,
+        cost=make.cost(train[-1], prepare[-1]),
         unseen=tuple(task.name for task in unseen),
         transfer=transfer,
         zero_shot=zero_shot,
     )
 
 
-@dataclass(frozen=True)
-class _Learner:
-    """Makes stages that read exactly what can change their result."""
-
-    config: ExperimentConfig
-    ref: BackboneRef
-    samples: Mapping[str, str]
-    memory: int
-
-    @property
-    def loading(self) -> dict[str, Any]:
-        """What a stage takes that loads the backbone."""
-        cluster = self.config.cluster
-        return {"cpus": cluster.cpus_per_worker, "gpus": cluster.gpus_per_worker, "memory": self.memory}
-
-    @property
-    def backbone(self) -> dict[str, Any]:
-        """The backbone as keys have it: a folder by its content, whatever it is called."""
-        return self.ref.model_dump(mode="json", exclude=None if self.ref.files is None else {"path"})
-
-    @property
-    def named(self) -> dict[str, Any]:
-        return {"backbone": self.ref.path}
-
-    @property
-    def workers(self) -> dict[str, Any]:
-        return {"workers": self.config.cluster.train_workers, **self.loading}
-
-    def preparation(self, name: str, task: Task) -> Stage:
-        config = self.config
-        return Stage(
-            name=name,
-            kind="prepare",
-            version=VERSIONS["prepare"],
-            body=bodies.prepare,
-            told=self.named,
-            reads={
-                "task": task.digest,
-                "backbone": self.backbone,
-                "max_source_tokens": config.benchmark.max_source_tokens,
-                "max_target_tokens": config.benchmark.max_target_tokens,
-            },
-            cpus=config.cluster.cpus_per_worker,
+def _chain(make: StageMaker, tasks: Sequence[Task | KnownTask], base: Base | None) -> Chain:
+    """Learning task by task; what ``base`` has learnt is taken from what it carries."""
+    prepare: list[Stage] = []
+    kept: list[Stage] = []
+    train: list[Stage] = []
+    origins: list[str] = []
+    for index, task in enumerate(tasks):
+        label = f"{index:02d} {task.name}"
+        if isinstance(task, KnownTask):
+            assert base is not None  # noqa: S101 - whose tasks they are
+            carried = base.carried[index]
+            prepare.append(make.carried(f"prepare[{label}]", carried.tokens))
+            train.append(make.carried(f"train[{label}]", *base.training(index)))
+            if carried.reflection:
+                kept.append(make.carried(f"kept[{label}]", carried.reflection))
+            origins.append(carried.origin)
+            continue
+        prepare.append(make.preparation(f"prepare[{label}]", task))
+        earlier = {f"kept {number:02d}": stage for number, stage in enumerate(kept)}
+        parent = {"parent": train[-1]} if train else {}
+        train.append(
+            make.stage(f"train[{label}]", task, make.config.method, {"task": prepare[index], **parent, **earlier})
         )
+        source = make.keeping(label, task, prepare[index]) if make.keeps(task) else None
+        kept += [] if source is None else [source]
+        origins.append(canonical_hash(source and [source.kind, source.version, dict(source.reads)]))
+    return Chain(tuple(tasks), tuple(prepare), tuple(kept), tuple(train), tuple(origins))
 
-    def stage(self, name: str, task: Task, method: Method, inputs: dict[str, Stage]) -> Stage:
-        config = self.config
-        shared = method.shared_attention
-        # What a stage does not read stands at its default, so that changing it changes no key.
-        unread = type(config).model_fields
-        attention = config.attention if shared else unread["attention"].default
-        reflection = config.reflection if shared else unread["reflection"].default
-        if shared and "parent" not in inputs:
-            # Nothing to reflect on yet, but the split that the target comes from counts.
-            reflection = unread["reflection"].default.model_copy(update={"target_split": reflection.target_split})
-        scores = bool(config.train.eval_every_epochs)
-        evaluation = config.evaluation if scores else unread["evaluation"].default
-        return Stage(
-            name=name,
-            kind="train",
-            # Both only ever rise, so no sum comes twice.
-            version=method.version + VERSIONS["train"] - 1,
-            body=bodies.train,
-            told={**self.named, "checkpoint_every_steps": config.train.checkpoint_every_steps},
-            reads={
-                "method": method.model_dump(mode="json"),
-                # One block has no finished ones to let gradient through.
-                "pet": config.pet.model_dump(
-                    mode="json", exclude=None if method.pool == "block per task" else {"detach_frozen"}
-                ),
-                "attention": attention.model_dump(mode="json"),
-                "reflection": reflection.model_dump(mode="json", exclude={"source", "data_dir", "share", "rank"}),
-                "train": config.train.model_dump(mode="json", exclude={"checkpoint_every_steps"}),
-                "evaluation": evaluation.model_dump(mode="json", exclude={"single_task", "split"}),
-                "seed": step_seed(config.seed, task.name),
-                "backbone": self.backbone,
-                "learnt": LearntTask(
-                    name=task.name,
-                    definition=task.definition,
-                    template=task.template,
-                    metric=task.metric,
-                    max_source_tokens=config.benchmark.max_source_tokens,
-                    max_target_tokens=config.benchmark.max_target_tokens,
-                ).model_dump(mode="json"),
-                # Dev is answered as test is; without that, how does not count.
-                **({"answers": VERSIONS["evaluate"]} if scores else {}),
-            },
-            inputs=inputs,
-            uses={"task": LEARNT_FROM},  # other test rows retrain nothing
-            **self.workers,
-        )
 
-    def keeping(self, label: str, task: Task, prepared: Stage) -> Stage:
-        """The stage that keeps what reflection needs of a task, as ``reflection.source`` says."""
-        config, reflection = self.config, self.config.reflection
-        given: dict[str, Any] = {"inputs": {"task": prepared}, "uses": {"task": KEPT_FROM}}
-        plain = {**given, "cpus": config.cluster.cpus_per_worker}
-        if reflection.source == "generated":
-            return Stage(
-                name=f"pseudo_samples[{label}]",
-                kind="pseudo_samples",
-                version=VERSIONS["pseudo_samples"],
-                body=bodies.pseudo_samples,
-                told=self.named,
-                reads={
-                    "generator": config.generator.model_dump(mode="json"),
-                    "precision": config.train.precision,
-                    "seed": step_seed(config.seed, "generator", task.name),
-                    "backbone": self.backbone,
-                },
-                **given,
-                **self.workers,
-            )
-        if reflection.source == "memory":
-            seed = step_seed(config.seed, "memory", task.name)
-            reads: dict[str, Any] = {"share": reflection.share, "seed": seed}
-            return Stage(
-                name=f"memory[{label}]",
-                kind="memory",
-                version=VERSIONS["memory"],
-                body=bodies.memory,
-                reads=reads,
-                **plain,
-            )
-        if reflection.source == "statistics":
-            query = config.attention.model_dump(mode="json", include={"query", "pool_padding"})
-            reads = {"rank": reflection.rank, "attention": query, "backbone": self.backbone}
-            return Stage(
-                name=f"statistics[{label}]",
-                kind="statistics",
-                version=VERSIONS["statistics"],
-                body=bodies.statistics,
-                reads=reads,
-                told=self.named,
-                **plain,
-            )
-        reads = {"inputs": self.samples[task.name]}
-        return Stage(
-            name=f"given[{label}]", kind="given", version=VERSIONS["given"], body=bodies.given_samples, reads=reads
-        )
-
-    def evaluation(self, name: str, version: Stage, task: Stage) -> Stage:
-        return self._scoring(name, "evaluate", bodies.evaluate, {}, {"version": version, "task": task})
-
-    def zero_shot(self, name: str, task: Stage) -> Stage:
-        return self._scoring(name, "zero_shot", bodies.zero_shot, {"backbone": self.backbone}, {"task": task})
-
-    def cost(self, version: Stage, task: Stage) -> Stage:
-        return Stage(
-            name="cost",
-            kind="cost",
-            version=VERSIONS["cost"],
-            body=bodies.cost,
-            inputs={"version": version, "task": task},
-            uses={"version": NAMED_BY, "task": KEPT_FROM},
-            **self.loading,
-        )
-
-    def _scoring(self, name: str, kind: str, body: Body, reads: dict[str, Any], inputs: dict[str, Stage]) -> Stage:
-        config = self.config
-        return Stage(
-            name=name,
-            kind=kind,
-            version=VERSIONS[kind],
-            body=body,
-            reads={
-                "evaluation": config.evaluation.model_dump(mode="json", exclude={"single_task"}),
-                "precision": config.train.precision,
-                "max_target_tokens": config.benchmark.max_target_tokens,
-                **reads,
-            },
-            told=self.named,
-            inputs=inputs,
-            uses={"task": frozenset({f"{config.evaluation.split}.arrow", "meta.json"}), "version": NAMED_BY},
-            **self.loading,
-        )
+def _lineage(chain: Chain, base: Base | None) -> tuple[str, ...]:
+    """Names of the versions; of those before the one that is gone on from none is known."""
+    names = [] if base is None else [*("" for _ in base.tasks[1:]), base.lineage]
+    for index in range(len(names), len(chain.tasks)):
+        task, stage = chain.tasks[index], chain.train[index]
+        assert isinstance(task, Task)  # noqa: S101 - known ones come first
+        reflected_on = chain.origins[: sum(name.startswith("kept ") for name in stage.inputs)]
+        learnt = [stage.kind, stage.version, dict(stage.reads)]
+        # Other test rows make no other version.
+        names.append(canonical_hash([names[-1:], learnt, list(reflected_on), task.learnt_digest]))
+    return tuple(names)

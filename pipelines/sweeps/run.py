@@ -15,7 +15,8 @@ import optuna
 from rich.console import Console
 
 from cluster.stages import Executor, InlineExecutor, StageEvent, plan, run_graph
-from cluster.store import ArtifactStore, resolved
+from cluster.store import ArtifactStore, open_store, resolved
+from cluster.store.lookups import Lookups
 from pipelines.console import cli
 from pipelines.console.machine import machine_of
 from pipelines.console.tables import text_table
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from cluster.tracking.outbox import Outbox
     from cluster.tracking.runs import Tracker
 
-CHAMPION = "champion"
 FEWEST_DRAWN = 3
 
 
@@ -118,6 +118,7 @@ class SweepRun:
         self.sweep = sweep
         self.store = store
         self._console = console
+        self._known = Lookups(store)
         self._experiment = experiment
         samples = {name: hashlib.sha256(data).hexdigest() for name, data in experiment.samples.items()}
         self.setup = Setup(
@@ -144,7 +145,7 @@ class SweepRun:
     def show_plan(self) -> None:
         """Print what a run would do."""
         left = self.points.count(self.before)
-        states = Counter(plan(self.shared, self.store).values())
+        states = Counter(plan(self.shared, self._known).values())
         whole = len(self.setup.graph({}).by_version)
         self._console.print(
             f"Sweep {self.sweep.name}: {left} trials to run, {len(self.before)} have their record; each has {whole} "
@@ -160,7 +161,7 @@ class SweepRun:
         """
         if self.sweep.config.stop != "none":
             raise SaptError("--inline runs trials one after another: set stop: none, or run on Ray")
-        self._experiment.upload(self.store)
+        self._experiment.upload(self._known)
         self._run_shared(InlineExecutor(self.store))
         for number in range(self.points.count(self.before)):
             point = self.points.ask(str(number))
@@ -168,7 +169,7 @@ class SweepRun:
             results: list[dict[str, Any]] = []
             error = None
             try:
-                trials.try_point(self.setup, point, results.append, InlineExecutor)
+                trials.try_point(self.setup, point, results.append, self._known, InlineExecutor(self.store))
             except SaptError as failed:
                 error = str(failed)
             self.ended(str(number), point, results, error)
@@ -177,8 +178,9 @@ class SweepRun:
     def published(self) -> None:
         """Run on Ray Tune; the sweep is a parent run in MLflow, each trial a child."""
         from cluster.tracking import runs, service  # noqa: PLC0415  not with --inline
+        from cluster.tracking.lines import Lineage  # noqa: PLC0415
         from cluster.tracking.outbox import Outbox  # noqa: PLC0415
-        from cluster.tracking.registry import Lineage, PoolRegistry  # noqa: PLC0415
+        from cluster.tracking.registry import PoolRegistry  # noqa: PLC0415
 
         config = self.sweep.config
         checked = service.check(self._experiment.config.tracking)
@@ -196,7 +198,7 @@ class SweepRun:
             outbox = self._outbox = stack.enter_context(Outbox())
             self._parent = self._tracker.start_sequence(f"sweep {self.sweep.name}", key=self.key, params={}, tags=tags)
             try:
-                self._experiment.upload(self.store)
+                self._experiment.upload(self._known)
                 self._run_shared(executor)
                 if left:
                     run_trials(
@@ -253,7 +255,7 @@ class SweepRun:
                 self._console.print(said)
 
         with suppress(DivergenceError):  # every trial that needs the stage meets it, and is recorded as failed
-            run_graph(self.shared, self.store, executor, tell)
+            run_graph(self.shared, self._known, executor, tell)
 
     def _crown(self, chosen: TrialRecord, checked: Any) -> None:
         """Register the best trial's versions, scored on test rows as always, and give the last one the alias."""
@@ -264,11 +266,17 @@ class SweepRun:
             update={"evaluation": config.evaluation.model_copy(update={"split": "test"}), "tracking": checked}
         )
         experiment = replace(assemble(scored, "The best trial"), commit=self._experiment.commit)
-        monitor = publish_sequence(experiment, self.store, all_done=False, sweep=self.sweep.name)
+        known = Lookups(self.store, [experiment.key])  # the trials' processes have committed records since
+        monitor = publish_sequence(experiment, known, all_done=False, sweep=self.sweep.name)
         version = monitor.version
         assert version is not None  # noqa: S101 - it was published
-        PoolRegistry(checked).set_alias(CHAMPION, version)
-        self._console.print(f"{CHAMPION}: {checked.model} version {version}")
+        registry = PoolRegistry(checked)
+        published = registry.resolve(str(version))
+        if published.is_branch:  # somebody else's version became the newest of the line meanwhile
+            self._console.print(f"no new champion: {checked.model} version {version} is the line {published.line}")
+            return
+        registry.crown(published)
+        self._console.print(f"champion: {checked.model} version {version}")
 
     # cluster.on_ray.tuning.News
 
@@ -368,4 +376,4 @@ class _Body:
 
         cluster = self.setup.sweep.experiment(point).cluster
         with closing(RayExecutor(self.setup.store, cluster)) as executor:
-            trials.try_point(self.setup, point, report, lambda _: executor)
+            trials.try_point(self.setup, point, report, Lookups(open_store(self.setup.store)), executor)

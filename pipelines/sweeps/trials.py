@@ -14,7 +14,7 @@ import optuna
 from pydantic import BaseModel, ConfigDict
 
 from cluster.stages import Executor, Stage, StageEvent, StageRecord, closure, run_graph
-from cluster.store import ArtifactStore, open_store
+from cluster.store.lookups import Lookups
 from pipelines.console import cli
 from pipelines.console.machine import Machine
 from pipelines.console.records import read_folder
@@ -23,7 +23,7 @@ from pipelines.sequence.experiment import Experiment
 from pipelines.sequence.graph import SequenceGraph, build_graph
 from pipelines.sweeps.space import DIRECTIONS, Scalar, Sweep, describe, shown
 from sapt_core.backbones.device import Precision
-from sapt_core.backbones.reference import BackboneRef
+from sapt_core.backbones.reference import BackboneRef, weight_bytes
 from sapt_core.config.preflight import with_precision
 from sapt_core.data.task import Task
 from sapt_core.io.hashing import canonical_hash
@@ -101,7 +101,8 @@ class Setup:
         config = self.sweep.experiment(point)
         if config.train.precision == "auto":
             config = with_precision(config, self.precision)
-        return build_graph(config, self.tasks, (), self.backbone, self.samples)
+        memory = weight_bytes(config.backbone)
+        return build_graph(config, self.tasks, (), self.backbone, samples=self.samples, memory=memory)
 
     def shared(self, points: Sequence[Mapping[str, Scalar]]) -> list[Stage]:
         """Stages that several of the trials have in common, each once and under a name of its own."""
@@ -167,12 +168,12 @@ def try_point(
     setup: Setup,
     point: Mapping[str, Scalar],
     report: Callable[[dict[str, Any]], None],
-    executor: Callable[[ArtifactStore], Executor[Any]],
+    known: Lookups,
+    executor: Executor[Any],
 ) -> None:
     """Learn the sequence with the settings of a point, and report after every task."""
-    store = open_store(setup.store)
     graph = setup.graph(point)
-    run_graph(graph.by_version, store, executor(store), Follower(graph, report).on_event)
+    run_graph(graph.by_version, known, executor, Follower(graph, report).on_event)
 
 
 def read_trials(sweep: Sweep, key: str) -> list[TrialRecord]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -21,7 +22,7 @@ from sapt_core.backbones.checkpoint import check_loaded, own_dtype, weight_files
 from sapt_core.backbones.faults import UNREADABLE, reason
 from sapt_core.backbones.files import cache_folder, copy_of, file_digest, remember
 from sapt_core.backbones.hub import fetched
-from sapt_core.backbones.last import Last
+from sapt_core.backbones.last import Given, Last, Loaded
 from sapt_core.backbones.reference import FILES, BackboneRef, load_model_config, location, model_class, skeleton
 from sapt_core.backbones.tokens import answer_settings, load_tokenizer
 from sapt_core.errors import BackboneError, ServiceError
@@ -72,7 +73,12 @@ def load_backbone(ref: BackboneRef, store: BlobStore) -> tuple[PreTrainedModel, 
         StoreError: a file is not in the store, or is damaged.
     """
     # Sorted: a manifest names the same files in another order.
-    return _load_cached(json.dumps(ref.model_dump(mode="json"), sort_keys=True), _folder(ref, store))
+    return _load_cached(json.dumps(ref.model_dump(mode="json"), sort_keys=True), folder_of(ref, store))
+
+
+def beside_backbone(load: Callable[Given, Loaded]) -> Last[Given, Loaded]:
+    """A function that keeps what it made last of a backbone, until this or another one is loaded by somebody else."""
+    return Last(load, on=_load_cached)
 
 
 def load_encoding(ref: BackboneRef, store: BlobStore) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
@@ -82,7 +88,7 @@ def load_encoding(ref: BackboneRef, store: BlobStore) -> tuple[PretrainedConfig,
         BackboneError: one cannot be loaded, or the tokenizer has no padding and no end token.
         StoreError: a file is not in the store, or is damaged.
     """
-    folder = _folder(ref, store)
+    folder = folder_of(ref, store)
     return load_model_config(folder, ref.path), load_tokenizer(folder, ref.path)
 
 
@@ -96,7 +102,7 @@ def load_embeddings(ref: BackboneRef, store: BlobStore) -> tuple[PreTrainedModel
         BackboneError: it cannot be loaded, or the tokenizer has no padding and no end token.
         StoreError: a file is not in the store, or is damaged.
     """
-    folder = _folder(ref, store)
+    folder = folder_of(ref, store)
     config = load_model_config(folder, ref.path)
     model = skeleton(config).requires_grad_(False).train(False)
     layer = model.get_input_embeddings()
@@ -132,7 +138,13 @@ def _read_matrix(folder: Path, model: PreTrainedModel, layer: nn.Embedding, name
     return matrix if matrix.shape == layer.weight.shape else None
 
 
-def _folder(ref: BackboneRef, store: BlobStore) -> Path:
+def folder_of(ref: BackboneRef, store: BlobStore) -> Path:
+    """A folder on this machine with the backbone's files; what is not here is fetched.
+
+    Raises:
+        BackboneError: a hub model that cannot be reached.
+        StoreError: a file is not in the store, or is damaged.
+    """
     return fetched(ref.path, ref.revision, FILES) if ref.files is None else _materialise(ref, store)
 
 

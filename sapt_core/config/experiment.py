@@ -108,6 +108,7 @@ class ExperimentConfig(PlacesConfig):
             "cluster": True,
             "store": True,
             "tracking": True,
+            "registry": True,
             "benchmark": {"data_dir", "unseen"},
             "backbone": {"path", "revision"},
             "train": {"checkpoint_every_steps"},

@@ -24,7 +24,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from sapt_core.data.files import kind, read_split
+from sapt_core.data.files import kind, read_file, read_split
 from sapt_core.data.task import SEEN, Example, Task, dev_rows
 from sapt_core.errors import ConfigError, DataError
 from sapt_core.settings import BenchmarkConfig
@@ -108,6 +108,7 @@ ORDERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ),
     ),
 }
+TEST_SHARE = 0.2  # of the rows of a task that is one file
 METRICS = {"superni": "rouge_l", "long_sequence": "exact_match"}
 
 
@@ -131,7 +132,7 @@ def load_folders(config: BenchmarkConfig) -> tuple[Task, ...]:
     template, metric = config.template or config.suite, config.metric or METRICS.get(config.suite)
     if metric is None:
         raise ValueError("suite folder was validated without a metric")
-    tasks = [task for name in folders if (task := _read_task(data_dir / name, config, template, metric, faults))]
+    tasks = [task for name in folders if (task := read_task(data_dir / name, config, template, metric, faults))]
     if faults:
         raise DataError(f"The task data in {data_dir} cannot be used:", faults)
     return tuple(tasks)
@@ -180,29 +181,55 @@ def _hint(name: str, data_dir: Path, present: Sequence[str]) -> str:
     return f"; nearest: {', '.join(close)}" if close else ""
 
 
-def _read_task(folder: Path, config: BenchmarkConfig, template: str, metric: str, faults: list[str]) -> Task | None:
-    """One task, or None with its faults added to ``faults``."""
+def read_task(
+    path: Path,
+    config: BenchmarkConfig,
+    template: str,
+    metric: str,
+    faults: list[str],
+    *,
+    name: str | None = None,
+    definition: str | None = None,
+) -> Task | None:
+    """One task, or None with its faults added to ``faults``.
+
+    Args:
+        path: the task's folder, or one file of rows, of which ``TEST_SHARE`` become test rows by ``split_seed``.
+        config: limits of rows, and the dev split.
+        template, metric: the task's.
+        faults: gets what is wrong.
+        name: of the task; default: the folder's.
+        definition: its instruction; default: what its rows or its train split say.
+    """
     before = len(faults)
-    definition, train = _read_rows(folder, "train", faults)
-    _, test = _read_rows(folder, "test", faults)
+    if path.is_file():
+        said, rows = _read_rows(path, "train", faults, definition)
+        held = dev_rows(len(rows), TEST_SHARE, config.split_seed) if len(rows) > 2 else set()
+        train = [row for index, row in enumerate(rows) if index not in held]
+        test = [row for index, row in enumerate(rows) if index in held]
+        if len(faults) == before and not test:
+            faults.append(f"{path.name}: {len(rows)} usable rows; dev and test rows are split off, so give at least 3")
+    else:
+        said, train = _read_rows(path, "train", faults, definition)
+        _, test = _read_rows(path, "test", faults, definition)
     train, test = train[: config.train_rows], test[: config.test_rows]
     if len(faults) == before and len(train) < 2:
-        faults.append(f"{folder.name}, train: one usable row; a dev row is split off, so give at least 2")
+        faults.append(f"{path.name}, train: one usable row; a dev row is split off, so give at least 2")
     if len(faults) > before:
         return None
     shared = len({row.input for row in train} & {row.input for row in test})
     if shared:
         logger.warning(
             "%s: %d inputs of test (%d rows) are also in train (%d rows): its score is too high",
-            folder.name,
+            name or path.name,
             shared,
             len(test),
             len(train),
         )
     dev = dev_rows(len(train), config.dev_fraction, config.split_seed)
     return Task(
-        name=folder.name,
-        definition=definition,
+        name=name or path.name,
+        definition=said,
         train=tuple(row for index, row in enumerate(train) if index not in dev),
         dev=tuple(row for index, row in enumerate(train) if index in dev),
         test=tuple(test),
@@ -211,13 +238,13 @@ def _read_task(folder: Path, config: BenchmarkConfig, template: str, metric: str
     )
 
 
-def _read_rows(folder: Path, split: str, faults: list[str]) -> tuple[str, list[Example]]:
+def _read_rows(path: Path, split: str, faults: list[str], given: str | None = None) -> tuple[str, list[Example]]:
     """Definition and usable rows of one split; what is wrong with it is added to ``faults``."""
-    name, content = read_split(folder, split, faults)
+    name, content = read_file(path, faults) if path.is_file() else read_split(path, split, faults)
     if content is None:
         return "", []
 
-    definition = _definition(content, name, faults)
+    definition = _definition(content, name, faults) if given is None else given
     instances = _instances(content, name, faults)
     rows: list[Example] = []
     row_faults: list[str] = []

@@ -30,12 +30,15 @@ class Batch:
         labels: (B, L) int64 with ``IGNORED_LABEL`` where there is no loss. For a decoder-only backbone they are those
             of the last L of the S positions, from the one that predicts the batch's first answer token on, so that
             no logits of what lies before are made. None in a batch of prompts.
+        left_padded: whether there is padding in front of a row. Known where the batch is made: of a mask on a GPU it
+            could only be asked by waiting for it.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     query_mask: Tensor
     labels: Tensor | None
+    left_padded: bool
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device``."""
@@ -44,6 +47,7 @@ class Batch:
             self.attention_mask.to(device),
             self.query_mask.to(device),
             None if self.labels is None else self.labels.to(device),
+            self.left_padded,
         )
 
 
@@ -78,6 +82,7 @@ class Collator:
             _pad([[1] * len(ids) for ids in inputs], 0),
             _pad(query, 0).bool(),
             _pad(labels, IGNORED_LABEL),
+            left_padded=False,
         )
 
     def prompts(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
@@ -86,7 +91,8 @@ class Collator:
         left = not self.is_encoder_decoder
         mask = _pad([[1] * len(ids) for ids in prompts], 0, left=left)
         query = _pad([self._seen(row) for row in rows], 0, left=left)
-        return Batch(_pad(prompts, self.pad_token_id, left=left), mask, query.bool(), None)
+        unlike = len(set(map(len, prompts))) > 1
+        return Batch(_pad(prompts, self.pad_token_id, left=left), mask, query.bool(), None, left_padded=left and unlike)
 
     def _seen(self, row: Mapping[str, Any]) -> list[int]:
         """1 for each token of a prompt that the query may see."""

@@ -32,17 +32,29 @@ def read_split(folder: Path, split: str, faults: list[str]) -> tuple[str, dict[s
     if not found and not saved:
         faults.append(f"{name}: no such file, nor with {', '.join(list(READERS)[1:])}{_CURES.get(split, '')}")
         return name, None
+    return name, _content(name, lambda: _saved(folder, split) if saved else READERS[found[0].suffix](found[0]), faults)
+
+
+def read_file(path: Path, faults: list[str]) -> tuple[str, dict[str, Any] | None]:
+    """The rows of one file, as ``read_split`` gives those of a split."""
+    if path.suffix not in READERS:
+        faults.append(f"{path.name}: is none of {', '.join(READERS)}")
+        return path.name, None
+    return path.name, _content(path.name, lambda: READERS[path.suffix](path), faults)
+
+
+def _content(name: str, read: Callable[[], Any], faults: list[str]) -> dict[str, Any] | None:
     try:
-        content = _saved(folder, split) if saved else READERS[found[0].suffix](found[0])
+        content = read()
     except json.JSONDecodeError as error:
         faults.append(f"{name}: line {error.lineno} column {error.colno}: not JSON, or cut short: {error.msg}")
     except (OSError, ValueError) as error:
         faults.append(f"{name}: cannot be read: {' '.join(str(error).split())}")
     else:
         if isinstance(content, dict):
-            return name, content
+            return content
         faults.append(f"{name}: holds {kind(content)}, not an object with Definition and Instances or a list of rows")
-    return name, None
+    return None
 
 
 def kind(value: Any) -> str:

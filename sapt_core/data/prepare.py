@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 NO_ROOM = "Prompts do not fit the model's input:"
 SPLITS = ("train", "dev", "test")
+TOLD = ("name", "definition", "template", "metric")  # of a task, in a blob beside its splits
 SCHEMA = pa.schema(
     {
         "prompt_ids": pa.list_(pa.int32()),
@@ -288,7 +289,7 @@ class PreparedTask:
         name, definition, template, metric: as in ``Task``.
         train, dev, test: columns ``prompt_ids``, ``answer_ids`` (of the first reference; ends with EOS),
             ``query_start`` (see ``EncodedPrompt``), ``input`` and ``references``.
-        truncated: for each split how many ``prompts`` and ``answers`` were too long and cut.
+        truncated: for each split how many ``prompts`` and ``answers`` were too long and cut; in no blob.
     """
 
     name: str
@@ -298,31 +299,29 @@ class PreparedTask:
     train: datasets.Dataset
     dev: datasets.Dataset
     test: datasets.Dataset
-    truncated: dict[str, dict[str, int]]
+    truncated: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def to_blobs(self) -> dict[str, bytes]:
         """``train.arrow``, ``dev.arrow``, ``test.arrow`` (Arrow IPC streams) and ``meta.json``.
 
-        Equal tasks give equal bytes.
+        Equal tasks give equal bytes, and what a split holds shows in its own blob alone, so that who reads one of
+        them does not depend on the others. ``meta.json`` of earlier releases counted the rows of all.
         """
-        meta = {
-            "name": self.name,
-            "definition": self.definition,
-            "template": self.template,
-            "metric": self.metric,
-            "rows": {split: len(getattr(self, split)) for split in SPLITS},
-            "truncated": self.truncated,
-        }
+        meta = {name: getattr(self, name) for name in TOLD}
         blobs = {f"{split}.arrow": _stream(getattr(self, split)) for split in SPLITS}
         return {**blobs, "meta.json": json.dumps(meta, indent=1, sort_keys=True).encode()}
 
     @classmethod
     def from_blobs(cls, blobs: Mapping[str, bytes]) -> PreparedTask:
-        """Read what ``to_blobs`` wrote; the tables are used in place, not copied."""
+        """Read what ``to_blobs`` wrote, in place and not copied. A split that is not there has no rows."""
         meta = json.loads(blobs["meta.json"])
-        splits = {split: read_split(blobs[f"{split}.arrow"]) for split in SPLITS}
-        own = {key: meta[key] for key in ("name", "definition", "template", "metric", "truncated")}
-        return cls(**own, **splits)
+        names = {split: f"{split}.arrow" for split in SPLITS}
+        splits = {split: read_split(blobs[name]) if name in blobs else _no_rows() for split, name in names.items()}
+        return cls(**{name: meta[name] for name in TOLD}, **splits)
+
+
+def _no_rows() -> datasets.Dataset:
+    return datasets.Dataset(datasets.table.InMemoryTable(SCHEMA.empty_table()))
 
 
 def read_split(data: bytes) -> datasets.Dataset:

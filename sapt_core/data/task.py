@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
 from pydantic import BaseModel, ConfigDict
@@ -55,10 +56,32 @@ class Task:
             values[split] = tuple(Example(row["input"], tuple(row["references"])) for row in values[split])
         return cls(**values)
 
+    @property
+    def rows(self) -> dict[str, int]:
+        """How many rows each split has."""
+        return {"train": len(self.train), "dev": len(self.dev), "test": len(self.test)}
+
     @cached_property
     def digest(self) -> str:
         """sha256 of the whole task; made once, since every stage key and every experiment's asks for it."""
         return hashlib.sha256(self.to_json()).hexdigest()
+
+    @cached_property
+    def learnt_digest(self) -> str:
+        """sha256 of what is learnt of it: the whole task but for its test rows."""
+        return replace(self, test=()).digest
+
+
+@dataclass(frozen=True)
+class KnownTask:
+    """A task that was learnt before, of which the rows need not be there any more: what a ``Task`` says of itself."""
+
+    name: str
+    definition: str
+    template: str
+    metric: str
+    digest: str
+    rows: Mapping[str, int]
 
 
 def dev_rows(rows: int, fraction: float, seed: int) -> set[int]:

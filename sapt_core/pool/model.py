@@ -158,7 +158,7 @@ class SaptModel(nn.Module):
             ValueError: there is padding in front of a text, and the class cannot be told so.
         """
         mask = batch.attention_mask
-        padded = not self.is_encoder_decoder and bool((mask.diff(dim=1) > 0).any())
+        padded = batch.left_padded and not self.is_encoder_decoder
         if padded and not self.pads:
             raise ValueError(
                 f"{type(self.backbone).__name__} reads texts of one length in a batch: it takes no positions"

@@ -107,6 +107,8 @@ class PETPool(nn.Module):
 
         The others are not computed. The block that is being learnt is always in use.
         """
+        if self.attention is None:  # all of them: nothing to wait for the device for
+            return torch.arange(weights.shape[1], device=weights.device)
         used = weights.detach().amax(dim=0) > torch.finfo(weights.dtype).eps
         used[-1:] |= self.key is not None
         return used.nonzero().flatten()

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import NamedTuple, Protocol
 
 import torch
@@ -44,7 +45,11 @@ class StoredQueries:
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """Rows without repetition."""
-        return self.pooled[torch.randperm(len(self.pooled), generator=generator)[:count]]
+        return self.pooled[self.places(count, generator)]
+
+    def places(self, count: int, generator: torch.Generator) -> Tensor:
+        """Indices (n) of the rows of a draw, on the CPU."""
+        return torch.randperm(len(self.pooled), generator=generator)[:count]
 
     def to(self, device: torch.device) -> StoredQueries:
         return StoredQueries(self.pooled.to(device))
@@ -99,6 +104,22 @@ class RecordedAttention:
     def to(self, device: torch.device) -> RecordedAttention:
         """The same attention on ``device``."""
         return RecordedAttention(self.attention.to(device), self.keys.to(device))
+
+
+class StackedQueries:
+    """Stored inputs of all earlier tasks, drawn in one go: task by task a GPU is sent as many lists of places."""
+
+    def __init__(self, queries: Sequence[StoredQueries]) -> None:
+        self._pooled = torch.cat([each.pooled for each in queries])
+        sizes = [len(each.pooled) for each in queries]
+        self.queries = [StoredQueries(part) for part in torch.split(self._pooled, sizes)]
+        self._starts = [end - size for end, size in zip(accumulate(sizes), sizes, strict=True)]
+
+    def draw(self, count: int, generator: torch.Generator) -> Sequence[Tensor]:
+        """What each would draw (n, D), one after the other, from the same numbers."""
+        places = [each.places(count, generator) for each in self.queries]
+        rows = torch.cat([each + start for each, start in zip(places, self._starts, strict=True)])
+        return torch.split(self._pooled[rows], [len(each) for each in places])
 
 
 class RecordedAttentions:
@@ -166,6 +187,12 @@ class Reflection:
             weight: λ.
             per_micro_batch: whether the term is added in every micro-batch instead of once a step.
         """
+        stored = [memory.queries for memory in memories if isinstance(memory.queries, StoredQueries)]
+        self._stacked = StackedQueries(stored) if len(stored) == len(memories) else None
+        if self._stacked is not None:  # the same rows, once in memory
+            memories = [
+                replace(memory, queries=each) for memory, each in zip(memories, self._stacked.queries, strict=True)
+            ]
         self.memories = tuple(memories)
         recorded = [memory.target for memory in memories if isinstance(memory.target, RecordedAttention)]
         self._recorded = RecordedAttentions(recorded) if recorded else None
@@ -175,7 +202,11 @@ class Reflection:
 
     def draw(self, generator: torch.Generator) -> list[Drawn]:
         """At most ``batch_size`` inputs of every earlier task."""
-        pooled = [memory.queries.draw(self.batch_size, generator) for memory in self.memories]
+        pooled = (
+            [memory.queries.draw(self.batch_size, generator) for memory in self.memories]
+            if self._stacked is None
+            else self._stacked.draw(self.batch_size, generator)
+        )
         pairs = list(zip(pooled, self.memories, strict=True))
         asked = [each for each, memory in pairs if isinstance(memory.target, RecordedAttention)]
         own = iter(self._recorded(asked) if self._recorded is not None else ())
@@ -198,7 +229,8 @@ class Reflection:
         blocks = log_weights.shape[1]
         targets = torch.cat([F.pad(task.target, (0, blocks - task.target.shape[1])) for task in drawn])
         # Mean over the rows of a task, sum over tasks.
-        share = torch.cat([torch.full((len(task.pooled),), 1 / len(task.pooled)) for task in drawn]).to(targets)
+        sizes = torch.tensor([len(task.pooled) for task in drawn])
+        share = (1 / sizes).repeat_interleave(sizes).to(targets)
         divergence = (torch.xlogy(targets, targets) - targets * log_weights).sum(dim=1)
         return (share * divergence).sum()
 

@@ -108,7 +108,7 @@ def learn_task(
                 "The version before was learnt by an earlier release, which tokenised prompts and answers of a "
                 "decoder-only backbone apart: start the sequence anew"
             )
-        _require_same_kind(parent, method, pet, shared_attention)
+        require_same_kind(parent, method, pet, shared_attention)
     index = 0 if parent is None else len(parent.tasks)
     seed = step_seed(settings.seed, "task", index)
     torch.manual_seed(step_seed(seed, "init"))
@@ -170,7 +170,7 @@ def learn_task(
             router=store_router(pool, store),
             targets=(*(parent.targets if parent else ()), target),
             state={**(parent.state if parent else {}), **saved},
-            parent=parent.digest if parent else None,
+            parent=parent.as_parent if parent else None,
         )
         store.put(manifest.to_bytes())
     return manifest, curve
@@ -185,8 +185,12 @@ def _routers(version: Manifest | None, store: BlobStore) -> list[RecordedAttenti
     return recorded[::-1]
 
 
-def _require_same_kind(parent: Manifest, method: Method, pet: PETConfig, attention: AttentionConfig | None) -> None:
-    """Refuse to go on from a pool that these settings would read as another one."""
+def require_same_kind(parent: Manifest, method: Method, pet: PETConfig, attention: AttentionConfig | None) -> None:
+    """Refuse to go on from a pool that these settings would read as another one.
+
+    Raises:
+        SnapshotError: naming every setting that says what a pool's tensors mean and differs.
+    """
     before, given = _kind(parent.method, parent.pet, parent.attention), _kind(method, pet, attention)
     differing = [name for name in sorted({*before, *given}) if before.get(name) != given.get(name)]
     if differing:

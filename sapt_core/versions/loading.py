@@ -1,9 +1,10 @@
-"""From blobs by sha256 to a pool and back: blocks and router as safetensors files."""
+"""From blobs by sha256 to a pool or a whole version, and back: blocks and router as safetensors files."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -11,16 +12,54 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sapt_core.backbones.device import default_device
+from sapt_core.backbones.loading import beside_backbone, load_backbone
 from sapt_core.errors import SnapshotError
 from sapt_core.io.blobs import BlobStore
 from sapt_core.methods.base import Method
 from sapt_core.pool.attention import SharedAttention
 from sapt_core.pool.blocks.base import embedding_matrix
+from sapt_core.pool.model import SaptModel
 from sapt_core.pool.pool import PETPool
 from sapt_core.settings import AttentionConfig, PETConfig
 from sapt_core.versions.manifest import Manifest
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """Blocks of a version: the same from whatever store they are read."""
+
+    manifest: Manifest
+    blocks: tuple[int, ...]
+    store: BlobStore = field(compare=False)
+
+
+@beside_backbone
+def _attached(wanted: _Wanted) -> tuple[SaptModel, PreTrainedTokenizerBase]:
+    manifest, store = wanted.manifest, wanted.store
+    backbone, tokenizer = load_backbone(manifest.backbone, store)
+    return SaptModel(backbone, load_blocks(manifest, store, backbone, wanted.blocks)).to(default_device()), tokenizer
+
+
+def load_version(manifest: Manifest, store: BlobStore, task: str) -> tuple[SaptModel, PreTrainedTokenizerBase]:
+    """A version on its backbone where it computes, and the tokenizer, to ask and not to change.
+
+    The last one stays ready in a process, for the tasks that it is scored on one after another. It is let go of as
+    soon as anything else loads a version or a backbone.
+
+    Args:
+        manifest: the version.
+        store: holds its blobs and those of its backbone.
+        task: as of ``load_pool``.
+
+    Raises:
+        SnapshotError: as ``load_pool``.
+        StoreError: a blob is missing or damaged.
+        BackboneError: the backbone cannot be loaded.
+    """
+    return _attached(_Wanted(manifest, tuple(manifest.chosen(task)), store))
 
 
 def load_pool(manifest: Manifest, store: BlobStore, backbone: PreTrainedModel, task: str | None = None) -> PETPool:

@@ -11,23 +11,79 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, FiniteFloat, PrivateAttr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, PrivateAttr, ValidationError, model_validator
 
 from sapt_core.backbones.reference import BackboneRef
 from sapt_core.data.task import LearntTask
 from sapt_core.errors import SnapshotError
 from sapt_core.io.hashing import Digest
 from sapt_core.methods.base import AnyMethod
-from sapt_core.settings import AttentionConfig, PETConfig
+from sapt_core.settings import (
+    AttentionConfig,
+    GeneratorConfig,
+    PETConfig,
+    TrainConfig,
+)
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
+TRAINED = 3  # what training writes; schema 4 adds what later tasks need
+
+
+class Recipe(BaseModel):
+    """How the newest task of a version was learnt, beside what the version itself says; the next one is learnt alike.
+
+    Attributes:
+        seed: of the sequence.
+        max_source_tokens, max_target_tokens: longest prompt and answer.
+        dev_fraction, split_seed: how dev rows are split off the train rows.
+        reflection, generator, train: sections of the config. ``train.precision`` is settled, what is a habit of the
+            machine stands at its default, and where given samples lay is left out. How it was scored is none of it:
+            that makes no other version.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    seed: int
+    max_source_tokens: int
+    max_target_tokens: int
+    dev_fraction: float
+    split_seed: int
+    reflection: dict[str, JsonValue]
+    generator: GeneratorConfig
+    train: TrainConfig
+
+
+class CarriedTask(BaseModel):
+    """What a version carries of a task for those that come after it: its data folder is not needed again.
+
+    Attributes:
+        data: sha256 of the task's text, which need not be kept.
+        rows: how many rows each split had.
+        tokens: sha256 of the tokenised splits that are kept, and of what goes with them, by the file's name.
+        reflection: sha256 of what attention is held on, by name; empty where there is nothing.
+        origin: hash of how ``reflection`` was made.
+        curve: sha256 of the training curve.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data: Digest
+    rows: dict[str, int]
+    tokens: dict[str, Digest]
+    reflection: dict[str, Digest]
+    origin: Digest
+    curve: Digest
+
+
+def _is_none(value: object) -> bool:
+    return value is None
 
 
 class Manifest(BaseModel):
     """A version of a pool.
 
     Attributes:
-        schema_version: of this format.
+        schema_version: of this format: 3 as training writes it, 4 with all that later tasks need.
         method: the method that learnt it, with its options.
         backbone: the backbone it belongs to.
         pet: settings of its blocks.
@@ -37,12 +93,17 @@ class Manifest(BaseModel):
         router: sha256 of keys (T, D) and query projection; None without attention.
         targets: mean weights of the blocks there were, on every task after it was learnt.
         state: sha256 of what the method keeps beside the blocks, by name.
-        parent: sha256 of the manifest of the version before.
+        parent: sha256 of the manifest of the version before, as training wrote it.
+        trained: sha256 of this version's manifest as training wrote it, which the next version's ``parent`` is; from
+            here on None in schema 3.
+        lineage: name of the version that is known before it is learnt, as the registry compares it.
+        recipe: how the newest task was learnt.
+        carried: of every task what later ones need, oldest first.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = TRAINED
     method: AnyMethod
     backbone: BackboneRef
     pet: PETConfig
@@ -53,8 +114,12 @@ class Manifest(BaseModel):
     targets: tuple[tuple[FiniteFloat, ...], ...]
     state: dict[str, Digest] = {}
     parent: Digest | None
+    trained: Digest | None = Field(None, exclude_if=_is_none)
+    lineage: Digest | None = Field(None, exclude_if=_is_none)
+    recipe: Recipe | None = Field(None, exclude_if=_is_none)
+    carried: tuple[CarriedTask, ...] | None = Field(None, exclude_if=_is_none)
 
-    # Of an earlier schema, as it was read: what this one adds must not rename what was written then.
+    # Of an earlier schema, as it was read: what these add must not rename what was written then.
     _written: bytes | None = PrivateAttr(None)
 
     @model_validator(mode="after")
@@ -71,6 +136,11 @@ class Manifest(BaseModel):
         if self.method.shared_attention != (self.attention is not None):
             has = "has no" if self.attention is None else "has an"
             raise ValueError(f"method {self.method.name} does not go with a version that {has} attention")
+        whole = [each is not None for each in (self.trained, self.lineage, self.recipe, self.carried)]
+        if whole != [self.schema_version > TRAINED] * len(whole):
+            raise ValueError("trained, lineage, recipe and carried belong to schema 4, all of them")
+        if self.carried is not None and len(self.carried) != len(self.tasks):
+            raise ValueError(f"{len(self.tasks)} tasks, and of {len(self.carried)} something is carried")
         return self
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Manifest:
@@ -96,6 +166,11 @@ class Manifest(BaseModel):
     def digest(self) -> str:
         """sha256 of the canonical JSON: the name of this version's content."""
         return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    @property
+    def as_parent(self) -> str:
+        """What the next version names as its parent: the manifest as training wrote it, be this one it or complete."""
+        return self.trained or self.digest
 
     @property
     def block_names(self) -> tuple[str, ...]:
@@ -129,6 +204,17 @@ class Manifest(BaseModel):
             f"Method {self.method.name} answers only where the task is told, and {given}; it knows: {', '.join(names)}"
         )
 
+    def complete(self, *, lineage: Digest, recipe: Recipe, carried: Sequence[CarriedTask]) -> Manifest:
+        """The version as it is published: with all that later tasks need.
+
+        Args:
+            lineage: the version's name before it was learnt.
+            recipe: how its newest task was learnt.
+            carried: of every task, oldest first.
+        """
+        added = {"trained": self.digest, "lineage": lineage, "recipe": recipe, "carried": tuple(carried)}
+        return Manifest(**{**dict(self), **added, "schema_version": SCHEMA_VERSION})
+
     @classmethod
     def from_bytes(cls, data: bytes) -> Manifest:
         """Read a manifest.
@@ -156,7 +242,7 @@ class Manifest(BaseModel):
         except ValidationError as error:
             where = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
             raise SnapshotError(f"The snapshot's manifest is not valid: {where}") from error
-        if version != SCHEMA_VERSION:
+        if version not in {TRAINED, SCHEMA_VERSION}:
             manifest._written = data
         return manifest
 

@@ -18,6 +18,7 @@ import pytest
 from cluster.stages import InlineExecutor, Stage, StageContext, StageResult, run_graph
 from cluster.store import LocalStore, lease
 from cluster.store.lease import leased
+from cluster.store.lookups import Lookups
 from sapt_core.errors import StoreError
 
 KEY = hashlib.sha256(b"key").hexdigest()
@@ -88,7 +89,7 @@ def test_two_drivers_do_the_work_once(store: LocalStore) -> None:
     first = Stage("first", "train", body)
     second = Stage("second", "train", body, {"n": 2}, {"parent": first})
     with ThreadPoolExecutor(2) as pool:
-        done = list(pool.map(lambda _: run_graph([second], store, InlineExecutor(store)), range(2)))
+        done = list(pool.map(lambda _: run_graph([second], Lookups(store), InlineExecutor(store)), range(2)))
     assert runs == ["first", "second"]
     assert done[0] == done[1]
     assert list(store.folder.glob("leases/*")) == []

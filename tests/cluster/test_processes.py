@@ -17,6 +17,7 @@ import torch
 from cluster.processes import stage_processes
 from cluster.stages import InlineExecutor, Stage, StageContext, StageRecord, StageResult, run_graph
 from cluster.store import LocalStore
+from cluster.store.lookups import Lookups
 from sapt_core.errors import DataError, ServiceError
 from sapt_core.settings import StoreConfig
 
@@ -73,7 +74,7 @@ def diamond(body: Callable[[StageContext], StageResult], **reads: str) -> list[S
 
 def run(stages: list[Stage], folder: Path) -> Mapping[Stage, StageRecord]:
     with stage_processes(2, StoreConfig(uri=str(folder))) as executor:
-        return run_graph(stages, LocalStore(folder), executor)
+        return run_graph(stages, Lookups(LocalStore(folder)), executor)
 
 
 def test_two_stages_run_at_once(tmp_path: Path) -> None:
@@ -86,7 +87,7 @@ def test_two_stages_run_at_once(tmp_path: Path) -> None:
 def test_same_keys_and_results_as_in_one_process(tmp_path: Path) -> None:
     apart = run(diamond(write), tmp_path / "apart")
     store = LocalStore(tmp_path / "alone")
-    alone = run_graph(diamond(write), store, InlineExecutor(store))
+    alone = run_graph(diamond(write), Lookups(store), InlineExecutor(store))
     assert {(record.key, record.outputs["text"]) for record in apart.values()} == {
         (record.key, record.outputs["text"]) for record in alone.values()
     }
@@ -111,9 +112,9 @@ def test_a_killed_process_is_told_of_and_the_next_run_goes_on(tmp_path: Path) ->
 def test_nothing_can_be_submitted_to_what_was_killed(tmp_path: Path) -> None:
     with stage_processes(2, StoreConfig(uri=str(tmp_path))) as executor:
         with pytest.raises(ServiceError, match="was killed"):
-            run_graph(diamond(die, mended=str(tmp_path / "never")), LocalStore(tmp_path), executor)
+            run_graph(diamond(die, mended=str(tmp_path / "never")), Lookups(LocalStore(tmp_path)), executor)
         with pytest.raises(ServiceError, match="was killed"):
-            run_graph(diamond(write), LocalStore(tmp_path), executor)
+            run_graph(diamond(write), Lookups(LocalStore(tmp_path)), executor)
 
 
 DRIVER = """

@@ -23,7 +23,8 @@ import pytest
 
 from cluster.store import open_store
 from cluster.tracking.files import read_version
-from cluster.tracking.registry import Lineage, PoolRegistry, PoolVersion
+from cluster.tracking.lines import Lineage, PoolVersion
+from cluster.tracking.registry import PoolRegistry
 from cluster.tracking.runs import Tracker
 from cluster.tracking.service import client_of
 from sapt_core.errors import LineageError, SnapshotError, StoreError, TrackingError
@@ -87,7 +88,12 @@ def test_version_carries_tags_metrics_and_lineage(registry: PoolRegistry, store:
     assert version.run_id == run_id
     experiment = client.get_experiment_by_name("unit").experiment_id
     assert version.description == f"sapt after 3 tasks. [Run](#/experiments/{experiment}/runs/{run_id})"
-    assert dict(version.tags) == TAGS | {"index": "1", "sapt.snapshot": f"{1:064x}", "sapt.lineage": "first"}
+    assert dict(version.tags) == TAGS | {
+        "index": "1",
+        "sapt.snapshot": f"{1:064x}",
+        "sapt.lineage": "first",
+        "line": "main",
+    }
     model = client.get_logged_model(version.source.removeprefix("models:/"))
     assert model.status == "READY"
     assert model.source_run_id == run_id
@@ -251,8 +257,9 @@ def test_what_another_sequence_published_meanwhile_is_not_published_over(
     publish(registry, store, run_id, 1)
     with pytest.raises(LineageError, match="newest version, 1, is of method sapt, tasks task181"):
         publish(registry, store, run_id, 1, lineage=other, digest="f" * 64)
-    asked = PoolRegistry(registry.config.model_copy(update={"replace": True}))
+    asked = PoolRegistry(registry.config.model_copy(update={"line": "others"}))
     assert publish(asked, store, run_id, 1, lineage=other, digest="f" * 64) == 2
+    assert [version.line for version in registry.versions()] == ["main", "others"]
 
 
 @pytest.mark.parametrize(("sweep", "goes_on"), [("daily", True), ("weekly", False), (None, False)])
@@ -333,6 +340,31 @@ def test_two_publishers_at_once_leave_one_version(
     assert registry.load_manifest("latest", None)[0] == manifest(1)
 
 
+def test_of_two_that_extend_one_version_the_second_becomes_a_branch(
+    registry: PoolRegistry,
+    store: StoreConfig,
+    run_id: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Neither sees the other before both have made a version."""
+    publish(registry, store, run_id, 1)
+    client, first = client_of(registry.config.uri), f"{1:064x}"
+    monkeypatch.setattr(client, "finalize_logged_model", together(client.finalize_logged_model))
+
+    def extend(name: str) -> int:
+        lineage = Lineage(f"tasks a, {name}", ("first", name))
+        return publish(registry, store, run_id, 2, lineage=lineage, digest=f"{name:0>64}", parent=first)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert sorted(pool.map(extend, "bc")) == [2, 3]
+    one, two, three = registry.versions()
+    assert (one.line, two.line, three.line, three.is_branch) == ("main", "main", "branch-of-1", True)
+    assert {two.tags["sapt.parent"], three.tags["sapt.parent"]} == {first}
+    (told,) = caplog.messages
+    assert told.startswith("Version 3 of sapt is a line of its own, branch-of-1: while it was learnt,")
+
+
 def test_threads_save_one_after_the_other(
     registry: PoolRegistry, store: StoreConfig, run_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -367,12 +399,15 @@ def test_resolve(three: PoolRegistry, run_id: str) -> None:
     wanted = {"3": 3, " 1 ": 1, "latest": 3, "champion": 2, "models:/sapt/1": 1, "models:/sapt/latest": 3}
     wanted |= {"models:/sapt@champion": 2, "models:/sapt@latest": 3}
     assert {reference: three.resolve(reference).version for reference in wanted} == wanted
-    assert three.resolve("champion") == PoolVersion(
+    found = three.resolve("champion")
+    tags = {"index": "2", "sapt.snapshot": f"{2:064x}", "sapt.lineage": "second", "line": "main"}
+    assert found == PoolVersion(
         model="sapt",
         version=2,
         aliases=("champion",),
-        tags=TAGS | {"index": "2", "sapt.snapshot": f"{2:064x}", "sapt.lineage": "second"},
+        tags=TAGS | tags | {"sapt.parent": f"{1:064x}"},
         run_id=run_id,
+        source=found.source,
     )
     assert three.resolve("champion").uri == "models:/sapt/2"
 
@@ -401,6 +436,18 @@ def test_model_without_versions(registry: PoolRegistry, reference: str) -> None:
 def test_nonsense_reference(registry: PoolRegistry, reference: str) -> None:
     with pytest.raises(TrackingError, match="names no model version: give a number, latest or an alias"):
         registry.resolve(reference)
+
+
+def test_the_champion_and_the_one_before(three: PoolRegistry) -> None:
+    one, two, last = three.versions()
+    three.crown(two)  # it is champion
+    assert three.with_alias("previous") is None
+    three.crown(last)
+    three.swap(last, two)
+    assert [version.aliases for version in three.versions()] == [(), ("champion",), ("previous",)]
+    three.crown(one)
+    assert [version.aliases for version in three.versions()] == [("champion",), ("previous",), ()]
+    assert three.scores(last) == {"AP": 53.0}
 
 
 # --- load ---------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from cluster.stages import (
     stage_key,
 )
 from cluster.store import LocalStore, patience
+from cluster.store.lookups import Lookups
 from sapt_core.errors import DataError, DivergenceError, StoreError, StoreUnavailableError
 from tests.states import load, save
 
@@ -65,7 +66,7 @@ class Graph:
     def run(self, **reads: int) -> dict[str, StageRecord]:
         self.ran.clear()
         self.events.clear()
-        records = run_graph(self.stages(**reads), self.store, InlineExecutor(self.store), self.events.append)
+        records = run_graph(self.stages(**reads), Lookups(self.store), InlineExecutor(self.store), self.events.append)
         return {stage.name: record for stage, record in records.items()}
 
 
@@ -136,7 +137,7 @@ def test_only_the_outputs_that_are_used_count(tmp_path: Path) -> None:
         found = set()
         for read, unread in (("a", "x"), ("a", "y")):
             top = reader(Stage("below", "below", two, {"read": read, "unread": unread}), *used)
-            found.add(run_graph([top], store, InlineExecutor(store))[top].key)
+            found.add(run_graph([top], Lookups(store), InlineExecutor(store))[top].key)
         return found
 
     assert len(keys("read")) == 1
@@ -147,7 +148,7 @@ def test_missing_blob_makes_a_record_void(graph: Graph, caplog: pytest.LogCaptur
     first = graph.run()
     digest = first["both"].outputs["text"]
     (graph.store.folder / "blobs" / digest[:2] / digest).unlink()
-    assert list(plan(graph.stages(), graph.store).values()) == ["done", "done", "to run", "unknown"]
+    assert list(plan(graph.stages(), Lookups(graph.store)).values()) == ["done", "done", "to run", "unknown"]
     assert graph.store.read_record(first["both"].key) is not None  # a plan changes nothing
     graph.run()
     assert graph.ran == ["both"]
@@ -155,19 +156,19 @@ def test_missing_blob_makes_a_record_void(graph: Graph, caplog: pytest.LogCaptur
 
 
 def test_done_are_the_records_that_a_run_would_keep(graph: Graph) -> None:
-    assert done(graph.stages(), graph.store) == {}
+    assert done(graph.stages(), Lookups(graph.store)) == {}
     records = graph.run()
-    assert {stage.name: record for stage, record in done(graph.stages(), graph.store).items()} == records
+    assert {stage.name: record for stage, record in done(graph.stages(), Lookups(graph.store)).items()} == records
     graph.store.delete_record(records["both"].key)
     graph.ran.clear()
-    assert [stage.name for stage in done(graph.stages(), graph.store)] == ["left", "right"]
+    assert [stage.name for stage in done(graph.stages(), Lookups(graph.store))] == ["left", "right"]
     assert graph.ran == []
 
 
 def test_plan(graph: Graph) -> None:
-    assert list(plan(graph.stages(), graph.store).values()) == ["to run", "to run", "unknown", "unknown"]
+    assert list(plan(graph.stages(), Lookups(graph.store)).values()) == ["to run", "to run", "unknown", "unknown"]
     graph.run()
-    assert set(plan(graph.stages(), graph.store).values()) == {"done"}
+    assert set(plan(graph.stages(), Lookups(graph.store)).values()) == {"done"}
 
 
 def test_failure_keeps_finished_work_and_starts_nothing_new(graph: Graph) -> None:
@@ -194,7 +195,7 @@ def test_a_figure_that_is_no_number_is_never_recorded(graph: Graph, value: objec
     with pytest.raises(
         DivergenceError, match=r"attend\[v01\] gave figures that are no finite numbers: weights\. Nothing"
     ):
-        run_graph([stage], graph.store, InlineExecutor(graph.store))
+        run_graph([stage], Lookups(graph.store), InlineExecutor(graph.store))
     assert graph.store.read_record(stage_key(stage, {})) is None
     with pytest.raises(ValueError, match="Out of range float"):
         graph.store.commit_record("f00d" * 16, {"weights": value})
@@ -212,7 +213,7 @@ def test_interrupt_travels(graph: Graph) -> None:
 def test_equal_work_under_two_names_runs_once(graph: Graph) -> None:
     left = graph.stages()[0]
     twin = replace(left, name="twin")
-    done = run_graph([left, twin], graph.store, InlineExecutor(graph.store))
+    done = run_graph([left, twin], Lookups(graph.store), InlineExecutor(graph.store))
     assert graph.ran == ["left"]
     assert done[left] == done[twin]
 
@@ -243,7 +244,7 @@ def test_waiting_for_a_gpu_holds_up_no_work_that_needs_none(tmp_path: Path) -> N
     others = [Stage(f"other {number}", "other", nothing, {"n": number}) for number in range(3)]
     events: list[StageEvent] = []
     store = LocalStore(tmp_path)
-    run_graph([*cards, *others], store, OneCard(store), events.append)
+    run_graph([*cards, *others], Lookups(store), OneCard(store), events.append)
     told = [event.stage.name for event in events if event.kind in {"started", "finished"}]
     # One other beside the first card, and none that would take the processor that the second card waits with.
     assert told[:4] == ["card 0", "other 0", "card 0", "card 1"]
@@ -259,7 +260,7 @@ def test_a_chain_put_first_never_waits_behind_work_that_can_wait(tmp_path: Path,
     others = [Stage(f"other {number}", "other", nothing, {"n": number}) for number in range(4)]
     events: list[StageEvent] = []
     store = LocalStore(tmp_path)
-    run_graph([first, second, *others], store, TwoPlaces(store), events.append)
+    run_graph([first, second, *others], Lookups(store), TwoPlaces(store), events.append)
     told = [event.stage.name for event in events if event.kind == "started"]
     if workers:
         assert told == ["first", "second", "other 0", "other 1", "other 2", "other 3"]
@@ -271,9 +272,9 @@ def test_what_is_done_needs_no_room(tmp_path: Path) -> None:
     """A resumed run tells of all earlier results before it waits for new ones."""
     store = LocalStore(tmp_path)
     stages = [Stage(f"s{number}", "s", lambda _: StageResult(), {"n": number}) for number in range(3)]
-    run_graph(stages[1:], store, InlineExecutor(store))
+    run_graph(stages[1:], Lookups(store), InlineExecutor(store))
     events: list[StageEvent] = []
-    run_graph(stages, store, InlineExecutor(store), events.append)
+    run_graph(stages, Lookups(store), InlineExecutor(store), events.append)
     told = [(event.kind, event.stage.name) for event in events[3:]]
     assert told == [("cached", "s1"), ("cached", "s2"), ("started", "s0"), ("finished", "s0")]
 
@@ -282,9 +283,9 @@ def test_cycle_and_equal_names_are_refused(graph: Graph) -> None:
     left, right, *_ = graph.stages()
     left.inputs["loop"] = replace(right, inputs={"back": left})  # type: ignore[index]
     with pytest.raises(ValueError, match="cycle"):
-        run_graph([left], graph.store, InlineExecutor(graph.store))
+        run_graph([left], Lookups(graph.store), InlineExecutor(graph.store))
     with pytest.raises(ValueError, match="same name: right"):
-        run_graph([right, replace(right)], graph.store, InlineExecutor(graph.store))
+        run_graph([right, replace(right)], Lookups(graph.store), InlineExecutor(graph.store))
     assert graph.ran == []
 
 
@@ -292,7 +293,7 @@ def test_foreign_record_is_refused(graph: Graph) -> None:
     left = graph.stages()[0]
     graph.store.commit_record(stage_key(left, {}), {"schema_version": 9})
     with pytest.raises(StoreError, match="not a stage record"):
-        run_graph([left], graph.store, InlineExecutor(graph.store))
+        run_graph([left], Lookups(graph.store), InlineExecutor(graph.store))
 
 
 def test_a_broken_off_stage_resumes_from_its_checkpoint_and_leaves_none(graph: Graph) -> None:
@@ -309,8 +310,8 @@ def test_a_broken_off_stage_resumes_from_its_checkpoint_and_leaves_none(graph: G
 
     stage = Stage("t", "train", train, workers=2)
     with pytest.raises(RuntimeError):
-        run_graph([stage], graph.store, InlineExecutor(graph.store))
-    record = run_graph([stage], graph.store, InlineExecutor(graph.store))[stage]
+        run_graph([stage], Lookups(graph.store), InlineExecutor(graph.store))
+    record = run_graph([stage], Lookups(graph.store), InlineExecutor(graph.store))[stage]
     assert steps == [0, 1, 2, 2, 3, 4, 5]
     assert record.world_size == 1
     assert not any((graph.store.folder / "checkpoints").iterdir())
@@ -354,7 +355,7 @@ def test_a_stage_goes_on_from_its_checkpoint_when_the_store_answers_again(
             save(context.checkpoints, {"step": b"%d" % (step + 1)})
         return StageResult()
 
-    run_graph([Stage("t", "train", train)], store, InlineExecutor(store))
+    run_graph([Stage("t", "train", train)], Lookups(store), InlineExecutor(store))
     assert steps == [0, 1, 1, 2, 2, 3]
     assert waits == [1.0, 2.0]
     assert "The server does not answer. Trying again in 1 s." in caplog.text

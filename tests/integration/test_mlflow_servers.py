@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.tracking.registry import Lineage, PoolRegistry
+from cluster.tracking.lines import Lineage
+from cluster.tracking.registry import PoolRegistry
 from cluster.tracking.runs import Tracker
 from cluster.tracking.service import check, client_of
 from sapt_core.settings import StoreConfig, TrackingConfig

@@ -18,6 +18,7 @@ import pytest
 from cluster.on_ray.session import check_resources, connect
 from cluster.stages import Stage, StageContext, StageEvent, StageRecord, StageResult, plan, run_graph
 from cluster.store import open_store
+from cluster.store.lookups import Lookups
 from cluster.store.s3 import S3Store
 from sapt_core.errors import ClusterError, DataError
 from sapt_core.settings import ClusterConfig, StoreConfig
@@ -57,7 +58,7 @@ def executor_of(config: StoreConfig) -> closing[RayExecutor]:
 def run(stages: list[Stage], config: StoreConfig, events: list[StageEvent] | None = None) -> dict[str, StageRecord]:
     on_event = events.append if events is not None else (lambda _: None)
     with executor_of(config) as executor:
-        done = run_graph(stages, open_store(config), executor, on_event)
+        done = run_graph(stages, Lookups(open_store(config)), executor, on_event)
     return {stage.name: record for stage, record in done.items()}
 
 
@@ -115,7 +116,7 @@ def test_graph_with_a_training_stage(config: StoreConfig, workers: int) -> None:
     events: list[StageEvent] = []
     assert run(stages, config, events) == done
     assert {event.kind for event in events} == {"planned", "cached"}
-    assert set(plan(stages, store).values()) == {"done"}
+    assert set(plan(stages, Lookups(store)).values()) == {"done"}
 
 
 def test_user_error_comes_out_clean_and_is_not_retried(config: StoreConfig, tmp_path: Path) -> None:
@@ -141,7 +142,7 @@ def test_two_drivers_at_one_stage_do_its_work_once(config: StoreConfig, tmp_path
     stage = Stage("train", "train", train_once, {"log": str(log)}, workers=1)
     store = open_store(config)
     with ThreadPoolExecutor(2) as pool, executor_of(config) as first, executor_of(config) as second:
-        done = list(pool.map(lambda executor: run_graph([stage], store, executor), (first, second)))
+        done = list(pool.map(lambda executor: run_graph([stage], Lookups(store), executor), (first, second)))
     assert log.read_text() == "trained\n"
     assert done[0] == done[1]
     assert not Path(config.uri, "leases").exists()
@@ -190,7 +191,7 @@ def test_idle_workers_make_way(config: StoreConfig) -> None:
 
     records: dict[str, list[int]] = {}
     with executor_of(config) as executor:
-        run_graph([instead], open_store(config), executor, look)
+        run_graph([instead], Lookups(open_store(config)), executor, look)
         assert seen == [True, False]
 
 
@@ -219,7 +220,7 @@ def test_no_process_keeps_a_large_backbone(config: StoreConfig, memory: int) -> 
     processes: list[int] = []
     training = Stage("train", "train", where, inputs={stage.name: stage for stage in loading})
     with executor_of(config) as executor:
-        run_graph([training, *loading], open_store(config), executor, look)
+        run_graph([training, *loading], Lookups(open_store(config)), executor, look)
     assert len(processes) == 3
     assert seen == [not memory]
 

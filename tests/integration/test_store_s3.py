@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.store import open_store
+from cluster.stages import InlineExecutor, Stage, StageContext, StageResult, plan, run_graph
+from cluster.store import open_store, s3
+from cluster.store.lookups import Lookups
 from cluster.store.s3 import S3Store
 from sapt_core.errors import StoreError
 from sapt_core.settings import StoreConfig
@@ -85,6 +87,55 @@ def test_checkpoints(store: S3Store) -> None:
     assert {key.split("/")[-2].partition("-")[0] for key in keys(store)} == {"00000001", "00000002"}
     store.drop_checkpoints(KEY)
     assert keys(store) == []
+
+
+def test_a_tag_is_another_once_the_content_is(store: S3Store) -> None:
+    assert store._tags("records") == {}
+    for number in range(3):
+        store._write(f"records/{number}", b"%d" % number)
+    store._write("probes/0", b"0")
+    first = store._tags("records")
+    assert first is not None
+    assert first.keys() == {f"records/{number}" for number in range(3)}
+    assert store._tags("records") == first
+    store._write("records/1", b"another")
+    changed = store._tags("records")
+    assert changed is not None
+    assert {name for name in first if changed[name] != first[name]} == {"records/1"}
+
+
+def test_a_listing_of_very_many_is_given_up(store: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3, "_LISTED_PAGES", 2)
+    name = "before-parameter-build.s3.ListObjectsV2"
+    store.client.meta.events.register(name, lambda params, **_: params.update(MaxKeys=3))
+    for number in range(6):
+        store._write(f"blobs/{number}", b"x")
+    assert len(store._tags("blobs") or {}) == 6
+    store._write("blobs/one more", b"x")
+    assert store._tags("blobs") is None
+    assert len(store._list("blobs")) == 7
+
+
+def test_what_is_done_is_known_from_few_requests(store: S3Store, caplog: pytest.LogCaptureFixture) -> None:
+    def body(context: StageContext) -> StageResult:
+        return StageResult({"out": context.store.put(context.key.encode())})
+
+    leaves = [Stage(f"leaf {number}", "leaf", body, {"n": number}) for number in range(40)]
+    top = Stage("top", "top", body, {}, {leaf.name: leaf for leaf in leaves})
+    known = Lookups(store, [KEY])
+    records = run_graph([top], known, InlineExecutor(store))
+    known.pack(KEY, [record.key for record in records.values()])
+    asked: list[str] = []
+    store.client.meta.events.register("before-send.s3", lambda request, **_: asked.append(request.method))
+    known = Lookups(store, [KEY])
+    assert set(plan([top], known).values()) == {"done"}
+    assert run_graph([top], known, InlineExecutor(store)) == records
+    known.pack(KEY, [record.key for record in records.values()])
+    assert asked == ["GET"] * 3  # two listings and a pack
+    asked.clear()
+    assert set(plan([top], Lookups(store)).values()) == {"done"}  # several at a time
+    assert asked == ["GET"] * (2 + len(records))
+    assert "pool is full" not in caplog.text
 
 
 def test_check_passes_and_leaves_nothing(store: S3Store) -> None:

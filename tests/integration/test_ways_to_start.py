@@ -90,7 +90,9 @@ def test_local_ray_with_sqlite(finished: Finished, predicting: None) -> None:
     stages = [
         f"{kind}[{index:02d} {name}]" for kind in ("prepare", "train", "single") for index, name in enumerate(TASKS)
     ]
-    assert sorted(outcome.started) == sorted([*stages, "pseudo_samples[00 animal]"])
+    assert sorted(outcome.started) == sorted(
+        [*stages, *(f"pseudo_samples[{index:02d} {name}]" for index, name in enumerate(TASKS))]
+    )
     assert f"registered: quickstart version {len(TASKS)}" in outcome.out
     assert (summary["version"], len(summary["scores"]), len(summary["single"])) == (2, 2, 2)
 
@@ -200,7 +202,7 @@ def test_a_deleted_record_runs_that_stage_alone(finished: Finished, ray_cluster:
 
 
 def test_a_change_runs_what_depends_on_it(finished: Finished, ray_cluster: Cluster) -> None:
-    again = run([*finished.command[:-2], "reflection.weight=0.25", "tracking.replace=true"], ray_cluster.environment)
+    again = run([*finished.command[:-2], "reflection.weight=0.25", "tracking.line=lighter"], ray_cluster.environment)
     assert (again.code, again.started) == (0, ["train[01 ticket]"]), again.out + again.err
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cluster.store import open_store
-from cluster.tracking.registry import Lineage, PoolRegistry
+from cluster.tracking.lines import Lineage
+from cluster.tracking.registry import PoolRegistry
 from cluster.tracking.runs import Tracker
 from pipelines.sequence.experiment import DESCRIPTION
+from sapt_core.data.task import Task, dev_rows
 from sapt_core.settings import StoreConfig, TrackingConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,13 +55,33 @@ class Finished:
         return str(self.summary["snapshot"])
 
 
+def write_task(folder: Path, task: Task) -> None:
+    """A task in a folder of its own, in the layout of CL_Benchmark; dev rows are among the train rows again."""
+    dev = dev_rows(len(task.train) + len(task.dev), 0.1, 0)
+    left, right = iter(task.train), iter(task.dev)
+    train = [next(right if index in dev else left) for index in range(len(task.train) + len(task.dev))]
+    (folder / task.name).mkdir(parents=True)
+    for split, rows in (("train", train), ("test", task.test)):
+        instances = [{"input": row.input, "output": list(row.references)} for row in rows]
+        content = {"Definition": task.definition, "Instances": instances}
+        (folder / task.name / f"{split}.json").write_text(json.dumps(content))
+
+
 def command(store: Path, *arguments: str) -> list[str]:
     """Run the tiny sequence inline."""
     script = str(ROOT / "pipelines/continual.py")
     return [sys.executable, script, "--config", QUICKSTART, "--inline", *TINY, f"store.uri={store}", *arguments]
 
 
-def publish(finished: Finished, tracking: TrackingConfig, digest: str | None = None, index: int = 2) -> int:
+def publish(
+    finished: Finished,
+    tracking: TrackingConfig,
+    digest: str | None = None,
+    index: int = 2,
+    *,
+    tags: Mapping[str, str] | None = None,
+    metrics: Mapping[str, float] | None = None,
+) -> int:
     """Register a version of the tiny sequence, its last by default; returns its number."""
     places, digest = StoreConfig(uri=str(finished.store)), digest or finished.snapshot
     run = Tracker(tracking).start_sequence("tiny", key=finished.summary["key"], params={}, tags={})
@@ -70,8 +93,8 @@ def publish(finished: Finished, tracking: TrackingConfig, digest: str | None = N
         index=index,
         run_id=run,
         description="",
-        tags={},
-        metrics={},
+        tags=tags or {},
+        metrics=metrics or {},
     )
 
 

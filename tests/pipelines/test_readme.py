@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 import requests
 
-from pipelines import compare, continual, evaluate, predict, report, sapt, sweep
+from pipelines import compare, continual, evaluate, extend, predict, report, sapt, sweep
 from sapt_core.config.experiment import load_config
 from sapt_core.data.synthetic import synthetic_sequence
 from sapt_core.settings import BenchmarkConfig, TrackingConfig
-from tests.pipelines.commands import ROOT, TINY, Finished, Outcome, publish
+from tests.pipelines.commands import ROOT, TINY, Finished, Outcome, command, publish
 
 pytest_plugins = ["tests.mlflow_servers"]
 
@@ -43,7 +43,7 @@ def commands(program: str, script: str = "") -> list[list[str]]:
 def test_the_tests_below_see_every_command() -> None:
     said = [words for words in COMMANDS if words[0] in RUNS]
     scripts = [words[1] for words in said if words[0] == "python"]
-    named = ("compare", "continual", "evaluate", "predict", "report", "sweep")
+    named = ("compare", "continual", "evaluate", "extend", "predict", "report", "sweep")
     assert sorted(scripts) == [f"pipelines/{name}.py" for name in named]
     assert [len(commands(program)) for program in ("make", "mlflow", "ray", "sapt")] == [2, 1, 1, 1]
 
@@ -133,6 +133,26 @@ def test_versions_are_scored_and_asked(
     ended = call(main, [*words[2:], *small, f"tracking.uri={published.uri}"])
     assert ended.code == 0, ended.err
     assert "animal" in ended.out
+
+
+def test_a_task_that_comes_later_is_planned(
+    finished: Finished,
+    sqlite_tracking: TrackingConfig,
+    call: Call,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (words,) = commands("python", "extend")
+    monkeypatch.chdir(tmp_path)
+    given = [word for word in command(finished.store)[2:] if word != "--inline"]
+    tracking = f"tracking.uri={sqlite_tracking.uri}"
+    learnt = call(continual.main, [*given, tracking, "tracking.model=quickstart"])
+    assert learnt.code == 0, learnt.err
+    (tmp_path / "colour.csv").write_text("input,output\n" + "the sky,blue\nthe grass,green\n" * 6)
+    asked = [word.replace("DIR/", f"{tmp_path}/") for word in words[2:]]
+    planned = call(extend.main, [*asked, "--dry-run", tracking])
+    assert planned.code == 0, planned.err
+    assert "complete" in planned.out
 
 
 def test_the_report_is_written(

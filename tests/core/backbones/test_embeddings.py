@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,39 @@ def test_the_old_one_is_gone_before_the_new_one_is_loaded() -> None:
     assert held == [0, 0, 0]
     last.cache_clear()
     assert [each() for each in alive] == [None, None, None]
+
+
+def test_what_stands_on_another_goes_when_that_is_asked_for() -> None:
+    def stand(name: str) -> Large:
+        made = Large()
+        alive.append(weakref.ref(made))
+        ground("a")  # by itself it asks as well
+        return made
+
+    alive: list[weakref.ref[Large]] = []
+    ground = Last(lambda _: Large())
+    upon = Last(stand, on=ground)
+    a = ground("a")
+    assert upon("x") is upon("x")
+    upon("y")
+    assert [each() is None for each in alive] == [True, False]
+    assert ground("a") is a
+    assert alive[1]() is None
+    upon("y")
+    ground("b")
+    assert alive[2]() is None
+    upon("y")
+    ground.cache_clear()
+    assert alive[3]() is None
+
+
+def test_neither_of_two_that_stand_on_each_other_waits_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gc, "collect", int)  # seconds, of so many changes
+    ground = Last(lambda _: Large())
+    upon = Last(lambda _: ground("a"), on=ground)
+    with ThreadPoolExecutor(4) as pool:
+        for _ in pool.map(lambda turn: ground(turn) if turn % 2 else upon(turn), range(40), timeout=60):
+            pass
 
 
 def test_what_cannot_be_loaded_leaves_nothing() -> None:

@@ -57,6 +57,10 @@ def test_prompts_are_padded_for_generation(is_encoder_decoder: bool, second: lis
     assert batch.input_ids.tolist() == [[5, 6, 7], second]
     assert batch.attention_mask[1].tolist() == [int(value > 0) for value in second]
     assert torch.equal(batch.query_mask, batch.attention_mask.bool())
+    assert batch.left_padded is not is_encoder_decoder
+    assert batch.to("cpu").left_padded is batch.left_padded
+    assert not Collator(0, is_encoder_decoder).prompts([ROWS[0], ROWS[0]]).left_padded
+    assert not Collator(0, is_encoder_decoder)(ROWS).left_padded
 
 
 @pytest.mark.parametrize("is_encoder_decoder", [True, False])

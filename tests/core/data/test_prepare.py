@@ -435,10 +435,26 @@ def test_blobs_round_trip_and_repeat(t5: PreTrainedTokenizerFast) -> None:
     assert (back.name, back.definition, back.template, back.metric) == (
         "greek", "Name the colour.", "superni", "rouge_l",
     )  # fmt: skip
-    assert back.truncated == prepared.truncated
     for split in SPLITS:
         assert getattr(back, split).to_list() == getattr(prepared, split).to_list()
-    assert json.loads(blobs["meta.json"])["rows"] == {"train": 3, "dev": 1, "test": 1}
+
+
+def test_rows_of_one_split_change_no_blob_but_its_own(t5: PreTrainedTokenizerFast) -> None:
+    def blobs(changed: Task) -> dict[str, bytes]:
+        return prepare_task(changed, t5, max_source_tokens=80, max_target_tokens=5, is_encoder_decoder=True).to_blobs()
+
+    before = blobs(task())
+    long = Example("one row more " * 80, ("of more tokens than there is room for",))
+    for split in SPLITS:
+        after = blobs(replace(task(), **{split: (*getattr(task(), split), long)}))
+        assert {name for name in before if after[name] != before[name]} == {f"{split}.arrow"}
+
+
+def test_blobs_of_earlier_releases_are_read(t5: PreTrainedTokenizerFast) -> None:
+    blobs = prepare_task(task(), t5, max_source_tokens=80, max_target_tokens=5, is_encoder_decoder=True).to_blobs()
+    counts = {"rows": {"train": 3}, "truncated": {"train": {"prompts": 1, "answers": 0}}}
+    written = json.dumps(json.loads(blobs["meta.json"]) | counts).encode()
+    assert PreparedTask.from_blobs({**blobs, "meta.json": written}).to_blobs() == blobs
 
 
 def test_a_task_without_test_rows(tokenizers: dict[str, PreTrainedTokenizerFast]) -> None:

@@ -78,7 +78,7 @@ def turned(batch: Batch) -> Batch:
     """A training batch with its padding in front."""
     order = batch.attention_mask.argsort(dim=1, stable=True)
     parts = (batch.input_ids, batch.attention_mask, batch.query_mask)
-    return Batch(*(part.gather(1, order) for part in parts), batch.labels)
+    return Batch(*(part.gather(1, order) for part in parts), batch.labels, left_padded=True)
 
 
 @pytest.mark.parametrize(

@@ -161,7 +161,7 @@ def test_padding_on_either_side_or_none_gives_the_same_weights(model: SaptModel)
                 where = slice(width - length, width) if left else slice(0, length)
                 ids[index, where] = torch.tensor(row["prompt_ids"])
                 mask[index, where] = True
-            weights.append(model.pool.mixture(model.pooled(Batch(ids, mask.long(), mask, None))))
+            weights.append(model.pool.mixture(model.pooled(Batch(ids, mask.long(), mask, None, left_padded=left))))
     alone = torch.stack([naive_weights(model, row["prompt_ids"]) for row in rows])
     for given in weights:
         torch.testing.assert_close(given, alone, rtol=1e-5, atol=1e-6)

@@ -113,16 +113,24 @@ def test_a_run_goes_on_from_the_last_good_checkpoint_as_if_it_had_never_diverged
     assert same_bits(trainable(resumed), trainable(whole))
 
 
-def test_the_device_is_waited_for_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a step looks at comes in one piece; each look is a wait for all that a GPU has been given to do."""
+@pytest.mark.parametrize("shared_attention", [True, False])
+@pytest.mark.parametrize("name", ["t5", "llama"])
+def test_the_device_is_waited_for_once_a_step(
+    name: str, shared_attention: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a step looks at comes in one piece; each look is a wait for all that a GPU has been given to do.
+
+    Which blocks are in use is a look of its own, before a pass, where there is something to choose by.
+    """
     waits: list[str] = []
+    looks = {torch.ops.aten._local_scalar_dense.default: "item", torch.ops.aten.nonzero.default: "nonzero"}
 
     class Watched(TorchDispatchMode):
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             # The backbone's own looks at its padding are not ours to leave out.
             ours = not any("/transformers/" in frame.filename for frame in traceback.extract_stack())
-            if ours and function is torch.ops.aten._local_scalar_dense.default:
-                waits.append("item")
+            if ours and function in looks:
+                waits.append(looks[function])
             return function(*args, **(kwargs or {}))
 
     whole, listed = step.run_step, Tensor.tolist
@@ -138,8 +146,11 @@ def test_the_device_is_waited_for_once_a_step(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr("sapt_core.training.trainer.run_step", watched)
     monkeypatch.setattr(Tensor, "tolist", tolist)
-    curve = learn(sapt_model("t5"), micro_batch_size=2)
-    assert waits == ["tolist"] * len(curve)
+    model = sapt_model(name)
+    if not shared_attention:
+        model.pool.attention = model.pool.key = None
+    curve = learn(model, objective=None if shared_attention else Objective(), micro_batch_size=4, batch_size=4)
+    assert waits == [*(["nonzero"] if shared_attention else []), "tolist"] * len(curve)
 
 
 def test_a_task_whose_attention_is_no_number_leaves_no_version(monkeypatch: pytest.MonkeyPatch) -> None:

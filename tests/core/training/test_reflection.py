@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sapt_core.pool.attention import SharedAttention
 from sapt_core.pool.pool import PETPool, new_pool
@@ -163,6 +164,27 @@ def test_recorded_attentions_are_asked_all_at_once_and_each_answers_as_alone(opt
         wanted = held.attention(task.pooled, held.keys).softmax(dim=-1)
         torch.testing.assert_close(task.target, wanted, rtol=1e-5, atol=1e-6)
         assert not task.target.requires_grad
+
+
+def test_stored_inputs_of_all_tasks_are_drawn_in_one_go_and_each_as_alone() -> None:
+    """Of unlike numbers of inputs, and to the bit: what was learnt with them was learnt so."""
+    gathered: list[object] = []
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function is torch.ops.aten.index.Tensor:
+                gathered.append(function)
+            return function(*args, **(kwargs or {}))
+
+    torch.manual_seed(3)
+    queries = [StoredQueries(torch.randn(size, 16)) for size in (3, 9, 1, 6)]
+    term = Reflection([Memory(each, torch.ones(1)) for each in queries], 4, 1.0).to(torch.device("cpu"))
+    with Watched():
+        drawn = term.draw(torch.Generator().manual_seed(5))
+    assert len(gathered) == 1
+    alone = torch.Generator().manual_seed(5)
+    for task, each in zip(drawn, queries, strict=True):
+        assert torch.equal(task.pooled, each.draw(4, alone))
 
 
 @pytest.mark.parametrize("rank", [0, 2, 5, 99])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,11 +16,13 @@ from transformers import PreTrainedModel
 
 from sapt_core.backbones import loading
 from sapt_core.backbones.loading import load_backbone
+from sapt_core.data.collate import Collator
 from sapt_core.methods.base import find_method
 from sapt_core.settings import FullConfig, PETConfig, PromptConfig
+from sapt_core.versions.loading import load_version
 from sapt_core.versions.manifest import Manifest
 from sapt_core.versions.predictor import Prediction, Predictor
-from tests.core.tiny import DictStore
+from tests.core.tiny import PAD, DictStore, random_rows
 from tests.core.versions.made import TASKS, version
 
 T = TypeVar("T")
@@ -157,3 +160,31 @@ def test_a_version_loaded_while_another_answers_is_as_if_alone(tmp_path: Path) -
         return Predictor.load(versions[1].to_bytes(), store).predict(texts)
 
     assert at_once([asking(loaded, texts), load_and_ask]) == [[answers] * ROUNDS for answers in alone]
+
+
+def test_the_version_asked_for_last_stays_ready_until_something_else_is_loaded(tmp_path: Path) -> None:
+    store, again = DictStore(), DictStore()
+    first, second = pair(store, tmp_path / "t5", "t5", "lora and lora")
+    other = version(store, tmp_path / "llama", "llama")
+    again.blobs = store.blobs  # a stage on Ray opens the store anew
+    backbone = load_backbone(first.backbone, store)[0]
+    before = state_of(backbone)
+    batch = Collator(PAD, is_encoder_decoder=True).prompts(random_rows(3))
+
+    def weights(manifest: Manifest) -> torch.Tensor:
+        return load_version(manifest, store, "qa")[0].generate(batch, max_new_tokens=2)[1]
+
+    found = [weights(each) for each in (first, first, second, first)]
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[3])
+    assert not torch.equal(found[0], found[2])
+    assert_as_loaded(backbone, before)
+    for load in (
+        lambda: load_version(second, store, "qa"),
+        lambda: load_backbone(first.backbone, store),  # to train on, say
+        lambda: load_backbone(other.backbone, store),
+    ):
+        ready = weakref.ref(load_version(first, store, "qa")[0])
+        assert load_version(first, again, "qa")[0] is ready()
+        load()
+        assert ready() is None

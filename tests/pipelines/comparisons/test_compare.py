@@ -8,7 +8,7 @@ import shutil
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -295,11 +295,11 @@ def test_a_failed_cell_is_told_of_and_the_others_go_on(
 def test_what_stops_everything_is_no_failure_of_a_cell(
     again: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: object) -> Mapping[str, Any] | None:
+    def broken(*_: object) -> None:
         raise SaptError("the store is gone")
 
     (again.parent / "results/sapt_seed1.json").unlink()
-    monkeypatch.setattr(stages, "_valid_record", broken)
+    monkeypatch.setattr(stages, "_valid_records", broken)
     ended = call(compare.main, ["--config", str(again), "--inline"])
     assert (ended.code, ended.err) == (2, "error: the store is gone\n")
 

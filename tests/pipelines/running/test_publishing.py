@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from cluster.tracking.service import client_of
-from pipelines import continual, predict
+from pipelines import continual, extend, predict
+from sapt_core.config.experiment import load_config
+from sapt_core.data import load_sequence
 from sapt_core.settings import TrackingConfig
-from tests.pipelines.commands import Finished, Outcome, command
+from tests.pipelines.commands import QUICKSTART, TINY, Finished, Outcome, command, write_task
 
 pytest_plugins = ["tests.mlflow_servers"]
 
@@ -61,10 +63,16 @@ def test_what_mlflow_says_of_a_version_and_its_data(finished: Finished, sqlite_t
     version = client.get_model_version("quickstart", "2")
     figures = finished.summary
     run = client.get_run(version.run_id)
-    assert version.description == (
-        f"sapt after 2 tasks (animal, basket): AP {figures['ap']:.2f}, F.Ra {figures['f_ra']:.2f}. "
-        f"[Run](#/experiments/{run.info.experiment_id}/runs/{version.run_id})"
-    )
+    for part in (
+        f"sapt after 2 tasks: AP {figures['ap']:.2f}, F.Ra {figures['f_ra']:.2f}. Backbone ",
+        f"| animal | {figures['scores'][1][0]:.2f} | {figures['scores'][1][0] - figures['scores'][0][0]:+.2f} |",
+        f"| basket | {figures['scores'][1][1]:.2f} | new |",
+        'load_model("models:/quickstart/2")',
+        "sapt pool promote 2 tracking.model=quickstart",
+        f"[Run](#/experiments/{run.info.experiment_id}/runs/{version.run_id})",
+    ):
+        assert part in version.description
+    assert (version.tags["line"], version.tags["ap"]) == ("main", f"{figures['ap']:.2f}")
     assert version.tags["tasks"] == "animal, basket"
     model = client.get_logged_model(version.source.removeprefix("models:/"))
     scores = {metric.key: metric.value for metric in model.metrics}
@@ -86,9 +94,9 @@ def test_another_pool_does_not_take_the_place_of_the_registered_one(
         assert "Traceback" not in refused.err
         for part in (
             "tracking.model=quickstart holds another pool",
-            "newest version, 2, is of method sapt, tasks animal, basket.",
+            "in its line main the newest version, 2, is of method sapt, tasks animal, basket.",
             "Asked is method",
-            "tracking.replace=true",
+            "Give --new-line NAME (tracking.line=NAME)",
         ):
             assert part in refused.err
     assert versions(sqlite_tracking) == published
@@ -99,11 +107,11 @@ def test_another_pool_does_not_take_the_place_of_the_registered_one(
     [
         ["benchmark.tasks=animal,basket,loan"],
         ["benchmark.test_rows=6"],
-        ["benchmark.tasks=basket", "tracking.replace=true"],
+        ["benchmark.tasks=basket", "--new-line", "baskets"],
         ["benchmark.tasks=basket", "tracking.model=another"],
         ["benchmark.tasks=basket", "--inline"],
     ],
-    ids=["longer", "other test rows", "replace", "another model", "inline"],
+    ids=["longer", "other test rows", "a new line", "another model", "inline"],
 )
 def test_what_may_be_published(given: list[str], submit: Submit, published: list[dict[str, str]]) -> None:
     outcome = submit(*given, "--dry-run")
@@ -130,9 +138,38 @@ def test_going_on_after_another_took_the_place_is_asked_for_again(
     client.create_model_version("quickstart", str(tmp_path / "foreign"), tags={"method": "ewc", "task": "loan"})
     refused = submit()
     assert refused.code == 2
-    assert "newest version, 2, is of method ewc, tasks loan." in refused.err
-    assert submit("tracking.replace=true").code == 0
+    assert "somebody else's version 2 (method ewc, tasks loan) is the newest of its line main by now" in refused.err
+    assert "Extend that one (sapt extend --from models:/quickstart/2)" in refused.err
+    assert submit("--new-line", "mine").code == 0
     assert [each.get("tasks") for each in versions(sqlite_tracking)] == ["animal", None, "animal, basket"]
+    assert [each.get("line") for each in versions(sqlite_tracking)] == ["main", None, "mine"]
+    assert versions(sqlite_tracking)[2]["sapt.parent"] == versions(sqlite_tracking)[0]["sapt.snapshot"]
+    assert submit().code == 0  # goes on in the line that its newest version is in
+
+
+@pytest.mark.parametrize(
+    ("version", "given", "code"),
+    [("1", [], 2), ("1", ["--new-line", "branch-of-1"], 0), ("2", [], 0), ("latest", [], 0)],
+)
+def test_a_version_that_somebody_has_extended_is_told_of_before_training(
+    *,
+    version: str,
+    given: list[str],
+    code: int,
+    published: list[dict[str, str]],
+    sqlite_tracking: TrackingConfig,
+    tmp_path: Path,
+    call: Callable[..., Outcome],
+) -> None:
+    (task,) = load_sequence(load_config(QUICKSTART, [*TINY, "benchmark.tasks=ticket"]).benchmark)
+    write_task(tmp_path / "data", task)
+    words = ["--from", f"models:/quickstart/{version}", "--task", "ticket", "--data", str(tmp_path / "data/ticket")]
+    ended = call(extend.main, [*words, "--dry-run", *given, f"tracking.uri={sqlite_tracking.uri}"])
+    assert ended.code == code, ended.out + ended.err
+    if code:
+        assert "goes on from version 1 of tracking.model=quickstart, and somebody else's version 2" in ended.err
+        assert "tracking.line=branch-of-1" in ended.err
+    assert versions(sqlite_tracking) == published
 
 
 # A process that has a version's requirements, what those require, and nothing else: no project, no other package.

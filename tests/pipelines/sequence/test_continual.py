@@ -19,9 +19,10 @@ import pytest
 
 from cluster.stages import StageContext, StageResult
 from pipelines import continual, predict
+from pipelines.console.checkout import git_commit
 from pipelines.sequence import bodies
-from pipelines.sequence.experiment import git_commit
 from sapt_core.errors import SaptError
+from sapt_core.versions.manifest import Manifest
 from tests.pipelines.commands import (
     QUICKSTART,
     ROOT,
@@ -35,7 +36,7 @@ from tests.pipelines.commands import (
     records,
 )
 
-KINDS = {"prepare", "pseudo_samples", "train", "evaluate", "single", "attend", "quality", "cost"}
+KINDS = {"complete", "prepare", "pseudo_samples", "train", "evaluate", "single", "attend", "quality", "cost"}
 
 
 def test_inline_runs_where_ray_mlflow_and_boto3_are_not_installed(finished: Finished) -> None:
@@ -120,7 +121,10 @@ def test_a_record_that_is_gone_is_made_again_and_no_other(
 def test_a_blob_that_is_gone_is_made_again(
     copied: Finished, call: Callable[[Callable[[], None], list[str]], Outcome]
 ) -> None:
-    blob = copied.store / "blobs" / copied.snapshot[:2] / copied.snapshot
+    folder = copied.store / "blobs"
+    trained = Manifest.from_bytes((folder / copied.snapshot[:2] / copied.snapshot).read_bytes()).trained
+    assert trained is not None
+    blob = folder / trained[:2] / trained
     blob.unlink()
     again = call(continual.main, command(copied.store)[2:])
     assert again.code == 0, again.err
@@ -169,7 +173,8 @@ def test_another_weight_of_reflection_shares_what_it_does_not_reach(
     new = {name for file, (name, _) in records(copied.store).items() if file not in before}
     assert "train[01 basket]" in new
     scored = {"evaluate[v01 on 00 animal]", "evaluate[v01 on 01 basket]"}
-    assert new <= {"train[01 basket]", "attend[v01]", "cost", *scored}
+    # Both versions say how they were learnt: the next task would be learnt so.
+    assert new <= {"train[01 basket]", "attend[v01]", "cost", "complete[00 animal]", "complete[01 basket]", *scored}
 
 
 def test_a_cost_that_cannot_be_counted_loses_no_version(
@@ -193,7 +198,7 @@ def test_other_test_rows_retrain_nothing(
     again = call(continual.main, [*command(copied.store)[2:], "benchmark.test_rows=6"])
     assert again.code == 0, again.err
     new = {name.partition("[")[0] for file, (name, _) in records(copied.store).items() if file not in before}
-    assert new == {"prepare", "evaluate"}
+    assert new == {"prepare", "evaluate", "complete"}  # versions carry the rows that they are scored on
 
 
 def test_warnings_are_told_and_kept(
@@ -252,8 +257,8 @@ def test_dry_run_writes_nothing(
         arguments = ["--config", QUICKSTART, "--dry-run", *extra, *TINY, "--summary", "new/summary.json"]
         shown = call(continual.main, arguments)
         assert shown.code == 0, shown.err
-        assert "16 stages" in shown.out
-        assert "4 of the 16 stages to run learn every task alone" in shown.out
+        assert "19 stages" in shown.out
+        assert "4 of the 19 stages to run learn every task alone" in shown.out
         assert "evaluation.single_task=false" in shown.out
         assert list(tmp_path.iterdir()) == []
     assert "alone" not in call(continual.main, [*arguments, "evaluation.single_task=false"]).out
@@ -270,7 +275,8 @@ def test_dry_run_shows_what_is_done(
     assert counts == {
         "prepare": [2, 0, 0],
         "train": [2, 0, 0],
-        "pseudo_samples": [1, 0, 0],
+        "pseudo_samples": [2, 0, 0],
+        "complete": [2, 0, 0],
         "single": [2, 0, 0],
         "evaluate": [0, 5, 0],
         "attend": [2, 0, 0],
@@ -314,7 +320,7 @@ def test_a_changed_checkout_is_no_commit(tmp_path: Path) -> None:
     subprocess.run(["git", "clone", "-q", str(ROOT), str(tmp_path / "copy")], check=True)
 
     def commit() -> str:
-        code = "from pipelines.sequence.experiment import git_commit; print(git_commit())"
+        code = "from pipelines.console.checkout import git_commit; print(git_commit())"
         environment = {**os.environ, "PYTHONPATH": str(tmp_path / "copy")}
         environment.pop("GIT_COMMIT", None)
         command = [sys.executable, "-c", code]

@@ -1,7 +1,7 @@
 """A stage whose code has changed keeps its version only if somebody says so.
 
 What is stored under a key is never computed again, so code that gives something else must raise the version of its
-stage (``pipelines.sequence.graph.VERSIONS``) or method. Whether it does, only a person can tell: when a test here
+stage (``pipelines.sequence.making.VERSIONS``) or method. Whether it does, only a person can tell: when a test here
 fails, raise the version if results change, then write the sources down as they are now:
 
     python -m tests.pipelines.sequence.test_stage_versions
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.sequence.graph import VERSIONS
+from pipelines.sequence.making import VERSIONS
 from sapt_core.methods.base import known_methods
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -42,6 +42,8 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "memory": (),
     "statistics": (*POOLED, "training/reflection"),
     "train": (*TOKENS, *TRAINING, "training/reflection", "training/rehearsal"),
+    "complete": ("versions/manifest",),
+    "carried": (),
     "evaluate": ANSWERS,
     "attend": POOLED,
     "quality": (*POOLED, "judging/analysis"),

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from cluster.stages import StageEvent, StageRecord
-from cluster.store import open_store
+from cluster.stages import InlineExecutor, StageEvent, StageRecord, run_graph, stage_key
+from cluster.store import LocalStore, open_store
+from cluster.store.lookups import Lookups
 from cluster.tracking.outbox import Outbox
 from cluster.tracking.service import client_of
 from pipelines import continual
@@ -51,6 +52,23 @@ def test_every_version_and_the_backbone_meet_every_unseen_task() -> None:
         assert [stage.inputs["version"] for stage in row] == [version, version]
     assert [stage.name for stage in graph.zero_shot] == ["zero_shot[stock]", "zero_shot[loan]"]
     assert [list(stage.inputs) for stage in graph.zero_shot] == [["task"], ["task"]]
+
+
+def test_rows_that_are_not_scored_repeat_no_scoring(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+
+    def key(*overrides: str) -> str:
+        made = experiment(UNSEEN, *overrides)
+        made.upload(Lookups(store))
+        scored = made.graph.zero_shot[0]
+        prepared = scored.inputs["task"]
+        return stage_key(scored, {"task": run_graph([prepared], Lookups(store), InlineExecutor(store))[prepared]})
+
+    tested, on_dev = key(), key("evaluation.split=dev")
+    assert key("benchmark.train_rows=20") == tested
+    assert key("benchmark.test_rows=8") != tested
+    assert key("evaluation.split=dev", "benchmark.test_rows=8") == on_dev
+    assert key("evaluation.split=dev", "benchmark.train_rows=20") == on_dev  # dev rows are drawn apart
 
 
 def test_the_bare_backbone_is_scored_once_for_all_methods() -> None:

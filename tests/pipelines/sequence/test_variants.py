@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from pipelines import continual, evaluate, predict, report
+from pipelines import continual, evaluate, extend, predict, report
 from pipelines.sequence.experiment import DESCRIPTION
 from sapt_core.config import preflight
+from sapt_core.config.experiment import load_config
+from sapt_core.data import load_sequence
 from sapt_core.methods.base import known_methods
 from sapt_core.training import generator
 from sapt_core.versions.manifest import Manifest
-from tests.pipelines.commands import TINY, Finished, Outcome, command
+from tests.pipelines.commands import QUICKSTART, TINY, Finished, Outcome, command, write_task
 
 Call = Callable[[Callable[[], None], list[str]], Outcome]
 LLAMA = ("backbone.path=llama", "pet.target_modules=q_proj,v_proj", "generator.pet.target_modules=q_proj,v_proj")
@@ -185,6 +187,15 @@ def test_every_method_end_to_end(copied: Finished, tmp_path: Path, call: Call, m
     asked = ["--snapshot", summary["snapshot"], "--task", "animal", "--input", "ada met a grey fox."]
     answered = call(predict.main, [*asked, f"store.uri={copied.store}"])
     assert answered.code == 0, answered.err
+    # The second task on top of the version of the first alone: all but what that carries is there, so it is the same.
+    (basket,) = load_sequence(load_config(QUICKSTART, [*TINY, "benchmark.tasks=basket"]).benchmark)
+    write_task(tmp_path, basket)
+    first = added["complete[00 animal]"]["outputs"]["manifest"]
+    given = ["--snapshot", first, "--task", "basket", "--data", str(tmp_path / "basket"), "--inline"]
+    later = call(extend.main, [*given, f"store.uri={copied.store}", "--summary", str(tmp_path / "later.json")])
+    assert later.code == 0, later.err
+    assert " started" not in later.out
+    assert json.loads((tmp_path / "later.json").read_text())["snapshot"] == summary["snapshot"]
 
 
 def test_settings_are_chosen_on_dev_rows(copied: Finished, tmp_path: Path, call: Call) -> None:

@@ -228,10 +228,10 @@ def test_a_trial_that_fails_is_shown_and_the_others_go_on(
 ) -> None:
     usual = trials.try_point
 
-    def failing(setup: Any, point: Point, report: Any, executor: Any) -> None:
+    def failing(setup: Any, point: Point, *given: Any) -> None:
         if point["attention.temperature"] == 1.0:
             raise SaptError("too hot")
-        usual(setup, point, report, executor)
+        usual(setup, point, *given)
 
     monkeypatch.setattr(trials, "try_point", failing)
     ended = call(command.main, ["--config", str(written(tmp_path)), "--inline"])

@@ -6,13 +6,12 @@ import io
 import json
 import time
 from collections.abc import Callable
-from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
 from cluster.store import open_store
-from pipelines import evaluate, export, predict
+from pipelines import evaluate, predict
 from pipelines.console import versions
 from sapt_core.config.experiment import load_places
 from sapt_core.settings import StoreConfig, TrackingConfig
@@ -297,19 +296,3 @@ def test_a_server_that_does_not_answer_is_told_of_in_seconds(call: Call, unused_
     refused(outcome, "cannot be reached", code=3)
     assert "secret" not in outcome.err
     assert time.monotonic() - start < 30
-
-
-def test_a_block_is_exported(finished: Finished, call: Call, tmp_path: Path) -> None:
-    given = ["--snapshot", finished.snapshot, f"store.uri={finished.store}", "--out", str(tmp_path / "new/adapter")]
-    exported = call(export.main, [*given, "--task", "basket"])
-    assert exported.code == 0, exported.err
-    assert exported.out.startswith(f"block of basket: {tmp_path / 'new/adapter'}, an adapter of ")
-    manifest = Manifest.from_bytes(open_store(StoreConfig(uri=str(finished.store))).get(finished.snapshot))
-    written = (tmp_path / "new/adapter/adapter_model.safetensors").read_bytes()
-    assert sha256(written).hexdigest() == manifest.blocks[1]
-    refused(call(export.main, [*given, "--task", "nosuch"]), "is not an empty folder", "it knows: animal, basket")
-    refused(call(export.main, [*given[:-1], str(tmp_path / "other")]), "give --task, one of: animal, basket")
-    (tmp_path / "file").write_text("")
-    refused(call(export.main, [*given[:-1], str(tmp_path / "file/x"), "--task", "basket"]), "cannot be written")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "new"]
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["adapter"]

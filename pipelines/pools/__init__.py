@@ -1,0 +1,1 @@
+"""What ``sapt pool`` does with versions, a file an action."""

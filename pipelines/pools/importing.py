@@ -1,0 +1,261 @@
+"""Make a PEFT LoRA adapter the newest block of a pool, without training.
+
+    python pipelines/pool.py import adapters/colour --onto models:/quickstart@latest --task colour --rows colour.txt
+    python pipelines/pool.py import adapters/colour --config quickstart --task colour --rows colour.jsonl
+    python pipelines/pool.py import adapters/colour --onto DIGEST --task colour --rows colour.csv store.uri=runs/store
+
+Rows are inputs of the adapter's task: they say when its block is meant. The next version goes on from the one that is
+named, and is registered where that is; with --config a pool begins, and with a digest the store alone has it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.console import cli
+from pipelines.console.commands import pasted
+from sapt_core.errors import DataError
+
+if TYPE_CHECKING:
+    from cluster.store import ArtifactStore
+    from cluster.tracking.lines import Lineage
+    from sapt_core.config.experiment import ExperimentConfig
+    from sapt_core.data.task import LearntTask
+    from sapt_core.settings import PlacesConfig, StoreConfig, TrackingConfig
+    from sapt_core.versions.importing import PoolKind
+    from sapt_core.versions.manifest import Manifest
+
+IMPORT = "import"  # kind of the record that keeps an imported version's bytes in the store
+
+
+@dataclass(frozen=True)
+class _Ground:
+    """What an import goes on from.
+
+    Attributes:
+        onto: the version, or the kind of a pool that begins.
+        store: that has its blobs.
+        tracking: with the model that gets the next version; None: the store alone has it.
+        line: the registered version's place in its lineage.
+        tags: that the next version inherits.
+        usual: a task's template, metric and lengths, unless the command line has others.
+    """
+
+    onto: Manifest | PoolKind
+    store: StoreConfig
+    tracking: TrackingConfig | None
+    line: str | None
+    tags: Mapping[str, str]
+    usual: Mapping[str, Any]
+
+
+def main() -> None:
+    """Parse the command line, make the version and register it."""
+    parser = _parser()
+    arguments = cli.parse(parser)
+    if arguments.onto is None and arguments.config is None:
+        parser.error("give --onto, a version to go on from, or --config, to begin a pool")
+
+    from cluster.store import open_store
+    from cluster.tracking.registry import PoolRegistry
+    from cluster.tracking.service import is_there, resolved
+    from sapt_core.config.experiment import load_config
+    from sapt_core.data.task import LearntTask
+    from sapt_core.versions.importing import import_adapter
+
+    folder = Path(arguments.folder)
+    rows, definition = read_rows(arguments.rows)
+    config = None if arguments.config is None else load_config(arguments.config, arguments.overrides)
+    ground = _ground(arguments, config)
+    given = {field: getattr(arguments, field) for field in ground.usual if getattr(arguments, field) is not None}
+    definition = definition if arguments.definition is None else arguments.definition
+    task = LearntTask(name=arguments.task, definition=definition, **{**ground.usual, **given})
+    lineage = _lineage(ground, folder, task, rows)
+    if ground.tracking is not None and is_there(ground.tracking):
+        PoolRegistry(resolved(ground.tracking)).check_continuation(lineage)
+    store = open_store(ground.store)
+    manifest = import_adapter(folder, task, rows, store, onto=ground.onto)
+    if arguments.onto is None and config is not None:
+        from sapt_core.backbones.loading import store_backbone
+
+        store_backbone(config.backbone, ground.onto.backbone, store)
+    _keep(store, manifest)
+    if manifest.attention is not None:
+        print(f"rows of {task.name} give its block {manifest.targets[-1][-1]:.2f} of their weight")
+    print(f"snapshot {manifest.digest}")
+    if ground.tracking is not None:
+        number = _publish(manifest, ground, lineage, rows)
+        print(f"{ground.tracking.model} version {number}: models:/{ground.tracking.model}/{number}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    example = ("adapters/colour", "--onto", "models:/sapt@latest", "--task", "colour", "--rows", "colour.txt")
+    parser = cli.parser(
+        __doc__ or "",
+        pasted("pool", "import", *example),
+        needs_config=False,
+        action="import",
+        named={"folder": "of the adapter, as PEFT's save_pretrained wrote it"},
+    )
+    parser.add_argument("--onto", metavar="REF", help="models:/NAME@ALIAS, models:/NAME/NUMBER, or a snapshot's digest")
+    parser.add_argument("--task", required=True, metavar="NAME", help="what the adapter was trained on")
+    parser.add_argument("--definition", metavar="TEXT", help="put before every input; default: the rows' own, or none")
+    parser.add_argument(
+        "--rows",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="inputs of the task: text, one a line, or .json, .jsonl, .csv, .tsv or .parquet (docs/config.md)",
+    )
+    usual = "default: as of the version's newest task, or as benchmark in --config has it"
+    parser.add_argument("--template", metavar="NAME", help=f"text around definition and input; {usual}")
+    parser.add_argument("--metric", metavar="NAME", help="the task's score; default: likewise")
+    parser.add_argument("--max-source-tokens", type=int, metavar="N", help="longest prompt; default: likewise")
+    parser.add_argument("--max-target-tokens", type=int, metavar="N", help="longest answer; default: likewise")
+    return parser
+
+
+def _ground(arguments: argparse.Namespace, config: ExperimentConfig | None) -> _Ground:
+    """What the command line names; errors as of ``registered``, ``snapshot`` and ``identify``."""
+    from cluster.tracking.lines import LINEAGE
+    from pipelines.console.versions import find_registered, snapshot
+    from sapt_core.backbones.reference import identify
+    from sapt_core.config.experiment import load_places
+    from sapt_core.data.cl_benchmark import METRICS
+    from sapt_core.data.templates import TEMPLATES
+    from sapt_core.versions.importing import PoolKind
+
+    if arguments.onto is None:
+        assert config is not None  # noqa: S101 - main sees to it
+        read = config.benchmark
+        suite = read.suite if read.suite in TEMPLATES else "superni"
+        usual = {
+            "template": read.template or suite,
+            "metric": read.metric or METRICS.get(read.suite, "exact_match"),
+            "max_source_tokens": read.max_source_tokens,
+            "max_target_tokens": read.max_target_tokens,
+        }
+        attention = config.attention if config.method.shared_attention else None
+        kind = PoolKind(config.method, identify(config.backbone), config.pet, attention)
+        tags = {"config_hash": config.digest()}
+        return _Ground(kind, config.store, config.tracking, None, tags, usual)
+    places: PlacesConfig = load_places(arguments.overrides) if config is None else config
+    fields = {"template", "metric", "max_source_tokens", "max_target_tokens"}
+    if not arguments.onto.startswith("models:/"):
+        manifest, _ = snapshot(arguments.onto, places)
+        return _Ground(manifest, places.store, None, None, {}, manifest.tasks[-1].model_dump(include=fields))
+    found = find_registered(arguments.onto, places, arguments.overrides)
+    tracking = places.tracking.model_copy(update={"model": found.version.model})
+    tags = {name: found.version.tags[name] for name in ("config_hash",) if name in found.version.tags}
+    usual = found.manifest.tasks[-1].model_dump(include=fields)
+    return _Ground(found.manifest, found.store, tracking, found.version.tags.get(LINEAGE), tags, usual)
+
+
+def read_rows(path: Path) -> tuple[list[str], str]:
+    """Inputs of a task and its definition, empty where the file has none.
+
+    Raises:
+        DataError: with every row that is no input, or the reason why the file cannot be read.
+    """
+    from sapt_core.data.files import READERS, kind
+
+    try:
+        if path.suffix in READERS:
+            content = READERS[path.suffix](path)
+        else:
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
+            content = {"Instances": [line for line in lines if line.strip()]}
+    except (OSError, ValueError) as error:
+        raise DataError("The rows cannot be read:", [f"{path}: {error}"]) from error
+    instances = content.get("Instances") if isinstance(content, dict) else None
+    if not isinstance(instances, list) or not instances:
+        raise DataError("The rows cannot be read:", [f"{path}: holds no rows; give inputs, one a row"])
+    texts = [row.get("input") if isinstance(row, dict) else row for row in instances]
+    places = [place for place, text in enumerate(texts) if not isinstance(text, str)]
+    if places:
+        faults = [f"{path}: row {place}: input is {kind(texts[place])}" for place in places]
+        raise DataError("The rows cannot be read; rows count from 0:", faults)
+    wordings = content.get("Definition") or ""
+    return list(map(str, texts)), str(wordings[0] if isinstance(wordings, list) else wordings)
+
+
+def _lineage(ground: _Ground, folder: Path, task: LearntTask, rows: Sequence[str]) -> Lineage:
+    """The version before, and a name of the next that is known before it is made."""
+    from cluster.tracking.lines import Lineage
+    from sapt_core.io.hashing import canonical_hash
+    from sapt_core.versions.adapters import SETTINGS, TENSORS
+    from sapt_core.versions.manifest import Manifest
+
+    files = [folder / name for name in (SETTINGS, TENSORS)]
+    digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
+    earlier = ground.onto.tasks if isinstance(ground.onto, Manifest) else ()
+    name = canonical_hash([IMPORT, ground.line, digests, task.model_dump(), list(rows)])
+    tasks = tuple(each.name for each in (*earlier, task))
+    asked = f"method {ground.onto.method.name}, tasks {', '.join(tasks)}"
+    return Lineage(asked, (*(ground.line or "" for _ in earlier), name), tasks=tasks)
+
+
+def _keep(store: ArtifactStore, manifest: Manifest) -> None:
+    """Record the version, so that nobody takes its bytes for something that nothing needs."""
+    from cluster.stages import StageRecord
+    from sapt_core.io.hashing import canonical_hash
+
+    key = canonical_hash([IMPORT, manifest.digest])
+    record = StageRecord(
+        kind=IMPORT,
+        name=f"{IMPORT}:{manifest.tasks[-1].name}",
+        key=key,
+        inputs={},
+        outputs={"manifest": manifest.digest},
+        values={},
+        metrics={},
+        seconds=0.0,
+        finished_at=datetime.now(UTC),
+        world_size=1,
+    )
+    store.commit_record(key, record.model_dump(mode="json"))
+
+
+def _publish(manifest: Manifest, ground: _Ground, lineage: Lineage, rows: Sequence[str]) -> int:
+    """Register the version; returns its number."""
+    from cluster.store import resolved
+    from cluster.tracking.registry import PoolRegistry
+    from cluster.tracking.runs import Tracker
+    from cluster.tracking.service import check
+    from pipelines.console.checkout import git_commit
+    from sapt_core.io.hashing import canonical_hash
+    from sapt_core.versions.manifest import Manifest
+
+    assert ground.tracking is not None  # noqa: S101 - main asks for it alone then
+    tracking, task = check(ground.tracking), manifest.tasks[-1].name
+    tags = {
+        "method": manifest.method.name,
+        "backbone": manifest.backbone.path,
+        "data_digest": canonical_hash(list(rows)),
+        "git_commit": git_commit(),
+        **ground.tags,
+    }
+    tracker = Tracker(tracking)
+    run = tracker.start_sequence(f"import {task}", key=lineage.names[-1], params={"rows": len(rows)}, tags=tags)
+    tasks = ", ".join(each.name for each in manifest.tasks)
+    number = PoolRegistry(tracking).publish(
+        manifest.to_bytes(),
+        resolved(ground.store),
+        lineage=lineage,
+        digest=manifest.digest,
+        index=len(manifest.tasks),
+        run_id=run,
+        description=f"{manifest.method.name} with {task} brought in as a PEFT adapter, not trained here and not "
+        f"scored; its tasks: {tasks}.",
+        tags={"task": task, "tasks": tasks, **tags},
+        metrics={},
+        parent=ground.onto.digest if isinstance(ground.onto, Manifest) else None,
+    )
+    tracker.finish(run, "FINISHED")
+    return number

@@ -1,0 +1,183 @@
+"""Make a version the champion, if it keeps what the champion knows and has learnt what it says.
+
+Both are scored on the sealed test rows that the version carries, and so is the bare backbone; what the store has been
+told of before is not scored again. Refused where a task falls by more than registry.max_drop or scores no better than
+the bare backbone.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+from pipelines.console import cli
+from pipelines.console.commands import pasted
+from pipelines.pools.showing import VERSION
+from sapt_core.errors import ConfigError, FaultsError, LineageError, SnapshotError, StoreError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from cluster.store import ArtifactStore
+    from cluster.tracking.lines import PoolVersion
+    from pipelines.sequence.gate import Gate, Row
+    from sapt_core.config.experiment import ExperimentConfig
+    from sapt_core.settings import PlacesConfig, StoreConfig
+    from sapt_core.versions.manifest import Manifest
+
+# What a command line may say; all else is as the version was learnt.
+SECTIONS = ("store", "tracking", "registry", "cluster")
+
+
+def main() -> None:
+    """Parse the command line, score, and move the alias or refuse to."""
+    example = pasted("pool", "promote", "latest", "tracking.model=quickstart")
+    parser = cli.parser(__doc__ or "", example, needs_config=False, action="promote", named=VERSION)
+    cli.add_inline(parser, told="score on this machine alone, without Ray")
+    parser.add_argument("--reason", metavar="TEXT", default="it passed the gate", help="why, for the record")
+    parser.add_argument("--force", metavar="REASON", help="promote it whatever the scores, for this reason")
+    parser.add_argument("--line", metavar="NAME", help="its line, if that is not the champion's")
+    arguments = cli.parse(parser)
+
+    from cluster.store import open_store
+    from pipelines.console.tables import wide_console
+    from pipelines.console.versions import find_registered
+    from pipelines.pools.opened import places_of, registry_of
+    from pipelines.pools.promotion import Promotion
+    from pipelines.sequence.gate import build_gate
+
+    _check_fields(arguments)
+    console, places = wide_console(), places_of(arguments)
+    candidate, kept, version = find_registered(arguments.version, places, arguments.overrides)
+    registry = registry_of(places, version.model)
+    versions = registry.versions()
+    champion = next((each for each in versions if "champion" in each.aliases), None)
+    if champion is not None and champion.version == version.version:
+        console.print(f"{version.model} version {version.version} is the champion already")
+        return
+    _check_line(version, champion or versions[0], arguments.line)
+    rows: list[Row] = []
+    try:
+        rival = None if champion is None else _rival(champion, kept, arguments, places)
+        config = _config(arguments, candidate, kept, places)
+        gate = build_gate(config, candidate, rival)
+        rows = _scored(gate, open_store(kept), config, arguments)
+        console.print(_table(rows, version, champion))
+        faults = [fault for row in rows for fault in row.faults(places.registry.max_drop)]
+    except (SnapshotError, StoreError) as error:  # so that a champion can be replaced that is damaged
+        if arguments.force is None:
+            raise
+        faults = [f"not scored: {error}"]
+        console.print(faults[0], soft_wrap=True)
+    if faults and arguments.force is None:
+        title = f"{version.model} version {version.version} is not promoted (--force REASON does it all the same):"
+        raise FaultsError(title, faults)
+    promotion = Promotion.of(version, champion, arguments.force or arguments.reason, rows, faults)
+    promotion.carry_out(registry)
+    console.print(f"champion: {version.model} version {version.version}")
+    if champion is not None:
+        console.print(f"before:   version {champion.version}; {pasted('pool', 'rollback')} takes it back")
+
+
+def _check_fields(arguments: argparse.Namespace) -> None:
+    """Refuse fields that the version decides, by which other scores would be compared than it was published with."""
+    given = [each.partition("=")[0] for each in arguments.overrides]
+    wrong = [name for name in given if name.partition(".")[0] not in SECTIONS]
+    if wrong:
+        faults = [f"{name}: versions are scored as they were learnt; leave it out" for name in wrong]
+        raise ConfigError(f"Promoting takes fields of {', '.join(SECTIONS)} alone:", faults)
+
+
+def _check_line(version: PoolVersion, other: PoolVersion, said: str | None) -> None:
+    """Refuse a version of another line than the champion's, or, without one, the model's first, unless that is said."""
+    if said is not None and said != version.line:
+        raise LineageError(f"--line {said}: {version.model} version {version.version} is of line {version.line}")
+    if version.line != other.line and said is None:
+        raise LineageError(
+            f"{version.model} version {version.version} is of line {version.line}, and what answers now of "
+            f"{other.line}: it does not go on from that. If it is to take its place all the same, give "
+            f"--line {version.line}"
+        )
+
+
+def _rival(champion: PoolVersion, kept: StoreConfig, arguments: argparse.Namespace, places: PlacesConfig) -> Manifest:
+    """The champion's manifest, if its blobs lie where those of the version do.
+
+    Raises:
+        SnapshotError: they lie elsewhere; or it is damaged or was written by a newer release.
+    """
+    from pipelines.console.versions import find_registered
+
+    rival, beside, _ = find_registered(champion.uri, places, arguments.overrides)
+    if beside.uri != kept.uri:
+        raise SnapshotError(
+            f"The version lies in {kept.uri} and the champion, version {champion.version}, in {beside.uri}: copy one "
+            "store into the other and say by store.uri where both are"
+        )
+    return rival
+
+
+def _config(
+    arguments: argparse.Namespace, candidate: Manifest, kept: StoreConfig, places: PlacesConfig
+) -> ExperimentConfig:
+    """How the version was learnt, on the cluster that is given.
+
+    Raises:
+        SnapshotError: the version does not say how it was learnt.
+    """
+    from omegaconf import DictConfig, OmegaConf
+
+    from pipelines.sequence.extension import Places, own_settings
+    from sapt_core.config.experiment import ExperimentConfig, read_mapping, validated
+    from sapt_core.config.overrides import parsed
+
+    if candidate.recipe is None:
+        raise SnapshotError(
+            f"The version (schema {candidate.schema_version}) carries no sealed test rows, on which it could be held "
+            "against the champion: an earlier release published it. Publish it again with this release, from its "
+            "config and its data"
+        )
+    here = Places(kept.model_dump(mode="json"), places.tracking.model_dump(mode="json"))
+    own = own_settings(candidate, candidate.recipe, [task.name for task in candidate.tasks], ".", here)
+    given = [] if arguments.config is None else [read_mapping(arguments.config)]
+    layers = [DictConfig(OmegaConf.masked_copy(layer, ["cluster"])) for layer in given]
+    cluster = [each for each in arguments.overrides if each.startswith("cluster.")]
+    return validated(
+        ExperimentConfig, [OmegaConf.create(own), *layers, *parsed(cluster, ExperimentConfig)], "What is promoted"
+    )
+
+
+def _scored(gate: Gate, store: ArtifactStore, config: ExperimentConfig, arguments: argparse.Namespace) -> list[Row]:
+    """Run what is not in the store yet."""
+    from cluster.stages import InlineExecutor, plan, run_graph
+    from cluster.store.lookups import Lookups
+    from pipelines.running.sequence import inline_executor, ray_executor
+
+    known = Lookups(store)
+    left = [stage for stage, state in plan(gate.stages, known).items() if state != "done" and stage.kind != "carried"]
+    with ExitStack() as stack:
+        if arguments.inline:
+            executor = inline_executor(arguments, config.store, store, stack)
+        elif left:
+            executor = ray_executor(config, stack)
+        else:
+            executor = InlineExecutor(store)
+        return gate.rows(run_graph(gate.stages, known, executor))
+
+
+def _table(rows: Sequence[Row], version: PoolVersion, champion: PoolVersion | None) -> Table:
+    from pipelines.console.tables import text_table
+
+    def shown(score: float | None, form: str = ".2f") -> str:
+        return "" if score is None else f"{score:{form}}"
+
+    body = []
+    for row in rows:
+        change = shown(row.change, "+.2f")
+        remark = "" if row.candidate is not None else "no sealed test rows" if row.learnt else "not learnt"
+        body.append([row.task, shown(row.champion), shown(row.candidate), change, shown(row.bare), remark])
+    rival = "no champion" if champion is None else f"champion {champion.version}"
+    header = ["task", rival, f"version {version.version}", "change", "backbone", ""]
+    return text_table(f"{version.model}: scores on the test rows of version {version.version}", header, body)

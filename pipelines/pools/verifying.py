@@ -1,0 +1,67 @@
+"""Read every blob of a version and say which are gone or damaged."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipelines.console import cli
+from pipelines.console.commands import pasted
+from pipelines.pools.showing import VERSION
+from sapt_core.errors import FaultsError, StoreError, StoreUnavailableError
+
+if TYPE_CHECKING:
+    from cluster.store import ArtifactStore
+
+
+def main() -> None:
+    """Parse the command line, read and print."""
+    example = pasted("pool", "verify", "champion", "tracking.model=quickstart")
+    parser = cli.parser(__doc__ or "", example, needs_config=False, action="verify", named=VERSION)
+    arguments = cli.parse(parser)
+
+    from cluster.store import open_store
+    from pipelines.console.versions import find_registered
+    from pipelines.pools.opened import places_of
+    from sapt_core.versions.contents import blobs_of, line_of
+
+    manifest, kept, version = find_registered(arguments.version, places_of(arguments), arguments.overrides)
+    store = open_store(kept)
+    blobs = blobs_of(manifest)
+    try:
+        for before in line_of(manifest, store):
+            blobs = blobs_of(before) | {before.digest: f"manifest of {before.tasks[-1].name}"} | blobs
+    except StoreUnavailableError:
+        raise
+    except StoreError:
+        pass  # the manifest that is gone is among the blobs, and what it alone names nobody can say
+    faults = damaged(blobs, store)
+    if faults:
+        raise FaultsError(f"{version.model} version {version.version} is not whole in {store.uri}:", faults)
+    print(f"{version.model} version {version.version} is whole: {len(blobs)} blobs in {store.uri}")
+
+
+def damaged(blobs: Mapping[str, str], store: ArtifactStore) -> list[str]:
+    """What is wrong with the blobs of a version, one line a blob.
+
+    Args:
+        blobs: what each is, by its sha256.
+        store: is to have them.
+
+    Raises:
+        StoreUnavailableError: the store does not answer.
+    """
+    faults = []
+    with tempfile.TemporaryDirectory() as folder:
+        read = Path(folder, "blob")
+        for digest, what in blobs.items():
+            try:
+                store.fetch_to(digest, read)
+            except StoreUnavailableError:
+                raise
+            except StoreError:
+                state = "damaged" if store.has(digest) else "gone"
+                faults.append(f"{what} ({digest}) is {state}")
+    return faults

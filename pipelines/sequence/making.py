@@ -1,0 +1,301 @@
+"""The stages of a sequence, each reading exactly what can change its result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from cluster.stages import Stage, StageContext, StageResult
+from pipelines.sequence import bodies
+from sapt_core.backbones.reference import BackboneRef
+from sapt_core.config.experiment import ExperimentConfig
+from sapt_core.data.task import KnownTask, LearntTask, Task
+from sapt_core.methods.base import Method
+from sapt_core.settings import TrainConfig
+from sapt_core.training.trainer import step_seed
+from sapt_core.versions.manifest import Recipe
+
+# What each kind of stage computes; raised where its body, or what that calls, gives something else than before, so
+# that what is stored is made anew. A train stage counts its method's version too (``Method.version``).
+VERSIONS = {
+    "prepare": 1,
+    "pseudo_samples": 4,
+    "given": 1,
+    "memory": 1,
+    "statistics": 1,
+    "train": 1,
+    "complete": 1,
+    "carried": 1,
+    "evaluate": 2,
+    "attend": 1,
+    "quality": 2,
+    "zero_shot": 2,
+    "cost": 1,
+}
+
+# Outputs of ``prepare`` that can change what a later stage gives. Prompts hold definition and template,
+# so a split's tokens stand for them.
+KEPT_FROM = frozenset({"train.arrow"})
+LEARNT_FROM = frozenset({"train.arrow", "dev.arrow"})
+SAMPLED = frozenset({"samples"})
+ATTENDED_ON = frozenset({"dev.arrow"})
+NAMED_BY = frozenset({"manifest"})  # it names all blobs of a version
+NOTHING: frozenset[str] = frozenset()
+
+Body: TypeAlias = Callable[[StageContext], StageResult]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Learning, task by task, oldest first.
+
+    Attributes:
+        tasks: what is learnt, and before it what was learnt before.
+        prepare, train: a stage a task.
+        kept: what there is to reflect on, of the first so many tasks.
+        origins: of every task a hash of how that is made.
+    """
+
+    tasks: tuple[Task | KnownTask, ...]
+    prepare: tuple[Stage, ...]
+    kept: tuple[Stage, ...]
+    train: tuple[Stage, ...]
+    origins: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class StageMaker:
+    """Makes stages that read exactly what can change their result."""
+
+    config: ExperimentConfig
+    ref: BackboneRef
+    samples: Mapping[str, str]
+    memory: int
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """What a stage takes that loads the backbone."""
+        cluster = self.config.cluster
+        return {"cpus": cluster.cpus_per_worker, "gpus": cluster.gpus_per_worker, "memory": self.memory}
+
+    @property
+    def backbone(self) -> dict[str, Any]:
+        """The backbone as keys have it: a folder by its content, whatever it is called."""
+        return self.ref.model_dump(mode="json", exclude=None if self.ref.files is None else {"path"})
+
+    @property
+    def named(self) -> dict[str, Any]:
+        return {"backbone": self.ref.path}
+
+    @property
+    def workers(self) -> dict[str, Any]:
+        return {"workers": self.config.cluster.train_workers, **self.loading}
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """How a task is learnt, as a version says it: nothing of places and machines."""
+        config = self.config
+        benchmark = config.benchmark
+        return Recipe(
+            seed=config.seed,
+            max_source_tokens=benchmark.max_source_tokens,
+            max_target_tokens=benchmark.max_target_tokens,
+            dev_fraction=benchmark.dev_fraction,
+            split_seed=benchmark.split_seed,
+            reflection=config.reflection.model_dump(mode="json", exclude={"data_dir"}),
+            generator=config.generator,
+            train=config.train.model_copy(update={"checkpoint_every_steps": TrainConfig().checkpoint_every_steps}),
+        ).model_dump(mode="json")
+
+    def completion(self, chain: Chain, index: int, lineage: str) -> Stage:
+        """The version that has learnt task ``index``, with all that later tasks need."""
+        tokens = {f"task {place:02d}": stage for place, stage in enumerate(chain.prepare[: index + 1])}
+        kept = {f"kept {place:02d}": stage for place, stage in enumerate(chain.kept[: index + 1])}
+        learnt = {f"learnt {place:02d}": stage for place, stage in enumerate(chain.train[: index + 1])}
+        pairs = list(zip(chain.tasks, chain.origins, strict=True))[: index + 1]
+        return Stage(
+            name=f"complete[{index:02d} {chain.tasks[index].name}]",
+            kind="complete",
+            version=VERSIONS["complete"],
+            body=bodies.complete,
+            reads={
+                "lineage": lineage,
+                "recipe": self.recipe,
+                "tasks": [{"data": task.digest, "rows": dict(task.rows), "origin": origin} for task, origin in pairs],
+            },
+            inputs={"version": chain.train[index], **tokens, **kept, **learnt},
+            uses={
+                "version": NAMED_BY,
+                **dict.fromkeys(tokens, bodies.CARRIED),
+                **dict.fromkeys(learnt, NOTHING),  # the version names them all; of these the curves
+            },
+            cpus=self.config.cluster.cpus_per_worker,
+        )
+
+    def carried(self, name: str, outputs: Mapping[str, str], metrics: Mapping[str, Any] | None = None) -> Stage:
+        """What a version carries in the place of a stage that ran when it was learnt."""
+        return Stage(
+            name=name,
+            kind="carried",
+            version=VERSIONS["carried"],
+            body=bodies.carried,
+            reads={"outputs": dict(outputs), "metrics": dict(metrics or {})},
+            cpus=self.config.cluster.cpus_per_worker,
+        )
+
+    def keeps(self, task: Task) -> bool:
+        """Whether there is something of a task that later ones reflect on."""
+        method, reflection = self.config.method, self.config.reflection
+        if not method.shared_attention or reflection.source == "none" or reflection.weight == 0:
+            return False
+        return reflection.source != "given" or task.name in self.samples
+
+    def preparation(self, name: str, task: Task) -> Stage:
+        config = self.config
+        return Stage(
+            name=name,
+            kind="prepare",
+            version=VERSIONS["prepare"],
+            body=bodies.prepare,
+            told=self.named,
+            reads={
+                "task": task.digest,
+                "backbone": self.backbone,
+                "max_source_tokens": config.benchmark.max_source_tokens,
+                "max_target_tokens": config.benchmark.max_target_tokens,
+            },
+            cpus=config.cluster.cpus_per_worker,
+        )
+
+    def stage(self, name: str, task: Task, method: Method, inputs: dict[str, Stage]) -> Stage:
+        config = self.config
+        shared = method.shared_attention
+        # What a stage does not read stands at its default, so that changing it changes no key.
+        unread = type(config).model_fields
+        attention = config.attention if shared else unread["attention"].default
+        reflection = config.reflection if shared else unread["reflection"].default
+        if shared and "parent" not in inputs:
+            # Nothing to reflect on yet, but the split that the target comes from counts.
+            reflection = unread["reflection"].default.model_copy(update={"target_split": reflection.target_split})
+        scores = bool(config.train.eval_every_epochs)
+        evaluation = config.evaluation if scores else unread["evaluation"].default
+        return Stage(
+            name=name,
+            kind="train",
+            # Both only ever rise, so no sum comes twice.
+            version=method.version + VERSIONS["train"] - 1,
+            body=bodies.train,
+            told={**self.named, "checkpoint_every_steps": config.train.checkpoint_every_steps},
+            reads={
+                "method": method.model_dump(mode="json"),
+                # One block has no finished ones to let gradient through.
+                "pet": config.pet.model_dump(
+                    mode="json", exclude=None if method.pool == "block per task" else {"detach_frozen"}
+                ),
+                "attention": attention.model_dump(mode="json"),
+                "reflection": reflection.model_dump(mode="json", exclude={"source", "data_dir", "share", "rank"}),
+                "train": config.train.model_dump(mode="json", exclude={"checkpoint_every_steps"}),
+                "evaluation": evaluation.model_dump(mode="json", exclude={"single_task", "split"}),
+                "seed": step_seed(config.seed, task.name),
+                "backbone": self.backbone,
+                "learnt": LearntTask(
+                    name=task.name,
+                    definition=task.definition,
+                    template=task.template,
+                    metric=task.metric,
+                    max_source_tokens=config.benchmark.max_source_tokens,
+                    max_target_tokens=config.benchmark.max_target_tokens,
+                ).model_dump(mode="json"),
+                # Dev is answered as test is; without that, how does not count.
+                **({"answers": VERSIONS["evaluate"]} if scores else {}),
+            },
+            inputs=inputs,
+            uses={"task": LEARNT_FROM},  # other test rows retrain nothing
+            **self.workers,
+        )
+
+    def keeping(self, label: str, task: Task, prepared: Stage) -> Stage:
+        """The stage that keeps what reflection needs of a task, as ``reflection.source`` says."""
+        config, reflection = self.config, self.config.reflection
+        given: dict[str, Any] = {"inputs": {"task": prepared}, "uses": {"task": KEPT_FROM}}
+        plain = {**given, "cpus": config.cluster.cpus_per_worker}
+        if reflection.source == "generated":
+            return Stage(
+                name=f"pseudo_samples[{label}]",
+                kind="pseudo_samples",
+                version=VERSIONS["pseudo_samples"],
+                body=bodies.pseudo_samples,
+                told=self.named,
+                reads={
+                    "generator": config.generator.model_dump(mode="json"),
+                    "precision": config.train.precision,
+                    "seed": step_seed(config.seed, "generator", task.name),
+                    "backbone": self.backbone,
+                },
+                **given,
+                **self.workers,
+            )
+        if reflection.source == "memory":
+            seed = step_seed(config.seed, "memory", task.name)
+            reads: dict[str, Any] = {"share": reflection.share, "seed": seed}
+            return Stage(
+                name=f"memory[{label}]",
+                kind="memory",
+                version=VERSIONS["memory"],
+                body=bodies.memory,
+                reads=reads,
+                **plain,
+            )
+        if reflection.source == "statistics":
+            query = config.attention.model_dump(mode="json", include={"query", "pool_padding"})
+            reads = {"rank": reflection.rank, "attention": query, "backbone": self.backbone}
+            return Stage(
+                name=f"statistics[{label}]",
+                kind="statistics",
+                version=VERSIONS["statistics"],
+                body=bodies.statistics,
+                reads=reads,
+                told=self.named,
+                **plain,
+            )
+        reads = {"inputs": self.samples[task.name]}
+        return Stage(
+            name=f"given[{label}]", kind="given", version=VERSIONS["given"], body=bodies.given_samples, reads=reads
+        )
+
+    def evaluation(self, name: str, version: Stage, task: Stage) -> Stage:
+        return self._scoring(name, "evaluate", bodies.evaluate, {}, {"version": version, "task": task})
+
+    def zero_shot(self, name: str, task: Stage) -> Stage:
+        return self._scoring(name, "zero_shot", bodies.zero_shot, {"backbone": self.backbone}, {"task": task})
+
+    def cost(self, version: Stage, task: Stage) -> Stage:
+        return Stage(
+            name="cost",
+            kind="cost",
+            version=VERSIONS["cost"],
+            body=bodies.cost,
+            inputs={"version": version, "task": task},
+            uses={"version": NAMED_BY, "task": KEPT_FROM},
+            **self.loading,
+        )
+
+    def _scoring(self, name: str, kind: str, body: Body, reads: dict[str, Any], inputs: dict[str, Stage]) -> Stage:
+        config = self.config
+        return Stage(
+            name=name,
+            kind=kind,
+            version=VERSIONS[kind],
+            body=body,
+            reads={
+                "evaluation": config.evaluation.model_dump(mode="json", exclude={"single_task"}),
+                "precision": config.train.precision,
+                "max_target_tokens": config.benchmark.max_target_tokens,
+                **reads,
+            },
+            told=self.named,
+            inputs=inputs,
+            uses={"task": frozenset({f"{config.evaluation.split}.arrow", "meta.json"}), "version": NAMED_BY},
+            **self.loading,
+        )
