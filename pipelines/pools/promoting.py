@@ -18,6 +18,8 @@ from pipelines.pools.showing import VERSION
 from sapt_core.errors import ConfigError, FaultsError, LineageError, SnapshotError, StoreError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.table import Table
 
     from cluster.store import ArtifactStore
@@ -27,8 +29,10 @@ if TYPE_CHECKING:
     from sapt_core.settings import PlacesConfig, StoreConfig
     from sapt_core.versions.manifest import Manifest
 
-# What a command line may say; all else is as the version was learnt.
-SECTIONS = ("store", "tracking", "registry", "cluster")
+# What may be said of how versions are scored; all else is as the candidate was learnt.
+GIVEN = ("evaluation", "cluster")
+# What a command line may say.
+SECTIONS = ("store", "tracking", "registry", *GIVEN)
 
 
 def main() -> None:
@@ -49,6 +53,8 @@ def main() -> None:
     from pipelines.sequence.gate import build_gate
 
     _check_fields(arguments)
+    said = [each for each in arguments.overrides if each.partition(".")[0] in GIVEN]
+    arguments.overrides = [each for each in arguments.overrides if each not in said]
     console, places = wide_console(), places_of(arguments)
     candidate, kept, version = find_registered(arguments.version, places, arguments.overrides)
     registry = registry_of(places, version.model)
@@ -61,7 +67,7 @@ def main() -> None:
     rows: list[Row] = []
     try:
         rival = None if champion is None else _rival(champion, kept, arguments, places)
-        config = _config(arguments, candidate, kept, places)
+        config = _config(candidate, kept, places, arguments.config, said)
         gate = build_gate(config, candidate, rival)
         rows = _scored(gate, open_store(kept), config, arguments)
         console.print(_table(rows, version, champion))
@@ -120,9 +126,9 @@ def _rival(champion: PoolVersion, kept: StoreConfig, arguments: argparse.Namespa
 
 
 def _config(
-    arguments: argparse.Namespace, candidate: Manifest, kept: StoreConfig, places: PlacesConfig
+    candidate: Manifest, kept: StoreConfig, places: PlacesConfig, path: Path | None, said: Sequence[str]
 ) -> ExperimentConfig:
-    """How the version was learnt, on the cluster that is given.
+    """How the version was learnt, with answers searched for and on the cluster as given.
 
     Raises:
         SnapshotError: the version does not say how it was learnt.
@@ -141,11 +147,11 @@ def _config(
         )
     here = Places(kept.model_dump(mode="json"), places.tracking.model_dump(mode="json"))
     own = own_settings(candidate, candidate.recipe, [task.name for task in candidate.tasks], ".", here)
-    given = [] if arguments.config is None else [read_mapping(arguments.config)]
-    layers = [DictConfig(OmegaConf.masked_copy(layer, ["cluster"])) for layer in given]
-    cluster = [each for each in arguments.overrides if each.startswith("cluster.")]
+    given = [] if path is None else [read_mapping(path)]
+    layers = [DictConfig(OmegaConf.masked_copy(layer, list(GIVEN))) for layer in given]
+    sealed = OmegaConf.create({"evaluation": {"split": "test"}})
     return validated(
-        ExperimentConfig, [OmegaConf.create(own), *layers, *parsed(cluster, ExperimentConfig)], "What is promoted"
+        ExperimentConfig, [OmegaConf.create(own), *layers, *parsed(said, ExperimentConfig), sealed], "What is promoted"
     )
 
 

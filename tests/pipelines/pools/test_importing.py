@@ -83,7 +83,7 @@ def test_a_registered_version_gets_the_next_number(
     objects = sorted(copied.store.rglob("*"))
     other = call(pool.main, bringing(adapter, "--onto", onto, *where, task="other"))
     assert other.code == 2
-    assert "newest version, 2" in other.err
+    assert "version 2 (method sapt, tasks animal, basket, colour) is the newest of its line main" in other.err
     assert sorted(copied.store.rglob("*")) == objects
     further = call(
         pool.main, bringing(adapter, "--onto", f"models:/{sqlite_tracking.model}@latest", *where, task="other")
