@@ -21,6 +21,7 @@ from importlib.metadata import version
 from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field as PydanticField
 
 from cluster.store import ArtifactStore
 from cluster.store.lease import leased
@@ -106,11 +107,16 @@ class StageResult:
     metrics: Mapping[str, Json] = field(default_factory=dict)
 
 
+def _is_empty(value: Sequence[object]) -> bool:
+    return not value
+
+
 class StageRecord(BaseModel):
     """A finished stage as the store keeps it.
 
     ``inputs`` are the keys of the input stages' records, ``libraries`` the versions that computed it; neither is in a
-    key that later stages have of it.
+    key that later stages have of it. ``erased`` names outputs that were taken out of the store on purpose: the stage is
+    done, and runs again only for a stage that is not.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -127,6 +133,7 @@ class StageRecord(BaseModel):
     finished_at: datetime
     world_size: int
     libraries: dict[str, str] = {}
+    erased: tuple[str, ...] = PydanticField((), exclude_if=_is_empty)
 
     def content(self, used: frozenset[str] | None) -> dict[str, Json]:
         """What a later stage depends on that uses these outputs; None is all of them."""
@@ -327,6 +334,8 @@ def run_graph(
     """
     graph, order = _graph(stages)
     graph.prepare()
+    for again in _made_again(order, patiently(partial(_recorded, stages, known))).values():
+        known.delete(again.key)
     for stage in order:
         on_event(StageEvent("planned", stage))
     records: dict[Stage, StageRecord] = {}
@@ -387,6 +396,13 @@ def run_graph(
 
 def done(stages: Sequence[Stage], known: Lookups) -> dict[Stage, StageRecord]:
     """Records of the stages, and of those they depend on, that a run would not repeat. Nothing is run."""
+    records = _recorded(stages, known)
+    again = _made_again(closure(stages), records)
+    return {stage: record for stage, record in records.items() if stage not in again}
+
+
+def _recorded(stages: Sequence[Stage], known: Lookups) -> dict[Stage, StageRecord]:
+    """The same with those whose outputs were erased, needed or not."""
     graph, _ = _graph(stages)
     graph.prepare()
     records: dict[Stage, StageRecord] = {}
@@ -401,6 +417,23 @@ def done(stages: Sequence[Stage], known: Lookups) -> dict[Stage, StageRecord]:
         records |= {stage: found[key][0] for stage, key in keys.items() if key in found and not found[key][1]}
         graph.done(*new)
     return records
+
+
+def _made_again(order: Iterable[Stage], records: Mapping[Stage, StageRecord]) -> dict[Stage, StageRecord]:
+    """Those of the records that are void because something of them was erased that a stage without a record needs.
+
+    Args:
+        order: all stages of a graph.
+        records: of those that have one.
+    """
+    again: dict[Stage, StageRecord] = {}
+    needed = [source for stage in order if stage not in records for source in stage.inputs.values()]
+    while needed:
+        stage = needed.pop()
+        if stage in records and stage not in again and records[stage].erased:
+            again[stage] = records[stage]
+            needed.extend(stage.inputs.values())
+    return again
 
 
 def plan(stages: Sequence[Stage], known: Lookups) -> dict[Stage, Literal["done", "to run", "unknown"]]:
@@ -467,8 +500,11 @@ def _valid_records(stages: Mapping[str, Stage], known: Lookups) -> dict[str, Sta
 def _looked_up(keys: Iterable[str], known: Lookups) -> dict[str, tuple[StageRecord, list[str]]]:
     """The records that there are of these keys, each with the names of those of its outputs that are gone."""
     records = {key: _parsed(stored, key, known.store) for key, stored in known.records(keys).items()}
-    gone = known.missing(digest for record in records.values() for digest in record.outputs.values())
-    return {
-        key: (record, [name for name, digest in record.outputs.items() if digest in gone])
+    kept = {
+        key: {name: digest for name, digest in record.outputs.items() if name not in record.erased}
         for key, record in records.items()
+    }
+    gone = known.missing(digest for outputs in kept.values() for digest in outputs.values())
+    return {
+        key: (record, [name for name, digest in kept[key].items() if digest in gone]) for key, record in records.items()
     }

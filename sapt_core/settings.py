@@ -311,6 +311,35 @@ class DiagnosticsConfig(Section):
     )
 
 
+class RetentionConfig(Section):
+    """What may stay of a task's data in store, versions and reports once the sequence is learnt.
+
+    Until then all of it is there, so no result depends on it. A task's name and instruction, scores, counts and digests
+    always stay.
+    """
+
+    train_rows: Literal["all", "share", "samples", "statistics"] = Field(
+        "all",
+        description="The most that may stay of its train rows: all, so that they can be learnt again without their "
+        "files; a share, for a memory of real rows; samples, which a generator wrote in their place, and no row; or "
+        "statistics, figures alone and no text.",
+    )
+    share: float = Field(
+        0.02, gt=0, le=1, description="train_rows share: the highest share of real rows; one row may always stay."
+    )
+    sealed_rows: bool = Field(
+        True,
+        description="Whether the rows stay that scores are of, with what was answered to them: test rows, and dev "
+        "rows, which are split off the train rows. Without them a version answers, but is neither promoted by its "
+        "scores nor extended, and reports show no rows.",
+    )
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether all of the data may stay."""
+        return self.train_rows == "all" and self.sealed_rows
+
+
 class ClusterConfig(Section):
     """What Ray gives each stage."""
 

@@ -196,6 +196,12 @@ class ArtifactStore(ABC):
             if poured(chunks, file) != digest:
                 raise self._damaged(digest)
 
+    def remove(self, digest: str) -> int:
+        """Take out a blob that nothing needs any more, and return its length; 0 if it is not there."""
+        there = self._look(_blob(digest))
+        self._delete(_blob(digest))
+        return 0 if there is None else there.size
+
     # Records
 
     def read_record(self, key: str) -> dict[str, Any] | None:
@@ -223,7 +229,7 @@ class ArtifactStore(ABC):
 
         Of several writers the first wins; all get the winner's record.
         """
-        data = json.dumps(record, indent=1, sort_keys=True, allow_nan=False).encode()
+        data = _json(record)
         for _ in range(_CREATE_ATTEMPTS):
             if self._create(_record(key), data):
                 return json.loads(data)  # type: ignore[no-any-return]
@@ -231,6 +237,10 @@ class ArtifactStore(ABC):
             if winner is not None:
                 return winner  # None: the winner's was deleted in between
         raise StoreError(f"Record {_record(key)} in {self.uri} is deleted as fast as it is written. Run again.")
+
+    def replace_record(self, key: str, record: dict[str, Any]) -> None:
+        """Put another record in the place of the one that a key has."""
+        self._write(_record(key), _json(record))
 
     def delete_record(self, key: str) -> None:
         """Forget a stage's result, so that it runs again."""
@@ -302,6 +312,10 @@ def _blob(digest: str) -> str:
 
 def _record(key: str) -> str:
     return f"records/{checked(key)}.json"
+
+
+def _json(record: dict[str, Any]) -> bytes:
+    return json.dumps(record, indent=1, sort_keys=True, allow_nan=False).encode()
 
 
 def checked(digest: str) -> str:

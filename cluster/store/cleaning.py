@@ -4,7 +4,8 @@ Records are the roots, and no record is ever removed here. A record reaches the 
 outputs, and what its metrics name. A version's manifest is an output of the record of its train stage, and
 reaches in turn all that reading the version takes: blocks, router, what the method keeps, the backbone's files
 and, through its parent, the versions before. So as long as a version's train record is there, the version can be
-read wherever its manifest has been published.
+read wherever its manifest has been published. What a record says was erased it does not reach, nor a manifest the
+text that a task was made of.
 
 What no record reaches may be on its way into one: a stage keeps its blobs before its record, and a run the
 texts of its tasks before either. Both have just been put, which makes a blob's age zero even if it was there, so
@@ -18,13 +19,13 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any, NamedTuple
 
 from cluster.store.base import AT_ONCE, ArtifactStore, Entry
-from cluster.store.lookups import read_pack
+from cluster.store.lookups import Record, read_pack
 from sapt_core.errors import StoreError
 
 GRACE = timedelta(days=14)
@@ -60,7 +61,7 @@ def unreachable(store: ArtifactStore, *, grace: timedelta = GRACE, keep: Iterabl
     # Blobs before records: a record that comes in between reaches what is listed already.
     blobs = store._list("blobs")
     keys = {_last(entry.name).removesuffix(".json") for entry in store._list("records")}
-    reached = _reached(store, keys, keep)
+    reached = reached_by(store, read_records(store, keys), keep)
     found = [Leftover(blob, NO_RECORD) for blob in blobs if _last(blob.name) not in reached]
     stages: defaultdict[str, list[Entry]] = defaultdict(list)
     for entry in store._list("checkpoints"):
@@ -95,15 +96,40 @@ def remove(store: ArtifactStore, leftovers: Sequence[Leftover]) -> int:
         return sum(pool.map(removed, leftovers))
 
 
-def _reached(store: ArtifactStore, keys: Iterable[str], keep: Iterable[str]) -> set[str]:
-    """Digests that the records and the manifests name, and those manifests' parents, and so on."""
+def read_records(store: ArtifactStore, keys: Iterable[str] | None = None) -> dict[str, Record]:
+    """The records of these keys, of all by default."""
+    if keys is None:
+        keys = {_last(entry.name).removesuffix(".json") for entry in store._list("records")}
+    keys = list(keys)
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        records = [record for record in pool.map(store.read_record, keys) if record is not None]
-    reached, manifests = _digests(records), set(keep)
+        found = zip(keys, pool.map(store.read_record, keys), strict=True)
+        return {key: record for key, record in found if record is not None}
+
+
+def kept_outputs(record: Record) -> dict[str, str]:
+    """What a stage gave, by name, less what was erased of it."""
+    erased = record.get("erased", ())
+    return {name: digest for name, digest in record.get("outputs", {}).items() if name not in erased}
+
+
+def reached_by(store: ArtifactStore, records: Mapping[str, Record], keep: Iterable[str] = ()) -> set[str]:
+    """Digests that the records and the manifests name, and those manifests' parents, and so on.
+
+    Args:
+        store: holds the manifests.
+        records: by key.
+        keep: digests of manifests that count too.
+
+    Raises:
+        StoreError: one of ``keep`` is not there, or something is named as a manifest that is none.
+    """
+    reached = _digests([{**record, "outputs": kept_outputs(record)} for record in records.values()])
+    manifests = set(keep)
     for digest in manifests:
         if not store.has(digest):
             raise StoreError(f"The manifest {digest} that is to be kept is not in {store.uri}. Is store.uri right?")
-    manifests |= {record["outputs"]["manifest"] for record in records if "manifest" in record.get("outputs", {})}
+    outputs = [record.get("outputs", {}) for record in records.values()]
+    manifests |= {each["manifest"] for each in outputs if "manifest" in each}
     seen: set[str] = set()
     while manifests:
         digest = manifests.pop()
@@ -113,6 +139,8 @@ def _reached(store: ArtifactStore, keys: Iterable[str], keep: Iterable[str]) -> 
         try:
             manifest = json.loads(store.get(digest))
             parent = manifest["parent"]
+            for task in manifest.get("carried") or ():
+                del task["data"]  # its text, which later tasks do not need
         except (ValueError, KeyError, TypeError):
             raise StoreError(
                 f"{digest} in {store.uri} is named as a manifest and is none: nothing is removed."

@@ -151,7 +151,7 @@ def as_of(record: Record, cell: Cell) -> Record:
 
 def _config(cell: Cell) -> dict[str, Any]:
     """All that was set, less where things lie on the machine that it was set on."""
-    unsaid: Any = dict.fromkeys(("store", "tracking", "registry", "cluster", "diagnostics"), True)
+    unsaid: Any = dict.fromkeys(("store", "tracking", "registry", "cluster", "diagnostics", "retention"), True)
     unsaid |= {"benchmark": {"data_dir"}, "reflection": {"data_dir"}}
     config = cell.experiment.config.model_dump(mode="json", exclude=unsaid)
     config["backbone"]["path"] = cell.experiment.backbone.path

@@ -20,7 +20,7 @@ from pipelines.comparisons.cells import Cell, Comparison
 from pipelines.comparisons.records import read_records, record_of, write_record
 from pipelines.comparisons.table import results
 from pipelines.running.monitor import Monitor, tell_alone
-from pipelines.running.sequence import inline_executor, ray_executor
+from pipelines.running.sequence import inline_executor, keep_to_retention, ray_executor
 from pipelines.sequence.graph import SequenceGraph
 from sapt_core.errors import TrackingError
 from sapt_core.io.hashing import canonical_hash
@@ -104,8 +104,9 @@ class ComparisonRun:
             Exception: what stopped the whole comparison.
         """
         self._publisher = publisher
+        all_done = set(self.plan.values()) == {"done"}
         for cell in self.cells:
-            cell.experiment.upload(self._known)
+            cell.experiment.upload(self._known, all_done=all_done)
         try:
             while stages := self.stages:
                 failures = len(self.failed)
@@ -120,11 +121,24 @@ class ComparisonRun:
                     with suppress(TrackingError):  # the first error is the one to tell
                         opened.abandon(killed=not isinstance(error, Exception))
             raise
+        self._pack()
+        return self.failed
+
+    def keep_to_retention(self) -> None:
+        """Remove from the store what may not stay of the complete cells; to be called once they are published.
+
+        Raises:
+            StoreError: the store cannot be read or written.
+        """
+        finished = [(cell.experiment, self._monitors[cell].records) for cell in self.cells if cell in self._complete]
+        if keep_to_retention(finished, self._known, self._console):
+            self._pack()
+
+    def _pack(self) -> None:
         for cell in self.cells:
             if cell in self._complete:
                 keys = [record.key for record in self._monitors[cell].records.values()]
                 self._known.pack(cell.experiment.key, keys)
-        return self.failed
 
     def on_event(self, event: StageEvent) -> None:
         """Take news of one stage to its cell's monitor, under the name it has there."""
@@ -161,8 +175,12 @@ class ComparisonRun:
 
 
 def run_cells(running: ComparisonRun, arguments: argparse.Namespace) -> Mapping[Cell, Exception]:
-    if not arguments.inline:
-        return _run_published(running)
+    failed = _run_inline(running, arguments) if arguments.inline else _run_published(running)
+    running.keep_to_retention()
+    return failed
+
+
+def _run_inline(running: ComparisonRun, arguments: argparse.Namespace) -> Mapping[Cell, Exception]:
     with ExitStack() as stack:
         config = running.cells[0].experiment.config
         return running.run(inline_executor(arguments, config.store, running.store, stack))

@@ -94,7 +94,7 @@ class Findings:
         attention: None for a method without shared attention.
         reflected: for each task whether later ones reflect on anything of it.
         samples: of each task but the last; None where a task has none; empty where no text is made.
-        answers: of each task some of its scored rows, drawn whatever was answered.
+        answers: of each task some of its scored rows, drawn whatever was answered; none where rows may not stay.
         records: keys of the records that all this was read from.
         finished_at: when the last of them was written (UTC).
     """
@@ -122,9 +122,10 @@ class Findings:
 
     @property
     def digest(self) -> str:
-        """sha256 of all that is found: the records and the limits they are held against."""
+        """sha256 of all that is found: records, the limits they are held against, and tasks without rows to show."""
         limits = self.experiment.config.diagnostics.model_dump(mode="json")
-        return canonical_hash([self.experiment.key, list(self.records), limits])
+        hidden = [name for name, shown in zip(self.tasks, self.answers, strict=True) if not shown]
+        return canonical_hash([self.experiment.key, list(self.records), limits, *([hidden] if hidden else [])])
 
     @cached_property
     def diagnoses(self) -> tuple[Diagnosis, ...]:
@@ -171,7 +172,7 @@ def collect(
         store: holds their blobs.
         version: T, tasks learnt, from 1.
     """
-    graph = experiment.graph
+    graph, retention = experiment.graph, experiment.config.retention
     used: dict[Stage, StageRecord] = {}
 
     def take(stages: tuple[Stage, ...]) -> list[StageRecord | None]:
@@ -209,7 +210,10 @@ def collect(
         attention=attention,
         reflected=tuple(bool(record and record.metrics["bytes"]) for record in kept) + (False,) * (version - len(kept)),
         samples=tuple(_samples(record, qualities.get(index)) for index, record in enumerate(kept)) if compared else (),
-        answers=tuple(_answers(row[index], scored[-1][index], store) for index, row in enumerate(scored)),
+        answers=tuple(
+            _answers(row[index], scored[-1][index], store) if index < graph.known or retention.sealed_rows else ()
+            for index, row in enumerate(scored)
+        ),
         records=tuple(record.key for record in used.values()),
         finished_at=max(record.finished_at for record in used.values()),
     )
@@ -232,7 +236,9 @@ def read_curve(record: StageRecord, store: ArtifactStore) -> Curve:
 
 
 def _answers(learnt: StageRecord, now: StageRecord, store: ArtifactStore) -> tuple[Answer, ...]:
-    """Some rows of what two versions answered to the same rows."""
+    """Some rows of what two versions answered to the same rows; none where these were erased."""
+    if any("predictions" in record.erased for record in (learnt, now)):
+        return ()
     before, after = (
         [json.loads(line) for line in store.get(record.outputs["predictions"]).splitlines()] for record in (learnt, now)
     )

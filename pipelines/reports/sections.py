@@ -97,8 +97,10 @@ def scores(findings: Findings) -> Section:
     return Section("scores", "Scores", (plot, table))
 
 
-def answers(findings: Findings) -> Section:
+def answers(findings: Findings) -> Section | None:
     """Some rows of every task, and what was answered."""
+    if not any(findings.answers):
+        return None
     tasks, split = findings.tasks, findings.experiment.config.evaluation.split
     rows = tuple(
         (name, _cut(each.prompt), " / ".join(map(_cut, each.right)), _cut(each.learnt), _cut(each.now))

@@ -115,7 +115,9 @@ class MLflowPublisher:
         suite = f"{config.benchmark.suite} {len(experiment.every_task)} tasks"
         name = name or f"{config.method.name} {suite} seed {config.seed}"
         params = _flat(
-            config.model_dump(mode="json", exclude={"store", "tracking", "registry", "cluster", "diagnostics"})
+            config.model_dump(
+                mode="json", exclude={"store", "tracking", "registry", "cluster", "diagnostics", "retention"}
+            )
         )
         self.versions: list[int | None] = []
         self._tasks = [task.name for task in experiment.every_task]

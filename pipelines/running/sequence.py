@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from typing import Any
 
+from rich.console import Console
+
 from cluster.processes import stage_processes
-from cluster.stages import Executor, InlineExecutor, plan, run_graph
+from cluster.stages import Executor, InlineExecutor, Stage, StageRecord, plan, run_graph
 from cluster.store import ArtifactStore, open_store
 from cluster.store.lookups import Lookups
 from pipelines.console.cli import write_output
@@ -18,6 +20,7 @@ from pipelines.console.places import check_lasting, is_passing
 from pipelines.reports import page
 from pipelines.running.monitor import Monitor
 from pipelines.sequence.experiment import Experiment
+from pipelines.sequence.retention import enforce
 from sapt_core.config.experiment import ExperimentConfig
 from sapt_core.errors import ServiceError, TrackingError
 from sapt_core.settings import StoreConfig
@@ -53,6 +56,8 @@ def carry_out(experiment: Experiment, arguments: Namespace) -> None:
         monitor.console.print(f"report: {said if kept else f'not written, for {said}'}", soft_wrap=True)
     else:
         monitor = publish_sequence(experiment, known, all_done=set(states.values()) == {"done"})
+    if keep_to_retention([(experiment, monitor.records)], known, monitor.console):
+        known.pack(experiment.key, [record.key for record in monitor.records.values()])
     monitor.show_end()
     if arguments.summary is not None:
         write_output(arguments.summary, json.dumps(monitor.summary(), indent=1, allow_nan=False))
@@ -152,6 +157,26 @@ def ray_executor(config: ExperimentConfig, stack: ExitStack) -> Executor[Any]:
 
 
 def run(experiment: Experiment, known: Lookups, executor: Executor[Any], monitor: Monitor) -> None:
-    experiment.upload(known)
-    records = run_graph(experiment.graph.published, known, executor, monitor.on_event)
+    stages = experiment.graph.published
+    experiment.upload(known, all_done=set(plan(stages, known).values()) == {"done"})
+    records = run_graph(stages, known, executor, monitor.on_event)
     known.pack(experiment.key, [record.key for record in records.values()])
+
+
+def keep_to_retention(
+    finished: Sequence[tuple[Experiment, Mapping[Stage, StageRecord]]], known: Lookups, console: Console
+) -> bool:
+    """Remove from the store what may not stay of sequences that have ended, and say what became of it.
+
+    Returns:
+        Whether records were changed, so that a pack with copies of them is outdated.
+
+    Raises:
+        StoreError: the store cannot be read or written.
+    """
+    removal = enforce(finished, known)
+    if removal is None:
+        return False
+    for line in removal.told(known.store.uri):
+        console.print(line, style="yellow" if line.startswith("warning") else None, soft_wrap=True)
+    return bool(removal.erased.marked)

@@ -41,6 +41,7 @@ from sapt_core.settings import (
     GeneratorConfig,
     PromptConfig,
     ReflectionConfig,
+    RetentionConfig,
     TrainConfig,
 )
 from sapt_core.training.generator import generate_pseudo_samples
@@ -52,7 +53,8 @@ from sapt_core.versions.size import trained_parameters
 
 Input = TypeVar("Input")
 
-CARRIED = frozenset({"dev.arrow", "test.arrow", "meta.json"})  # of a task's tokens: scores and attention need no more
+SEALED = frozenset({"dev.arrow", "test.arrow"})  # of a task's tokens: rows that nothing is learnt from
+CARRIED = SEALED | {"meta.json"}  # scores and attention need no more
 
 COST_ROWS = 16  # a batch that the cost of a forward is counted on
 
@@ -195,8 +197,8 @@ def train(context: StageContext) -> StageResult:
 def complete(context: StageContext) -> StageResult:
     """A version with all that later tasks need: its manifest, in the store.
 
-    Reads ``lineage``, ``recipe``, ``tasks`` (of each its text's ``data``, its ``rows`` and the ``origin`` of what
-    there is to reflect on). Inputs: ``version``, the train stage; for each task ``task 00``, its ``prepare``,
+    Reads ``lineage``, ``recipe``, ``tasks`` (of each its text's ``data``, its ``rows``, the ``origin`` of what there is
+    to reflect on and, where not all may stay, its ``retention``). Inputs: ``version``, the train stage; for each task ``task 00``, its ``prepare``,
     ``learnt 00``, its train stage, and where there is something to reflect on ``kept 00``.
     """
     reads, inputs = context.reads, context.inputs
@@ -205,10 +207,15 @@ def complete(context: StageContext) -> StageResult:
         CarriedTask(
             data=task["data"],
             rows=task["rows"],
-            tokens={name: digest for name, digest in inputs[f"task {index:02d}"].outputs.items() if name in CARRIED},
+            tokens={
+                name: digest
+                for name, digest in inputs[f"task {index:02d}"].outputs.items()
+                if name in CARRIED and (name not in SEALED or RetentionConfig(**task.get("retention", {})).sealed_rows)
+            },
             reflection=inputs[f"kept {index:02d}"].outputs if f"kept {index:02d}" in inputs else {},
             origin=task["origin"],
             curve=inputs[f"learnt {index:02d}"].metrics["curve"],
+            retention=task.get("retention"),
         )
         for index, task in enumerate(reads["tasks"])
     ]

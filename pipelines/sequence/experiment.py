@@ -84,23 +84,33 @@ class Experiment:
         """sha256 over the text of all tasks of the sequence."""
         return canonical_hash([task.digest for task in self.every_task])
 
-    def upload(self, known: Lookups) -> None:
-        """Put what the stages start from into the store: the tasks' text, given samples and the backbone's files."""
-        store, description = known.store, self._description(known.store)
-        given = [task.to_json() for task in (*self.tasks, *self.unseen)], self.samples.values()
-        texts = {hashlib.sha256(data).hexdigest(): data for data in chain(*given)}
-        # What the description names is kept. Until it is there, putting the texts again makes them young.
-        for digest in texts if description is not None else known.missing(texts):
-            store.put(texts[digest])
+    def upload(self, known: Lookups, *, all_done: bool = False) -> None:
+        """Put what the stages start from into the store: the tasks' text, given samples and the backbone's files.
+
+        Args:
+            known: what is known of the store.
+            all_done: nothing is left to run, so that texts which were erased are not needed again.
+        """
+        store, (description, is_there) = known.store, self.description(known.store)
         if self.base is None:  # whose backbone is in the store
             store_backbone(self.config.backbone, self.backbone, store)
-        if description is not None:
-            store.commit_record(description.key, description.model_dump(mode="json"))
+        if description.erased and all_done:
+            return
+        given = [task.to_json() for task in (*self.tasks, *self.unseen)], self.samples.values()
+        texts = {hashlib.sha256(data).hexdigest(): data for data in chain(*given)}
+        whole = is_there and not description.erased
+        # What the description names is kept. Until it is there, putting the texts again makes them young.
+        for digest in known.missing(texts) if whole else texts:
+            store.put(texts[digest])
+        if not whole:
+            record = description.model_copy(update={"erased": ()}).model_dump(mode="json")
+            (store.replace_record if is_there else store.commit_record)(description.key, record)
 
-    def _description(self, store: ArtifactStore) -> StageRecord | None:
+    def description(self, store: ArtifactStore) -> tuple[StageRecord, bool]:
         """What else the experiment is made of, kept under its config, so that ``find_experiment`` needs no folder.
 
-        None if the store has it.
+        Returns:
+            The record, and whether the store has it.
         """
         values: dict[str, Any] = {
             "backbone": self.backbone.model_dump(mode="json"),
@@ -118,8 +128,8 @@ class Experiment:
             if there is None:
                 break
             if (there.values, there.outputs) == (values, outputs):
-                return None
-        return StageRecord(
+                return there, True
+        new = StageRecord(
             kind=DESCRIPTION,
             name=DESCRIPTION,
             key=key,
@@ -131,6 +141,7 @@ class Experiment:
             finished_at=datetime.now(UTC),
             world_size=1,
         )
+        return new, False
 
 
 def load_experiment(path: Path, overrides: Sequence[str]) -> Experiment:
@@ -174,6 +185,11 @@ def _remembered(config: ExperimentConfig, store: ArtifactStore) -> Experiment | 
         newest = there
     if newest is None:
         return None
+    if newest.erased:
+        raise ConfigError(
+            "The tasks can be read nowhere:",
+            [f"{store.uri} keeps no rows of them any more, as retention says: put them back where benchmark says"],
+        )
     values: dict[str, Any] = newest.values
     digests = [newest.outputs[name] for name in sorted(newest.outputs)]
     learnt, scored = values["tasks"], values["unseen"]
@@ -193,7 +209,7 @@ def _remembered(config: ExperimentConfig, store: ArtifactStore) -> Experiment | 
 
 def _described_under(config: ExperimentConfig) -> Iterator[str]:
     """Keys of what a config was run with, oldest first: its folders may have held something else later on."""
-    unread: Any = dict.fromkeys(("cluster", "diagnostics", "registry", "store", "tracking"), True) | {
+    unread: Any = dict.fromkeys(("cluster", "diagnostics", "registry", "retention", "store", "tracking"), True) | {
         "train": {"precision"}
     }
     fields = config.model_dump(mode="json", exclude=unread)

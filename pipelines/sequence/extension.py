@@ -12,6 +12,7 @@ from cluster.store import ArtifactStore
 from cluster.store.lookups import Lookups
 from pipelines.sequence.base import Base, read_base
 from pipelines.sequence.experiment import Experiment, assemble
+from pipelines.sequence.making import ATTENDED_ON
 from sapt_core.backbones.loading import folder_of
 from sapt_core.config.experiment import ExperimentConfig, read_mapping, validated
 from sapt_core.config.overrides import parsed
@@ -63,7 +64,7 @@ def extend(
     base = read_base(manifest, store)
     _check_whole(base, store)
     config = _config(base, additions, places, path, overrides)
-    faults = [*_names(base, additions), *_reflection(base, config)]
+    faults = [*_names(base, additions), *_reflection(base, config), *_sealed(base, config)]
     if faults:
         raise ConfigError("The version cannot be extended so:", faults)
     return assemble(
@@ -149,6 +150,8 @@ def own_settings(
         "store": places.store,
         "tracking": places.tracking,
     }
+    if manifest.carried is not None and (retention := manifest.carried[-1].retention) is not None:
+        own["retention"] = retention.model_dump(mode="json")
     if manifest.attention is not None:
         own["attention"] = manifest.attention.model_dump(mode="json")
     return own
@@ -185,7 +188,7 @@ def _names(base: Base, additions: Sequence[Addition]) -> list[str]:
 
 def _reflection(base: Base, config: ExperimentConfig) -> list[str]:
     """What is against reflecting on the tasks that the version knows."""
-    if not config.method.shared_attention or config.reflection.weight == 0 or config.reflection.source == "none":
+    if not config.reflects:
         return []
     none = [task.name for task, carried in zip(base.tasks, base.carried, strict=True) if not carried.reflection]
     if not none:
@@ -193,4 +196,21 @@ def _reflection(base: Base, config: ExperimentConfig) -> list[str]:
     return [
         f"reflection.source={config.reflection.source}: the version carries nothing to reflect on of "
         f"{', '.join(none)}; give reflection.source=none, with which they are not held in place"
+    ]
+
+
+def _sealed(base: Base, config: ExperimentConfig) -> list[str]:
+    """What is against scoring the tasks that the version knows, as every version is scored on all of its tasks."""
+    needed = {f"{config.evaluation.split}.arrow"}
+    if config.method.shared_attention:
+        needed |= ATTENDED_ON
+    lost = [
+        task.name for task, carried in zip(base.tasks, base.carried, strict=True) if not needed <= {*carried.tokens}
+    ]
+    if not lost:
+        return []
+    return [
+        f"the version carries no sealed rows of {', '.join(lost)}, on which what is learnt next is scored: "
+        "retention.sealed_rows was false. Learn these tasks and the new ones in one sequence, from their data, or with "
+        "retention.sealed_rows=true"
     ]

@@ -18,6 +18,7 @@ from sapt_core.config.experiment import ExperimentConfig
 from sapt_core.data.task import KnownTask, Task
 from sapt_core.io.hashing import canonical_hash
 from sapt_core.methods.sequential import Sequential
+from sapt_core.settings import RetentionConfig
 
 
 @dataclass(frozen=True)
@@ -210,6 +211,8 @@ def _chain(make: StageMaker, tasks: Sequence[Task | KnownTask], base: Base | Non
     kept: list[Stage] = []
     train: list[Stage] = []
     origins: list[str] = []
+    retention: list[RetentionConfig | None] = []
+    own = make.config.retention
     for index, task in enumerate(tasks):
         label = f"{index:02d} {task.name}"
         if isinstance(task, KnownTask):
@@ -220,6 +223,7 @@ def _chain(make: StageMaker, tasks: Sequence[Task | KnownTask], base: Base | Non
             if carried.reflection:
                 kept.append(make.carried(f"kept[{label}]", carried.reflection))
             origins.append(carried.origin)
+            retention.append(carried.retention)
             continue
         prepare.append(make.preparation(f"prepare[{label}]", task))
         earlier = {f"kept {number:02d}": stage for number, stage in enumerate(kept)}
@@ -230,7 +234,8 @@ def _chain(make: StageMaker, tasks: Sequence[Task | KnownTask], base: Base | Non
         source = make.keeping(label, task, prepare[index]) if make.keeps(task) else None
         kept += [] if source is None else [source]
         origins.append(canonical_hash(source and [source.kind, source.version, dict(source.reads)]))
-    return Chain(tuple(tasks), tuple(prepare), tuple(kept), tuple(train), tuple(origins))
+        retention.append(None if own.keeps_all else own)
+    return Chain(tuple(tasks), tuple(prepare), tuple(kept), tuple(train), tuple(origins), tuple(retention))
 
 
 def _lineage(chain: Chain, base: Base | None) -> tuple[str, ...]:

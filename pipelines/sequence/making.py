@@ -12,7 +12,7 @@ from sapt_core.backbones.reference import BackboneRef
 from sapt_core.config.experiment import ExperimentConfig
 from sapt_core.data.task import KnownTask, LearntTask, Task
 from sapt_core.methods.base import Method
-from sapt_core.settings import TrainConfig
+from sapt_core.settings import RetentionConfig, TrainConfig
 from sapt_core.training.trainer import step_seed
 from sapt_core.versions.manifest import Recipe
 
@@ -55,6 +55,7 @@ class Chain:
         prepare, train: a stage a task.
         kept: what there is to reflect on, of the first so many tasks.
         origins: of every task a hash of how that is made.
+        retention: of every task what may stay of its data; None where all may.
     """
 
     tasks: tuple[Task | KnownTask, ...]
@@ -62,6 +63,7 @@ class Chain:
     kept: tuple[Stage, ...]
     train: tuple[Stage, ...]
     origins: tuple[str, ...]
+    retention: tuple[RetentionConfig | None, ...]
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,15 @@ class StageMaker:
         tokens = {f"task {place:02d}": stage for place, stage in enumerate(chain.prepare[: index + 1])}
         kept = {f"kept {place:02d}": stage for place, stage in enumerate(chain.kept[: index + 1])}
         learnt = {f"learnt {place:02d}": stage for place, stage in enumerate(chain.train[: index + 1])}
-        pairs = list(zip(chain.tasks, chain.origins, strict=True))[: index + 1]
+        tasks = [
+            {
+                "data": task.digest,
+                "rows": dict(task.rows),
+                "origin": origin,
+                **({} if retention is None else {"retention": retention.model_dump(mode="json")}),
+            }
+            for task, origin, retention in zip(chain.tasks, chain.origins, chain.retention, strict=True)
+        ][: index + 1]
         return Stage(
             name=f"complete[{index:02d} {chain.tasks[index].name}]",
             kind="complete",
@@ -122,7 +132,7 @@ class StageMaker:
             reads={
                 "lineage": lineage,
                 "recipe": self.recipe,
-                "tasks": [{"data": task.digest, "rows": dict(task.rows), "origin": origin} for task, origin in pairs],
+                "tasks": tasks,
             },
             inputs={"version": chain.train[index], **tokens, **kept, **learnt},
             uses={
@@ -146,10 +156,7 @@ class StageMaker:
 
     def keeps(self, task: Task) -> bool:
         """Whether there is something of a task that later ones reflect on."""
-        method, reflection = self.config.method, self.config.reflection
-        if not method.shared_attention or reflection.source == "none" or reflection.weight == 0:
-            return False
-        return reflection.source != "given" or task.name in self.samples
+        return self.config.reflects and (self.config.reflection.source != "given" or task.name in self.samples)
 
     def preparation(self, name: str, task: Task) -> Stage:
         config = self.config

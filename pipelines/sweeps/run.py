@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import optuna
 from rich.console import Console
 
-from cluster.stages import Executor, InlineExecutor, StageEvent, plan, run_graph
+from cluster.stages import Executor, InlineExecutor, Stage, StageEvent, StageRecord, done, plan, run_graph
 from cluster.store import ArtifactStore, open_store, resolved
 from cluster.store.lookups import Lookups
 from pipelines.console import cli
 from pipelines.console.machine import machine_of
 from pipelines.console.tables import text_table
-from pipelines.running.sequence import publish_sequence, ray_executor
+from pipelines.running.sequence import keep_to_retention, publish_sequence, ray_executor
 from pipelines.sequence.experiment import Experiment, assemble
 from pipelines.sweeps import trials
 from pipelines.sweeps.space import Scalar, Sweep, describe, shown
@@ -141,6 +141,7 @@ class SweepRun:
         self._outbox: Outbox | None = None
         self._parent = ""
         self._open: dict[str, str] = {}
+        self._crowned: list[tuple[Experiment, Mapping[Stage, StageRecord]]] = []
 
     def show_plan(self) -> None:
         """Print what a run would do."""
@@ -161,7 +162,7 @@ class SweepRun:
         """
         if self.sweep.config.stop != "none":
             raise SaptError("--inline runs trials one after another: set stop: none, or run on Ray")
-        self._experiment.upload(self._known)
+        self._experiment.upload(self._known, all_done=not self.points.count(self.before))
         self._run_shared(InlineExecutor(self.store))
         for number in range(self.points.count(self.before)):
             point = self.points.ask(str(number))
@@ -174,6 +175,8 @@ class SweepRun:
                 error = str(failed)
             self.ended(str(number), point, results, error)
             self.points.tell(str(number), results[-1] if results and error is None else None)
+        self._keep_to_retention()
+        self._keep_to_retention()
 
     def published(self) -> None:
         """Run on Ray Tune; the sweep is a parent run in MLflow, each trial a child."""
@@ -198,7 +201,7 @@ class SweepRun:
             outbox = self._outbox = stack.enter_context(Outbox())
             self._parent = self._tracker.start_sequence(f"sweep {self.sweep.name}", key=self.key, params={}, tags=tags)
             try:
-                self._experiment.upload(self._known)
+                self._experiment.upload(self._known, all_done=not left)
                 self._run_shared(executor)
                 if left:
                     run_trials(
@@ -230,6 +233,14 @@ class SweepRun:
                     with suppress(TrackingError):  # the first error is the one to tell
                         self._close("KILLED")
                 raise
+        self._keep_to_retention()
+
+    def _keep_to_retention(self) -> None:
+        """Remove from the store what may not stay, once no trial needs it."""
+        known = Lookups(self.store)  # the trials' processes have committed records since
+        graphs = [self.setup.graph(each.point) for each in self.after]
+        learnt = {stage: record for graph in graphs for stage, record in done(graph.by_version, known).items()}
+        keep_to_retention([(self._experiment, learnt), *self._crowned], known, self._console)
 
     def _tell_best(self, tracker: Tracker, chosen: TrialRecord) -> None:
         """Say in the sweep's run which trial was best: its point in tags, as a sweep that grows may find a better."""
@@ -268,6 +279,7 @@ class SweepRun:
         experiment = replace(assemble(scored, "The best trial"), commit=self._experiment.commit)
         known = Lookups(self.store, [experiment.key])  # the trials' processes have committed records since
         monitor = publish_sequence(experiment, known, all_done=False, sweep=self.sweep.name)
+        self._crowned.append((experiment, monitor.records))
         version = monitor.version
         assert version is not None  # noqa: S101 - it was published
         registry = PoolRegistry(checked)

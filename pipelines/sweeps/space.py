@@ -26,7 +26,18 @@ Point: TypeAlias = dict[str, Scalar]
 """A value for every swept field, by its dotted name."""
 
 # What a trial may not change: they say what is learnt, where and from which data, not how.
-FIXED = ("seed", "benchmark", "backbone", "store", "tracking", "registry", "cluster", "evaluation.split", "diagnostics")
+FIXED = (
+    "seed",
+    "benchmark",
+    "backbone",
+    "store",
+    "tracking",
+    "registry",
+    "cluster",
+    "evaluation.split",
+    "diagnostics",
+    "retention",
+)
 MOST_POINTS = 256
 DIRECTIONS: dict[str, Literal["maximize", "minimize"]] = {"ap": "maximize", "f_ra": "minimize"}
 

@@ -5,7 +5,7 @@ Unknown keys, wrong types and impossible values are refused together, each with 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from difflib import get_close_matches
 from pathlib import Path
@@ -35,8 +35,14 @@ from sapt_core.settings import (
     PETConfig,
     PlacesConfig,
     ReflectionConfig,
+    RetentionConfig,
     TrainConfig,
 )
+
+# What may stay of train rows, from least to most, and what each source of reflection keeps of them.
+_MOST = ("statistics", "samples", "share", "all")
+_KEPT_BY = {"statistics": "statistics", "generated": "samples", "given": "samples", "memory": "share"}
+_WHAT = {"samples": "pseudo-samples", "share": "real rows"}
 
 
 class ExperimentConfig(PlacesConfig):
@@ -53,6 +59,7 @@ class ExperimentConfig(PlacesConfig):
     train: TrainConfig = Field(TrainConfig(), description="How a task is trained.")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="What is scored, and how.")
     diagnostics: DiagnosticsConfig = Field(DiagnosticsConfig(), description="What the end warns of.")
+    retention: RetentionConfig = Field(RetentionConfig(), description="What may stay of the data.")
     cluster: ClusterConfig = Field(ClusterConfig(), description="What a stage gets.")
 
     @model_validator(mode="before")
@@ -91,11 +98,53 @@ class ExperimentConfig(PlacesConfig):
             )
         return self
 
+    @model_validator(mode="after")
+    def _keeps_no_more_than_may_stay(self) -> ExperimentConfig:
+        if faults := [*self._reflected_on_beyond_retention(), *self._rehearsed_beyond_retention()]:
+            raise ValueError("; ".join(faults))
+        return self
+
+    def _reflected_on_beyond_retention(self) -> Iterator[str]:
+        reflection, retention = self.reflection, self.retention
+        if not self.reflects:
+            return
+        kept, allowed = _KEPT_BY[reflection.source], retention.train_rows
+        if _MOST.index(kept) > _MOST.index(allowed):
+            fitting = [name for name, level in _KEPT_BY.items() if _MOST.index(level) <= _MOST.index(allowed)]
+            yield (
+                f"reflection.source={reflection.source} keeps {_WHAT[kept]} of every task, and retention.train_rows="
+                f"{allowed} forbids that: give reflection.source {', '.join(fitting)} or none, or retention.train_rows="
+                f"{kept}"
+            )
+        elif reflection.source == "memory" and allowed == "share" and reflection.share > retention.share:
+            yield (
+                f"reflection.share={reflection.share:g} is above retention.share={retention.share:g}: lower the one or "
+                "raise the other"
+            )
+
+    def _rehearsed_beyond_retention(self) -> Iterator[str]:
+        share, retention, name = self.method.kept_share, self.retention, self.method.name
+        if share and retention.train_rows in {"samples", "statistics"}:
+            yield (
+                f"method.name={name} keeps rows of every task, and retention.train_rows={retention.train_rows} forbids "
+                "that: give another method, or retention.train_rows=share"
+            )
+        elif retention.train_rows == "share" and share > retention.share:
+            yield (
+                f"method.name={name} keeps a share of {share:g} of the rows, which is above retention.share="
+                f"{retention.share:g}: lower method.share, raise retention.share, or give another method"
+            )
+
+    @property
+    def reflects(self) -> bool:
+        """Whether something is kept of a task for later ones to reflect on."""
+        reflection = self.reflection
+        return self.method.shared_attention and reflection.source != "none" and reflection.weight > 0
+
     @property
     def generates(self) -> bool:
         """Whether pseudo-samples are made, so that ``generator`` counts."""
-        reflection = self.reflection
-        return self.method.shared_attention and reflection.source == "generated" and reflection.weight > 0
+        return self.reflects and self.reflection.source == "generated"
 
     def digest(self) -> str:
         """sha256 of what decides the science, whatever it runs on and wherever it lies.
@@ -105,6 +154,7 @@ class ExperimentConfig(PlacesConfig):
         """
         unread: Any = {
             "diagnostics": True,
+            "retention": True,
             "cluster": True,
             "store": True,
             "tracking": True,

@@ -40,6 +40,9 @@ def unused(config: ExperimentConfig) -> list[Unused]:
             in_vain("generator", type(config.generator).model_fields, "reflection.weight", "reflection.weight is 0")
     if method.pool != "block per task":
         in_vain("pet", ["detach_frozen"], "method.name", f"method {method.name} has no finished blocks beside the new")
+    if config.retention.train_rows != "share":
+        train_rows = config.retention.train_rows
+        in_vain("retention", ["share"], "retention.train_rows", f"retention.train_rows is {train_rows}")
     if config.benchmark.tasks is not None:
         in_vain("benchmark", ["order"], "benchmark.tasks", "benchmark.tasks says the order")
     if not config.store.uri.startswith("s3://"):

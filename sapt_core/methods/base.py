@@ -167,6 +167,11 @@ class Method(Section):
         """Whether answers are made only for inputs whose task is told."""
         return False
 
+    @property
+    def kept_share(self) -> float:
+        """Share of a task's train rows that it keeps as they are, at least one row; 0 where it keeps none."""
+        return 0.0
+
     def soft_tokens(self, length: int, tasks: int) -> int:
         """How many soft tokens stand in front of an input after so many tasks, with prompts of a ``length``."""
         return length

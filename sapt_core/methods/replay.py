@@ -20,6 +20,11 @@ class Rehearsal(Method):
 
     share: float = Field(0.02, gt=0, le=1, description="Kept share of a task's train rows, at least one.")
 
+    @property
+    def kept_share(self) -> float:
+        """The memory's."""
+        return self.share
+
     def begin(self, lesson: Lesson) -> Plan:
         """Train on the task's rows and all kept ones; an epoch passes over each once."""
         return Plan([*lesson.rows, *(row for rows in remembered(lesson) for row in rows)])

@@ -53,6 +53,11 @@ class Seekr(Method):
     heads: int = Field(128, ge=1, description="B_H: heads that are kept.")
     queries: int = Field(100, ge=1, description="B_T: query positions of a row that are kept.")
 
+    @property
+    def kept_share(self) -> float:
+        """The memory's."""
+        return self.share
+
     def check_backbone(self, config: PretrainedConfig) -> None:
         """Refuse budgets beyond what the model has."""
         layers, heads = attention_layers(config)

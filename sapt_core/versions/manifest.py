@@ -22,6 +22,7 @@ from sapt_core.settings import (
     AttentionConfig,
     GeneratorConfig,
     PETConfig,
+    RetentionConfig,
     TrainConfig,
 )
 
@@ -53,6 +54,10 @@ class Recipe(BaseModel):
     train: TrainConfig
 
 
+def _is_none(value: object) -> bool:
+    return value is None
+
+
 class CarriedTask(BaseModel):
     """What a version carries of a task for those that come after it: its data folder is not needed again.
 
@@ -63,6 +68,7 @@ class CarriedTask(BaseModel):
         reflection: sha256 of what attention is held on, by name; empty where there is nothing.
         origin: hash of how ``reflection`` was made.
         curve: sha256 of the training curve.
+        retention: what may stay of its data; None where all may.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -73,10 +79,7 @@ class CarriedTask(BaseModel):
     reflection: dict[str, Digest]
     origin: Digest
     curve: Digest
-
-
-def _is_none(value: object) -> bool:
-    return value is None
+    retention: RetentionConfig | None = Field(None, exclude_if=_is_none)
 
 
 class Manifest(BaseModel):
