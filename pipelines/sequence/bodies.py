@@ -198,8 +198,9 @@ def complete(context: StageContext) -> StageResult:
     """A version with all that later tasks need: its manifest, in the store.
 
     Reads ``lineage``, ``recipe``, ``tasks`` (of each its text's ``data``, its ``rows``, the ``origin`` of what there is
-    to reflect on and, where not all may stay, its ``retention``). Inputs: ``version``, the train stage; for each task ``task 00``, its ``prepare``,
-    ``learnt 00``, its train stage, and where there is something to reflect on ``kept 00``.
+    to reflect on and, where not all may stay, its ``retention``). Inputs: ``version``, the train stage; for each task
+    ``task 00``, its ``prepare``, ``learnt 00``, its train stage, and where there is something to reflect on
+    ``kept 00``.
     """
     reads, inputs = context.reads, context.inputs
     manifest = Manifest.from_bytes(context.store.get(inputs["version"].outputs["manifest"]))

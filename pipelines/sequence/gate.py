@@ -113,8 +113,8 @@ def build_gate(config: ExperimentConfig, candidate: Manifest, champion: Manifest
     }
     if not sealed:
         raise SnapshotError(
-            "The version carries no sealed test rows of any task, on which it could be held against the champion: there "
-            "were none, or retention.sealed_rows was false"
+            "The version carries no sealed test rows of any task, on which it could be held against the champion "
+            "(it carries none where retention.sealed_rows is false)"
         )
     if champion is not None and not candidate.backbone.is_of(champion.backbone):
         raise SnapshotError(
