@@ -50,6 +50,7 @@ def test_overrides_win_and_keep_what_they_do_not_name() -> None:
         ["train.checkpoint_every_steps=1"],
         ["backbone.path=moved"],
         ["diagnostics.forgetting=1", "diagnostics.transfer=1", "diagnostics.misalignment=1"],
+        ["retention.train_rows=samples", "retention.sealed_rows=false"],
     ],
 )
 def test_the_digest_leaves_out_where_it_runs_and_lies(overrides: list[str]) -> None:
@@ -121,3 +122,55 @@ def test_the_generator_adapts_what_the_block_does_unless_told_otherwise() -> Non
     assert ExperimentConfig.model_validate(own).generator.pet.target_modules == ("c",)
     prompts = ExperimentConfig.model_validate({**synthetic, "pet": {"type": "prompt"}})
     assert prompts.generator == GeneratorConfig()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            ["retention.train_rows=statistics"],
+            "reflection.source=generated keeps pseudo-samples of every task, and retention.train_rows=statistics "
+            "forbids that: give reflection.source statistics or none, or retention.train_rows=samples",
+        ),
+        (
+            ["retention.train_rows=samples", "reflection.source=memory"],
+            "reflection.source=memory keeps real rows of every task, and retention.train_rows=samples forbids that: "
+            "give reflection.source statistics, generated, given or none, or retention.train_rows=share",
+        ),
+        (
+            ["retention.train_rows=share", "reflection.source=memory", "reflection.share=0.05"],
+            "reflection.share=0.05 is above retention.share=0.02: lower the one or raise the other",
+        ),
+        (
+            ["retention.train_rows=samples", "method.name=replay"],
+            "method.name=replay keeps rows of every task, and retention.train_rows=samples forbids that: give another "
+            "method, or retention.train_rows=share",
+        ),
+        (
+            ["retention.train_rows=share", "method.name=multi_task"],
+            "method.name=multi_task keeps a share of 1 of the rows, which is above retention.share=0.02: lower "
+            "method.share, raise retention.share, or give another method",
+        ),
+    ],
+)
+def test_a_config_that_keeps_more_than_may_stay_is_refused(given: list[str], said: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_config(QUICKSTART, given)
+    assert refused.value.faults == (f"config: {said}",)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["retention.train_rows=statistics", "reflection.source=statistics"],
+        ["retention.train_rows=statistics", "reflection.source=none"],
+        ["retention.train_rows=statistics", "reflection.weight=0"],
+        ["retention.train_rows=statistics", "method.name=ewc"],
+        ["retention.train_rows=samples"],
+        ["retention.train_rows=share", "reflection.source=memory"],
+        ["retention.train_rows=share", "method.name=replay", "method.share=0.02"],
+        ["method.name=multi_task"],
+    ],
+)
+def test_what_keeps_no_more_than_may_stay_is_taken(given: list[str]) -> None:
+    load_config(QUICKSTART, given)
