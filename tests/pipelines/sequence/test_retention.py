@@ -15,6 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from transformers import AutoTokenizer
@@ -22,7 +23,7 @@ from transformers import AutoTokenizer
 from cluster.store import open_store
 from cluster.store.base import ArtifactStore
 from cluster.store.cleaning import unreachable
-from pipelines import continual, extend, report
+from pipelines import compare, continual, extend, report, sweep
 from sapt_core.data.task import Example, Task
 from sapt_core.settings import RetentionConfig, StoreConfig, TrackingConfig
 from sapt_core.versions.manifest import CarriedTask, Manifest
@@ -260,3 +261,19 @@ def test_a_version_without_sealed_rows_is_not_extended(learn: Learn, call: Call,
     assert refused.code == 2
     assert "the version carries no sealed rows of fruit, tools" in refused.err
     assert "retention.sealed_rows=true" in refused.err
+
+
+def test_a_comparison_and_a_sweep_leave_what_may_stay(learn: Learn, call: Call, tmp_path: Path) -> None:
+    """Of all of their sequences, once the last has ended; what is asked again is answered from the records."""
+    given = {"base": QUICKSTART, "overrides": [*settings(tmp_path), *NOTHING], "results": "results"}
+    rows = [{"name": "per task", "overrides": ["method.name=per_task"]}, {"name": "SAPT"}]
+    Path("compare_tiny.yaml").write_text(yaml.safe_dump({**given, "rows": rows}))
+    space = {"train.learning_rate": {"values": [0.001, 0.002]}}
+    Path("sweep_tiny.yaml").write_text(yaml.safe_dump({**given, "search": "grid", "space": space}))
+    for main, path in ((compare.main, "compare_tiny.yaml"), (sweep.main, "sweep_tiny.yaml")):
+        for _ in range(2):
+            ended = call(main, ["--config", path, "--inline"])
+            assert ended.code == 0, ended.err
+            assert "stay in" not in ended.out
+            assert found(Path()) == {}
+            shutil.rmtree("results")
