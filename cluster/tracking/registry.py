@@ -196,6 +196,17 @@ class PoolRegistry:
                 place.branched.version,
             )
 
+    def models(self) -> list[str]:
+        """Names of all registered models, those of other tools too."""
+        names: list[str] = []
+        token = None
+        with reported(self.config.uri):
+            while True:
+                page = client_of(self.config.uri).search_registered_models(page_token=token)
+                names += [model.name for model in page]
+                if not (token := page.token):
+                    return names
+
     def versions(self, name: str | None = None) -> list[PoolVersion]:
         """All versions of a registered model, oldest first; none of one that is not there.
 
