@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,14 @@ from tests.pipelines.commands import QUICKSTART, TINY, Finished
 @pytest.fixture(scope="module")
 def findings(finished: Finished) -> Findings:
     given = [*TINY, f"store.uri={finished.store}", "tracking.model=pool", "tracking.uri=sqlite:///m.db"]
+    given.append("registry.max_drop=2")
     experiment = load_experiment(Path(QUICKSTART), given)
     return page.find(experiment, open_store(experiment.config.store), None)
+
+
+@pytest.fixture(autouse=True)
+def _started_as_sapt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["sapt"])
 
 
 def scored(findings: Findings, *rows: tuple[float, ...], **more: Any) -> Findings:
@@ -99,7 +106,6 @@ def test_one_task_has_nothing_to_forget(findings: Findings) -> None:
     ],
 )
 def test_the_champion_is_held_against(findings: Findings, scores: dict[str, float], label: str, text: str) -> None:
-    assert findings.experiment.config.registry.max_drop == 2.0
     said = lines(scored(findings, (80.0,), (76.0, 60.0)), Registered(5, Champion(3, scores)))
     assert said[label].startswith("version 3 of pool")
     assert text in said[label]
