@@ -11,8 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from cluster.tracking.runs import Tracker
 from cluster.tracking.service import client_of
 from pipelines import continual, extend, predict
+from pipelines.reports.verdict import Champion, Registered
+from pipelines.running.publishing import registered_as
+from pipelines.sequence.experiment import load_experiment
 from sapt_core.config.experiment import load_config
 from sapt_core.data import load_sequence
 from sapt_core.settings import TrackingConfig
@@ -82,6 +86,50 @@ def test_what_mlflow_says_of_a_version_and_its_data(finished: Finished, sqlite_t
     assert {each.tags[0].value for each in data.values()} == {"training"}
     assert json.loads(data["animal"].dataset.profile) == {"train": 22, "dev": 2, "test": 12}
     assert data["animal"].dataset.digest != data["basket"].dataset.digest
+
+
+@pytest.mark.usefixtures("published")
+def test_what_a_run_says_of_itself(
+    finished: Finished, sqlite_tracking: TrackingConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = client_of(sqlite_tracking.uri)
+    run = client.get_run(client.get_model_version("quickstart", "2").run_id)
+    note = run.data.tags["mlflow.note.content"].splitlines()
+    learnt, kept, _, typed = finished.summary["verdict"]
+    assert [line.replace("**", "") for line in note[:2]] == [f"- {learnt}", f"- {kept}"]
+    assert typed.startswith("next: ")
+    assert note[-1].startswith("- **next**: `")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", sqlite_tracking.uri)  # load_table searches there
+    table = client.load_table(run.info.experiment_id, "predictions.json", [run.info.run_id])
+    assert list(table.columns) == ["task", "input", "reference", "answer", "score", "weights"]
+    assert table["task"].value_counts().to_dict() == {"animal": 12, "basket": 12}
+    scores = table.groupby("task")["score"].mean().to_dict()
+    assert scores == pytest.approx(dict(zip(("animal", "basket"), finished.summary["scores"][-1], strict=True)))
+    assert all(set(json.loads(each)) == {"animal", "basket"} for each in table["weights"])
+
+
+@pytest.mark.usefixtures("published")
+def test_a_run_is_held_against_the_champion(
+    submit: Submit, finished: Finished, copied: Finished, sqlite_tracking: TrackingConfig
+) -> None:
+    client = client_of(sqlite_tracking.uri)
+    (before,), (after, second) = finished.summary["scores"]
+    client.set_registered_model_alias("quickstart", "champion", "1")
+    told = f"version 1 of quickstart: mean {after:.2f} against {before:.2f} on 1 task that both know"
+    outcome = submit()
+    assert outcome.code == 0, outcome.err
+    assert told in outcome.out
+    client.set_registered_model_alias("quickstart", "champion", "2")
+    assert "champion: it is, as version 2 of quickstart" in submit().out
+
+    def registered(*overrides: str) -> Registered | None:
+        given = [*TINY, f"store.uri={copied.store}", f"tracking.uri={sqlite_tracking.uri}", *overrides]
+        experiment = load_experiment(Path(QUICKSTART), given)
+        return registered_as(finished.snapshot, experiment, Tracker(experiment.config.tracking))
+
+    assert registered() == Registered(2, Champion(2, dict(zip(("animal", "basket"), (after, second), strict=True))))
+    assert registered("benchmark.test_rows=6") == Registered(2, Champion(2, {}))  # other rows, other scores
+    assert registered("tracking.model=another") is None
 
 
 @pytest.mark.parametrize("given", [["benchmark.tasks=basket"], ["seed=1"], ["method.name=per_task"]])
