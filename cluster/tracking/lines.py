@@ -31,7 +31,7 @@ class PoolVersion:
         version: its number, from 1.
         aliases: without ``latest``, which MLflow derives.
         tags: task, index, method and so on, as published.
-        run_id: the sequence's run.
+        run_id: the run that it was learnt in.
         source: where MLflow has its files.
     """
 

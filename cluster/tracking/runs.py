@@ -220,9 +220,11 @@ class Tracker:
             client_of(self.config.uri).log_inputs(run_id, inputs)
 
     def datasets(self, run_id: str) -> dict[str, str]:
-        """Digests (hex, their first characters) of the data sets of a run, by name."""
+        """Digests (hex, their first characters) of the data sets of a run, or of its parent, by name."""
         with reported(self.config.uri):
-            inputs = client_of(self.config.uri).get_run(run_id).inputs
+            client = client_of(self.config.uri)
+            run = client.get_run(run_id)
+            inputs = client.get_run(run.data.tags.get(PARENT, run_id)).inputs
         return {} if inputs is None else {each.dataset.name: each.dataset.digest for each in inputs.dataset_inputs}
 
     def log_table(self, run_id: str, name: str, columns: Sequence[str], rows: Sequence[Sequence[str | float]]) -> None:

@@ -159,6 +159,8 @@ class MLflowPublisher:
         self.versions: list[int | None] = []
         self._tasks = [task.name for task in experiment.every_task]
         self._run: str | None = None
+        self._stage_runs: dict[str, str] = {}
+        self._trainings = [stage.name for stage in experiment.graph.train]
         self._parent = None if experiment.base is None else experiment.base.manifest.digest
         self._outbox = outbox
 
@@ -196,7 +198,7 @@ class MLflowPublisher:
             for name, value in record.metrics.items()
             if isinstance(value, int | float) and name not in curves
         }
-        self._tracker.log_stage(
+        self._stage_runs[record.name] = self._tracker.log_stage(
             self.run_id,
             record.name,
             key=record.key,
@@ -232,6 +234,7 @@ class MLflowPublisher:
             },
             metrics=metrics,
             parent=self._parent,
+            learnt_in=self._stage_runs.get(self._trainings[index]),
         )
         self._parent = manifest.digest
         self.versions.append(number)

@@ -10,6 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from mlflow.entities.model_registry import ModelVersion
 
 from cluster.tracking.runs import Tracker
 from cluster.tracking.service import client_of
@@ -61,19 +64,24 @@ def published(submit: Submit, sqlite_tracking: TrackingConfig) -> list[dict[str,
     return found
 
 
+def run_of(version: ModelVersion, client: MlflowClient) -> Run:
+    """The sequence's run."""
+    return client.get_run(client.get_run(version.run_id).data.tags["mlflow.parentRunId"])
+
+
 @pytest.mark.usefixtures("published")
 def test_what_mlflow_says_of_a_version_and_its_data(finished: Finished, sqlite_tracking: TrackingConfig) -> None:
     client = client_of(sqlite_tracking.uri)
     version = client.get_model_version("quickstart", "2")
     figures = finished.summary
-    run = client.get_run(version.run_id)
+    run = run_of(version, client)
     for part in (
         f"sapt after 2 tasks: AP {figures['ap']:.2f}, F.Ra {figures['f_ra']:.2f}. Backbone ",
         f"| animal | {figures['scores'][1][0]:.2f} | {figures['scores'][1][0] - figures['scores'][0][0]:+.2f} |",
         f"| basket | {figures['scores'][1][1]:.2f} | new |",
         'load_model("models:/quickstart/2")',
         "sapt pool promote 2 tracking.model=quickstart",
-        f"[Run](#/experiments/{run.info.experiment_id}/runs/{version.run_id})",
+        f"[Run](#/experiments/{run.info.experiment_id}/runs/{run.info.run_id})",
     ):
         assert part in version.description
     assert (version.tags["line"], version.tags["ap"]) == ("main", f"{figures['ap']:.2f}")
@@ -81,6 +89,10 @@ def test_what_mlflow_says_of_a_version_and_its_data(finished: Finished, sqlite_t
     model = client.get_logged_model(version.source.removeprefix("models:/"))
     scores = {metric.key: metric.value for metric in model.metrics}
     assert (scores["ap"], scores["score/animal"]) == (figures["ap"], figures["scores"][-1][0])
+    # MLflow's page that compares versions shows the metrics of their runs.
+    own = [client.get_run(client.get_model_version("quickstart", each).run_id) for each in ("1", "2")]
+    assert [each.info.run_name for each in own] == ["train[00 animal]", "train[01 basket]"]
+    assert [each.data.metrics["score/animal"] for each in own] == [row[0] for row in figures["scores"]]
     data = {each.dataset.name: each for each in run.inputs.dataset_inputs}
     assert set(data) == {"animal", "basket"}
     assert {each.tags[0].value for each in data.values()} == {"training"}
@@ -93,7 +105,7 @@ def test_what_a_run_says_of_itself(
     finished: Finished, sqlite_tracking: TrackingConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = client_of(sqlite_tracking.uri)
-    run = client.get_run(client.get_model_version("quickstart", "2").run_id)
+    run = run_of(client.get_model_version("quickstart", "2"), client)
     note = run.data.tags["mlflow.note.content"].splitlines()
     learnt, kept, _, typed = finished.summary["verdict"]
     assert [line.replace("**", "") for line in note[:2]] == [f"- {learnt}", f"- {kept}"]
