@@ -28,8 +28,13 @@ pytestmark = pytest.mark.integration
 NOISE = re.compile(r"Traceback|Warning|it/s")
 LEARNT, LATER = ("animal", "basket", "ticket"), "place"
 ROWS = ("benchmark.train_rows=32", "benchmark.test_rows=16")
-FOLDERS = ("benchmark.suite=folder", "benchmark.template=superni", "benchmark.train_rows=null")
-FOLDERS += ("benchmark.test_rows=null", "evaluation.single_task=false", "cluster.train_workers=2")
+FOLDERS = ("benchmark.suite=folder", "benchmark.template=superni", "benchmark.metric=rouge_l")
+FOLDERS += (
+    "benchmark.train_rows=null",
+    "benchmark.test_rows=null",
+    "evaluation.single_task=false",
+    "cluster.train_workers=2",
+)
 
 
 def rows_of(folder: Path) -> None:
@@ -96,7 +101,8 @@ def test_a_pool_lives(
     learnt = read_summary(summary)
     assert (kept.uri, kept.endpoint_url, version.version) == (config.uri, s3_endpoint, 3)
     assert version.tags["sapt.snapshot"] == learnt["snapshot"]
-    assert min(learnt["scores"][-1]) > 50
+    assert min(learnt["scores"][-1]) > 20
+    assert max(learnt["scores"][-1]) > 80
 
     # A person makes the newest the champion; scores are those of learning.
     promoted = table(pool("promote", "latest").out)
