@@ -19,6 +19,7 @@ ACTIONS = {
     "verify": "verifying",
     "promote": "promoting",
     "rollback": "rolling_back",
+    "forget": "forgetting",
     "export": "exporting",
     "import": "importing",
 }

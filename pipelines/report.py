@@ -25,6 +25,7 @@ def main() -> None:
 
     from cluster.store import open_store
     from pipelines.reports import page
+    from pipelines.reports.verdict import judge
     from pipelines.sequence.experiment import find_experiment
 
     experiment = find_experiment(arguments.config, arguments.overrides)
@@ -32,14 +33,15 @@ def main() -> None:
     places.check_lasting({"--out": folder}, experiment.config, inline=arguments.inline)
     cli.check_output(folder / page.PAGE)
     findings = page.find(experiment, open_store(experiment.config.store), arguments.version)
-    run = None
+    run, registered = None, None
     links: tuple[page.Link, ...] = ()
     if not arguments.inline:
-        from pipelines.running.publishing import SequenceRun
+        from pipelines.running.publishing import SequenceRun, registered_as
 
         run = SequenceRun.find(experiment)  # refused before the work, not after it
         links = run.links()
-    files = page.build(findings, links)
+        registered = registered_as(findings.manifest.digest, experiment, run.tracker)
+    files = page.build(findings, judge(findings, registered), links)
     page.write(folder, files)
     print(f"report: {folder / page.PAGE}, after {len(findings.tasks)} of {len(experiment.every_task)} tasks")
     if run is not None:

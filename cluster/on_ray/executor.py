@@ -11,7 +11,7 @@ from ray import cloudpickle
 from ray.exceptions import RayError, RayTaskError
 
 from cluster.on_ray.session import available, capacity, largest
-from cluster.on_ray.warm import WarmWorkers
+from cluster.on_ray.warm import IDLE_SECONDS, WarmWorkers
 from cluster.stages import Outcome, Stage, StageContext, StageRecord, StageResult, run_alone
 from cluster.store import open_store, resolved
 from sapt_core.errors import ClusterError, SaptError
@@ -49,11 +49,13 @@ class RayExecutor:
     Args:
         store: where the workers find the store; a relative folder counts from this process's.
         cluster: restarts of stages whose worker died.
+        idle_seconds: how long training workers wait for a stage before they go.
     """
 
-    def __init__(self, store: StoreConfig, cluster: ClusterConfig) -> None:
+    def __init__(self, store: StoreConfig, cluster: ClusterConfig, *, idle_seconds: float = IDLE_SECONDS) -> None:
         self._store = resolved(store)
         self._cluster = cluster
+        self._idle_seconds = idle_seconds
         self._running: dict[Ref, tuple[Stage, _Kept | None]] = {}
         self._kept: list[_Kept] = []
 
@@ -114,7 +116,7 @@ class RayExecutor:
                 runtime_env={"env_vars": address},
                 **_ANYWHERE,
             )
-            free = [_Kept(options.remote(self._store, self._cluster.max_failures), stage)]
+            free = [_Kept(options.remote(self._store, self._cluster.max_failures, self._idle_seconds), stage)]
             self._kept += free
         free[0].stage, free[0].busy = stage, True
         return free[0]

@@ -39,11 +39,13 @@ class WarmWorkers:
     Args:
         store: of the stages.
         max_failures: how often the workers are started again in a stage.
+        idle_seconds: how long they wait for a stage.
     """
 
-    def __init__(self, store: StoreConfig, max_failures: int) -> None:
+    def __init__(self, store: StoreConfig, max_failures: int, idle_seconds: float) -> None:
         self._store = store
         self._max_failures = max_failures
+        self._idle_seconds = idle_seconds
         self._news = Condition()
         self._job: Job | None = None
         self._result: Future[StageResult] = Future()
@@ -82,7 +84,7 @@ class WarmWorkers:
         with self._news:
             self._groups += first
             if self._groups == 1:
-                self._news.wait_for(lambda: self._run != run or self._job is not None, IDLE_SECONDS)
+                self._news.wait_for(lambda: self._run != run or self._job is not None, self._idle_seconds)
             if self._run == run and self._job is None:
                 self._run = None
             return self._run == run

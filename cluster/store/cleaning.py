@@ -1,6 +1,6 @@
 """What lies in a store and is of no more use, and its removal.
 
-Records are the roots, and no record is ever removed here. A record reaches the blobs whose digests stand in it:
+Records are the roots. A record reaches the blobs whose digests stand in it:
 outputs, and what its metrics name. A version's manifest is an output of the record of its train stage, and
 reaches in turn all that reading the version takes: blocks, router, what the method keeps, the backbone's files
 and, through its parent, the versions before. So as long as a version's train record is there, the version can be
@@ -12,6 +12,12 @@ texts of its tasks before either. Both have just been put, which makes a blob's 
 what is younger than a grace period stays. It must be longer than any run takes.
 
 A pack has copies of records and reaches nothing. It goes when none of its records is there any more.
+
+Records go in one case alone: where a version was made to forget a task. Its record (kind ``FORGET``) names what the
+version before reaches and it does not. Of that, whatever no manifest in ``keep`` reaches is forgotten, and with it
+each earlier record that gave some of it or was computed from such a record, with all that it names: what is learnt
+again later stays. A record of kind ``CARRIED`` says what a version has and gave nothing, so it goes whenever it was
+made. No grace period holds back what was forgotten; a stage that is at work does.
 """
 
 from __future__ import annotations
@@ -19,12 +25,13 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
 from cluster.store.base import AT_ONCE, ArtifactStore, Entry
+from cluster.store.lease import EXPIRY_SECONDS
 from cluster.store.lookups import Record, read_pack
 from sapt_core.errors import StoreError
 
@@ -34,6 +41,9 @@ FINISHED = "its stage is done"
 BROKEN_OFF = "its stage was broken off, and the same run would go on from it"
 KILLED = "left by a process that was killed"
 UNPACKED = "none of the records is there that it holds copies of"
+FORGOTTEN = "of a task that was forgotten"
+FORGET = "forget"
+CARRIED = "carried"
 
 _DIGEST = re.compile(r"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])")
 
@@ -46,13 +56,15 @@ class Leftover(NamedTuple):
 
 
 def unreachable(store: ArtifactStore, *, grace: timedelta = GRACE, keep: Iterable[str] = ()) -> list[Leftover]:
-    """What no record reaches and nothing has written or put for a grace period. Nothing is removed.
+    """What no record reaches and nothing has written or put for a grace period, and what was forgotten.
+
+    Nothing is removed.
 
     Args:
         store: to be looked through; every record and manifest is read.
         grace: what is younger is left out. Blobs tell their age to the day, so give more than one.
         keep: digests of manifests that count beside those of the records: of versions in a registry, whose
-            records somebody may have deleted.
+            records somebody may have deleted or a task of which was forgotten later.
 
     Raises:
         StoreError: the store cannot be read; a record or manifest is damaged, so that nobody can say what it
@@ -60,30 +72,59 @@ def unreachable(store: ArtifactStore, *, grace: timedelta = GRACE, keep: Iterabl
     """
     # Blobs before records: a record that comes in between reaches what is listed already.
     blobs = store._list("blobs")
-    keys = {_last(entry.name).removesuffix(".json") for entry in store._list("records")}
-    reached = reached_by(store, read_records(store, keys), keep)
-    found = [Leftover(blob, NO_RECORD) for blob in blobs if _last(blob.name) not in reached]
+    listed = {last_part(entry.name).removesuffix(".json"): entry for entry in store._list("records")}
+    records = _read(store, listed)
+    held = reached_from(store, _present(store, keep))
+    void, gone = _forgotten(records, held)
+    left = {key: record for key, record in records.items() if key not in void}
+    reached = held | reached_by(store, left, gone)
+    found = [Leftover(listed[key], FORGOTTEN) for key in void]
+    for blob in blobs:
+        if last_part(blob.name) not in reached:
+            found.append(Leftover(blob, FORGOTTEN if last_part(blob.name) in gone else NO_RECORD))
     stages: defaultdict[str, list[Entry]] = defaultdict(list)
     for entry in store._list("checkpoints"):
         stages[entry.name.split("/")[1]].append(entry)
     for key, entries in stages.items():
-        why = FINISHED if key in keys else BROKEN_OFF
+        why = FORGOTTEN if key in void else FINISHED if key in listed else BROKEN_OFF
         youngest = min(entry.age for entry in entries)  # the whole goes or stays
         found += [Leftover(entry._replace(age=youngest), why) for entry in entries]
     found += [Leftover(entry, KILLED) for folder in ("leases", "probes", "tmp") for entry in store._list(folder)]
     packs = store._list("packs")
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        held = list(pool.map(lambda pack: read_pack(store, _last(pack.name)).keys(), packs))
-    found += [Leftover(pack, UNPACKED) for pack, copied in zip(packs, held, strict=True) if copied.isdisjoint(keys)]
-    return [each for each in found if each.entry.age > grace.total_seconds()]
+        copies = list(pool.map(lambda pack: read_pack(store, last_part(pack.name)).keys(), packs))
+    found += [
+        Leftover(pack, UNPACKED)
+        for pack, copied in zip(packs, copies, strict=True)
+        if copied.isdisjoint(left) and not copied & void
+    ]
+    found += [Leftover(pack, FORGOTTEN) for pack, copied in zip(packs, copies, strict=True) if copied & void]
+    return [each for each in found if each.why == FORGOTTEN or each.entry.age > grace.total_seconds()]
+
+
+def forgetting(store: ArtifactStore) -> list[Mapping[str, Any]]:
+    """Records of the versions that were made to forget a task.
+
+    Raises:
+        StoreError: the store cannot be read.
+    """
+    return [record for record in all_records(store).values() if record.get("kind") == FORGET]
 
 
 def remove(store: ArtifactStore, leftovers: Sequence[Leftover]) -> int:
     """Remove what ``unreachable`` found, but for what has been put again since; returns the bytes that were freed.
 
     Raises:
-        StoreError: the store cannot be reached, or forbids it; what was removed until then is gone.
+        StoreError: the store cannot be reached, or forbids it; what was removed until then is gone. Or something was
+            forgotten, which a stage may need that is at work; nothing is removed then.
     """
+    if any(leftover.why == FORGOTTEN for leftover in leftovers):
+        at_work = [entry for entry in store._list("leases") if entry.age < EXPIRY_SECONDS]
+        if at_work:
+            raise StoreError(
+                f"{len(at_work)} stages are at work in {store.uri}, which may need what was forgotten: nothing is "
+                "removed. Try again when the run has ended"
+            )
 
     def removed(leftover: Leftover) -> int:
         there = store._look(leftover.entry.name)
@@ -96,40 +137,89 @@ def remove(store: ArtifactStore, leftovers: Sequence[Leftover]) -> int:
         return sum(pool.map(removed, leftovers))
 
 
-def read_records(store: ArtifactStore, keys: Iterable[str] | None = None) -> dict[str, Record]:
-    """The records of these keys, of all by default."""
-    if keys is None:
-        keys = {_last(entry.name).removesuffix(".json") for entry in store._list("records")}
-    keys = list(keys)
+def all_records(store: ArtifactStore) -> dict[str, Record]:
+    """Records by their keys.
+
+    Raises:
+        StoreError: the store cannot be read, or a record is damaged.
+    """
+    return _read(store, [last_part(entry.name).removesuffix(".json") for entry in store._list("records")])
+
+
+def _read(store: ArtifactStore, keys: Collection[str]) -> dict[str, Record]:
+    """Records by their keys, but for those that went since they were listed."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        found = zip(keys, pool.map(store.read_record, keys), strict=True)
-        return {key: record for key, record in found if record is not None}
+        return {key: record for key, record in zip(keys, pool.map(store.read_record, keys), strict=True) if record}
 
 
-def kept_outputs(record: Record) -> dict[str, str]:
+def _forgotten(records: Mapping[str, Mapping[str, Any]], held: Collection[str]) -> tuple[set[str], set[str]]:
+    """Keys of records that go because a task was forgotten, and all digests that these name and nothing holds."""
+    void: set[str] = set()
+    gone: set[str] = set()
+    for forget in (record for record in records.values() if record.get("kind") == FORGET):
+        free = set(forget["metrics"]["forgotten"]) - set(held)
+        gone |= free
+        earlier = {
+            key: record
+            for key, record in records.items()
+            if record.get("kind") == CARRIED or _when(record) < _when(forget)
+        }
+        # Until a pass finds no more: what came of a record that goes, goes as well.
+        while fresh := {
+            key
+            for key, record in earlier.items()
+            if key not in void
+            and (free.intersection(record["outputs"].values()) or void.intersection(record["inputs"].values()))
+        }:
+            void |= fresh
+    return void, gone | {digest for key in void for digest in digests_in(records[key])} - set(held)
+
+
+def _when(record: Mapping[str, Any]) -> datetime:
+    return datetime.fromisoformat(record["finished_at"])
+
+
+def _present(store: ArtifactStore, manifests: Iterable[str]) -> set[str]:
+    manifests = set(manifests)
+    for digest in manifests:
+        if not store.has(digest):
+            raise StoreError(f"The manifest {digest} that is to be kept is not in {store.uri}. Is store.uri right?")
+    return manifests
+
+
+def manifests_of(records: Iterable[Mapping[str, Any]]) -> set[str]:
+    """Digests of the manifests that records gave."""
+    return {record["outputs"]["manifest"] for record in records if "manifest" in record.get("outputs", {})}
+
+
+def kept_outputs(record: Mapping[str, Any]) -> dict[str, str]:
     """What a stage gave, by name, less what was erased of it."""
     erased = record.get("erased", ())
     return {name: digest for name, digest in record.get("outputs", {}).items() if name not in erased}
 
 
-def reached_by(store: ArtifactStore, records: Mapping[str, Record], keep: Iterable[str] = ()) -> set[str]:
-    """Digests that the records and the manifests name, and those manifests' parents, and so on.
+def reached_by(store: ArtifactStore, records: Mapping[str, Record], gone: Collection[str] = ()) -> set[str]:
+    """Digests that records name, and what is reached from the manifests among them.
 
     Args:
         store: holds the manifests.
         records: by key.
-        keep: digests of manifests that count too.
+        gone: manifests that do not count.
 
     Raises:
-        StoreError: one of ``keep`` is not there, or something is named as a manifest that is none.
+        StoreError: something is named as a manifest that is none, or the store cannot be read.
     """
-    reached = _digests([{**record, "outputs": kept_outputs(record)} for record in records.values()])
-    manifests = set(keep)
-    for digest in manifests:
-        if not store.has(digest):
-            raise StoreError(f"The manifest {digest} that is to be kept is not in {store.uri}. Is store.uri right?")
-    outputs = [record.get("outputs", {}) for record in records.values()]
-    manifests |= {each["manifest"] for each in outputs if "manifest" in each}
+    named = [{**each, "outputs": kept_outputs(each)} for each in records.values() if each.get("kind") != FORGET]
+    return digests_in(named) | reached_from(store, manifests_of(records.values()) - set(gone))
+
+
+def reached_from(store: ArtifactStore, manifests: set[str]) -> set[str]:
+    """Digests that the manifests name, and their parents, and so on.
+
+    Raises:
+        StoreError: one of them is none, or the store cannot be read.
+    """
+    reached: set[str] = set()
     seen: set[str] = set()
     while manifests:
         digest = manifests.pop()
@@ -138,22 +228,22 @@ def reached_by(store: ArtifactStore, records: Mapping[str, Record], keep: Iterab
             continue  # its record is void
         try:
             manifest = json.loads(store.get(digest))
-            parent = manifest["parent"]
+            before = [manifest["parent"], manifest.get("trained")]
             for task in manifest.get("carried") or ():
                 del task["data"]  # its text, which later tasks do not need
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise StoreError(
                 f"{digest} in {store.uri} is named as a manifest and is none: nothing is removed."
             ) from None
-        reached |= {digest} | _digests(manifest)
-        if parent is not None and parent not in seen:
-            manifests.add(parent)
+        reached |= {digest} | digests_in(manifest)
+        manifests |= {each for each in before if each is not None} - seen
     return reached
 
 
-def _digests(value: Any) -> set[str]:
+def digests_in(value: Any) -> set[str]:
     return set(_DIGEST.findall(json.dumps(value)))
 
 
-def _last(name: str) -> str:
+def last_part(name: str) -> str:
+    """An object's name without its folders."""
     return name.rpartition("/")[2]

@@ -27,6 +27,8 @@ from sapt_core.settings import StoreConfig
 MANIFEST_FILE = "manifest.json"
 POOL_FILE = "pool.json"
 POOL_SCHEMA = 1
+EXAMPLE_FILE = "input_example.json"
+SERVED_EXAMPLE_FILE = "serving_input_example.json"
 
 # MLflow 3.17 runs a model's code with an entry of its own in sys.modules, and two threads that do leave it there.
 _SAVING = threading.Lock()
@@ -118,7 +120,7 @@ def _place(endpoint: str) -> tuple[str, str | None, int | None, str]:
 
 
 def save_version(folder: Path, manifest: bytes, store: StoreConfig, *, model_id: str, run_id: str) -> None:
-    """Write the pyfunc model: the two files, pool_model.py, and the packages that it imports."""
+    """Write the pyfunc model: the two files, pool_model.py, the packages that it imports and an example request."""
     import mlflow.pyfunc  # noqa: PLC0415
     from mlflow.models import Model, ModelSignature  # noqa: PLC0415
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema  # noqa: PLC0415
@@ -136,7 +138,7 @@ def save_version(folder: Path, manifest: bytes, store: StoreConfig, *, model_id:
     }
     (sources / POOL_FILE).write_text(json.dumps(pool, indent=1))
     with _SAVING, warnings.catch_warnings():
-        # An example would make MLflow load and run the model here; the signature is stated instead.
+        # An example that it is given makes MLflow load and run the model here: its files are written below.
         warnings.filterwarnings("ignore", message=".*input example was not provided")
         mlflow.pyfunc.save_model(
             folder,
@@ -145,13 +147,36 @@ def save_version(folder: Path, manifest: bytes, store: StoreConfig, *, model_id:
             signature=ModelSignature(
                 inputs=Schema([ColSpec(any_type, name, required=False) for name in ("prompt", "input", "task")]),
                 outputs=Schema([ColSpec("string", "answer"), ColSpec("string", "weights")]),
-                params=ParamSchema([ParamSpec(name, "long", None) for name in ("max_new_tokens", "num_beams")]),
+                params=ParamSchema(
+                    [
+                        *(ParamSpec(name, "long", None) for name in ("max_new_tokens", "num_beams")),
+                        ParamSpec("return_weights", "boolean", True),
+                    ]
+                ),
             ),
             code_paths=[str(Path(room.__path__[0])) for room in (sapt_core, cluster)],
             # Stated, because MLflow would find them by loading the model in another process.
             pip_requirements=_requirements(store),
-            mlflow_model=Model(model_id=model_id, run_id=run_id),
+            mlflow_model=Model(
+                model_id=model_id,
+                run_id=run_id,
+                saved_input_example_info={
+                    "artifact_path": EXAMPLE_FILE,
+                    "serving_input_path": SERVED_EXAMPLE_FILE,
+                    "type": "dataframe",
+                    "pandas_orient": "split",
+                },
+            ),
         )
+    example = _example(manifest)
+    (folder / EXAMPLE_FILE).write_text(json.dumps(example))
+    (folder / SERVED_EXAMPLE_FILE).write_text(json.dumps({"dataframe_split": example}, indent=2))
+
+
+def _example(manifest: bytes) -> dict[str, Any]:
+    """A request as MLflow's pages show it and its server takes it: of the newest task, and no row of its data."""
+    task = json.loads(manifest)["tasks"][-1]["name"]
+    return {"columns": ["input", "task"], "data": [["Put the text of an input here.", task]]}
 
 
 def _public(store: StoreConfig) -> dict[str, Any]:

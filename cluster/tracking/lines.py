@@ -18,6 +18,7 @@ PARENT = "sapt.parent"
 SNAPSHOT = "sapt.snapshot"
 LINEAGE = "sapt.lineage"
 SWEEP = "sweep"
+FORGOTTEN = "forgotten"
 _BRANCH = "branch-of-"
 
 
@@ -30,7 +31,7 @@ class PoolVersion:
         version: its number, from 1.
         aliases: without ``latest``, which MLflow derives.
         tags: task, index, method and so on, as published.
-        run_id: the sequence's run.
+        run_id: the run that it was learnt in.
         source: where MLflow has its files.
     """
 
@@ -169,6 +170,12 @@ def place_of(
     if before is not None and before.line == home:
         return Place(_branch(versions, before), branched=before)
     raise _refusal(newest, before, lineage, model)
+
+
+def forgotten_in(versions: Sequence[PoolVersion], version: PoolVersion) -> set[str]:
+    """Tasks that a version, or one before it in its line, was made to forget."""
+    before = (each for each in versions if each.line == version.line and each.version <= version.version)
+    return {each.tags[FORGOTTEN] for each in before if FORGOTTEN in each.tags}
 
 
 def first_line(versions: Sequence[PoolVersion]) -> str:

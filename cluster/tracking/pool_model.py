@@ -44,28 +44,29 @@ class PoolModel(PythonModel):
             context: not used.
             model_input: columns ``prompt``, full prompts, or ``input`` and ``task``, inputs of learnt tasks; a table
                 may have rows of both kinds.
-            params: ``max_new_tokens`` and ``num_beams``, as ``Predictor.answer`` takes them.
+            params: ``max_new_tokens`` and ``num_beams``, as ``Predictor.answer`` takes them; ``return_weights``:
+                whether the reply has weights.
 
         Returns:
-            Columns ``answer`` and ``weights`` (JSON: task -> attention weight), with the index of ``model_input``.
+            Columns ``answer`` and, unless they are not wanted, ``weights`` (JSON: task -> attention weight), with the
+            index of ``model_input``.
 
         Raises:
             MlflowException: with every fault of every row, which a server answers as HTTP 400.
         """
         from sapt_core.errors import RequestError  # noqa: PLC0415
 
+        given = dict(params or {})
+        weighed = given.pop("return_weights", True)
         try:
             rows = _rows(model_input)
-            predictions = self.predictor.answer(rows, **(params or {}))
+            predictions = self.predictor.answer(rows, **given)
         except RequestError as error:
             raise mlflow.MlflowException.invalid_parameter_value(str(error)) from error
-        return pd.DataFrame(
-            {
-                "answer": [prediction.text for prediction in predictions],
-                "weights": [json.dumps(dict(prediction.weights)) for prediction in predictions],
-            },
-            index=model_input.index if len(model_input) == len(rows) else None,
-        )
+        columns = {"answer": [prediction.text for prediction in predictions]}
+        if weighed:
+            columns["weights"] = [json.dumps(dict(prediction.weights)) for prediction in predictions]
+        return pd.DataFrame(columns, index=model_input.index if len(model_input) == len(rows) else None)
 
 
 def _rows(table: pd.DataFrame) -> list[Row]:

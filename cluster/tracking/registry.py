@@ -84,6 +84,7 @@ class PoolRegistry:
         tags: Mapping[str, str],
         metrics: Mapping[str, float],
         parent: str | None = None,
+        learnt_in: str | None = None,
     ) -> int:
         """Make the snapshot the next version of its line, or find the version that it already is.
 
@@ -99,12 +100,14 @@ class PoolRegistry:
             lineage: of the sequence.
             digest: identity of the snapshot's content (hex).
             index: tasks learnt, from 1; the metrics' step and the tag ``index``.
-            run_id: the sequence's run, which gets the metrics too.
+            run_id: the sequence's run.
             description: of the version in the UI (Markdown), where a link to the run follows it; ``NUMBER`` in it
                 becomes the version's number as soon as that is known.
             tags: task, method, backbone, config hash, data digest, git commit …
             metrics: scores so far by name, shown beside the version in the UI.
             parent: digest of the snapshot that it goes on from; None for a first task.
+            learnt_in: the version's own run, by whose metrics MLflow compares versions, so that two of one sequence
+                differ; None is ``run_id``. It gets the metrics too.
 
         Returns:
             The version's number.
@@ -122,14 +125,15 @@ class PoolRegistry:
                 return place.version
             client = client_of(self.config.uri)
             self._make_registered_model()
-            model = self._logged_model(manifest, store, digest=digest, index=index, run_id=run_id, metrics=metrics)
+            own = learnt_in or run_id
+            model = self._logged_model(manifest, store, digest=digest, index=index, run_id=own, metrics=metrics)
             before = parent_of(versions, parent, lineage.names[index - 2] if index > 1 else None)
             snapshot = parent if before is None else before.tags.get(SNAPSHOT, parent)
             with _ambient(self.config.uri):
                 made = client.create_model_version(
                     self.config.model,
                     source=model.model_uri,
-                    run_id=run_id,
+                    run_id=own,
                     model_id=model.model_id,
                     description=f"{description} [Run](#/experiments/{model.experiment_id}/runs/{run_id})",
                     tags={
@@ -195,6 +199,17 @@ class PoolRegistry:
                 place.branched.line,
                 place.branched.version,
             )
+
+    def models(self) -> list[str]:
+        """Names of all registered models, those of other tools too."""
+        names: list[str] = []
+        token = None
+        with reported(self.config.uri):
+            while True:
+                page = client_of(self.config.uri).search_registered_models(page_token=token)
+                names += [model.name for model in page]
+                if not (token := page.token):
+                    return names
 
     def versions(self, name: str | None = None) -> list[PoolVersion]:
         """All versions of a registered model, oldest first; none of one that is not there.

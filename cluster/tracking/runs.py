@@ -29,6 +29,8 @@ RUN_KEY = "sapt.run_key"
 STAGE_KEY = "sapt.stage_key"
 WRITER = "sapt.writer"
 PARENT = "mlflow.parentRunId"
+DESCRIPTION = "mlflow.note.content"
+TABLES = "mlflow.loggedArtifacts"  # where MLflow's pages and ``load_table`` look which artifacts are tables
 _WRITING_SECONDS = 600
 
 # Limits of MLflow 3 (mlflow.utils.validation).
@@ -216,6 +218,31 @@ class Tracker:
             inputs.append(DatasetInput(known, [InputTag("mlflow.data.context", each.context)]))
         with reported(self.config.uri):
             client_of(self.config.uri).log_inputs(run_id, inputs)
+
+    def datasets(self, run_id: str) -> dict[str, str]:
+        """Digests (hex, their first characters) of the data sets of a run, or of its parent, by name."""
+        with reported(self.config.uri):
+            client = client_of(self.config.uri)
+            run = client.get_run(run_id)
+            inputs = client.get_run(run.data.tags.get(PARENT, run_id)).inputs
+        return {} if inputs is None else {each.dataset.name: each.dataset.digest for each in inputs.dataset_inputs}
+
+    def log_table(self, run_id: str, name: str, columns: Sequence[str], rows: Sequence[Sequence[str | float]]) -> None:
+        """Put a table into the run, which MLflow's pages show and ``load_table`` reads; one that is there is replaced.
+
+        MLflow's own ``log_table`` would append the rows a second time.
+
+        Args:
+            name: of the artifact, with the ending .json.
+            columns, rows: no cell may be None, which MLflow reads as the text "None".
+        """
+        content = json.dumps({"columns": list(columns), "data": [list(row) for row in rows]}, allow_nan=False)
+        self.log_artifacts(run_id, {name: content})
+        with reported(self.config.uri):
+            run = client_of(self.config.uri).get_run(run_id)
+            known = json.loads(run.data.tags.get(TABLES, "[]"))
+            entry = {"path": name, "type": "table"}
+            self._log(run_id, tags={TABLES: json.dumps([*(each for each in known if each != entry), entry])})
 
     def log_artifacts(self, run_id: str, files: Mapping[str, str | bytes]) -> None:
         """Put files into the run, by relative path; one that is there is replaced."""

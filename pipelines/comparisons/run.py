@@ -166,7 +166,7 @@ class ComparisonRun:
         if cell in self._publishers:
             from pipelines.reports import page  # noqa: PLC0415  matplotlib, only where something is drawn
 
-            self._publishers[cell].finish(monitor.summary(), lambda: page.build(monitor.findings))
+            self._publishers[cell].finish(monitor, lambda: page.build(monitor.findings, monitor.verdict))
         self._complete.add(cell)
         figures = record.figures
         self._console.print(

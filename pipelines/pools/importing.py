@@ -14,7 +14,6 @@ import argparse
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,6 @@ from pipelines.console.commands import pasted
 from sapt_core.errors import DataError
 
 if TYPE_CHECKING:
-    from cluster.store import ArtifactStore
     from cluster.tracking.lines import Lineage
     from sapt_core.config.experiment import ExperimentConfig
     from sapt_core.data.task import LearntTask
@@ -65,6 +63,7 @@ def main() -> None:
     from cluster.store import open_store
     from cluster.tracking.registry import PoolRegistry
     from cluster.tracking.service import is_there, resolved
+    from pipelines.pools.made import keep
     from sapt_core.config.experiment import load_config
     from sapt_core.data.task import LearntTask
     from sapt_core.versions.importing import import_adapter
@@ -85,7 +84,7 @@ def main() -> None:
         from sapt_core.backbones.loading import store_backbone
 
         store_backbone(config.backbone, ground.onto.backbone, store)
-    _keep(store, manifest)
+    keep(store, manifest, IMPORT, task.name, {})
     if manifest.attention is not None:
         print(f"rows of {task.name} give its block {manifest.targets[-1][-1]:.2f} of their weight")
     print(f"snapshot {manifest.digest}")
@@ -201,61 +200,24 @@ def _lineage(ground: _Ground, folder: Path, task: LearntTask, rows: Sequence[str
     return Lineage(asked, (*(ground.line or "" for _ in earlier), name), tasks=tasks)
 
 
-def _keep(store: ArtifactStore, manifest: Manifest) -> None:
-    """Record the version, so that nobody takes its bytes for something that nothing needs."""
-    from cluster.stages import StageRecord
-    from sapt_core.io.hashing import canonical_hash
-
-    key = canonical_hash([IMPORT, manifest.digest])
-    record = StageRecord(
-        kind=IMPORT,
-        name=f"{IMPORT}:{manifest.tasks[-1].name}",
-        key=key,
-        inputs={},
-        outputs={"manifest": manifest.digest},
-        values={},
-        metrics={},
-        seconds=0.0,
-        finished_at=datetime.now(UTC),
-        world_size=1,
-    )
-    store.commit_record(key, record.model_dump(mode="json"))
-
-
 def _publish(manifest: Manifest, ground: _Ground, lineage: Lineage, rows: Sequence[str]) -> int:
     """Register the version; returns its number."""
-    from cluster.store import resolved
-    from cluster.tracking.registry import PoolRegistry
-    from cluster.tracking.runs import Tracker
-    from cluster.tracking.service import check
-    from pipelines.console.checkout import git_commit
+    from pipelines.pools.made import register
     from sapt_core.io.hashing import canonical_hash
     from sapt_core.versions.manifest import Manifest
 
     assert ground.tracking is not None  # noqa: S101 - main asks for it alone then
-    tracking, task = check(ground.tracking), manifest.tasks[-1].name
-    tags = {
-        "method": manifest.method.name,
-        "backbone": manifest.backbone.path,
-        "data_digest": canonical_hash(list(rows)),
-        "git_commit": git_commit(),
-        **ground.tags,
-    }
-    tracker = Tracker(tracking)
-    run = tracker.start_sequence(f"import {task}", key=lineage.names[-1], params={"rows": len(rows)}, tags=tags)
+    task = manifest.tasks[-1].name
     tasks = ", ".join(each.name for each in manifest.tasks)
-    number = PoolRegistry(tracking).publish(
-        manifest.to_bytes(),
-        resolved(ground.store),
-        lineage=lineage,
-        digest=manifest.digest,
-        index=len(manifest.tasks),
-        run_id=run,
+    return register(
+        manifest,
+        ground.store,
+        ground.tracking,
+        lineage,
+        run=f"import {task}",
         description=f"{manifest.method.name} with {task} brought in as a PEFT adapter, not trained here and not "
         f"scored; its tasks: {tasks}.",
-        tags={"task": task, "tasks": tasks, **tags},
-        metrics={},
+        tags={"data_digest": canonical_hash(list(rows)), **ground.tags},
         parent=ground.onto.digest if isinstance(ground.onto, Manifest) else None,
+        params={"rows": len(rows)},
     )
-    tracker.finish(run, "FINISHED")
-    return number

@@ -8,29 +8,20 @@ the bare backbone.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from pipelines.console import cli
 from pipelines.console.commands import pasted
+from pipelines.pools.scoring import GIVEN
 from pipelines.pools.showing import VERSION
 from sapt_core.errors import ConfigError, FaultsError, LineageError, SnapshotError, StoreError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from rich.table import Table
-
-    from cluster.store import ArtifactStore
     from cluster.tracking.lines import PoolVersion
-    from pipelines.sequence.gate import Gate, Row
-    from sapt_core.config.experiment import ExperimentConfig
+    from pipelines.sequence.gate import Row
     from sapt_core.settings import PlacesConfig, StoreConfig
     from sapt_core.versions.manifest import Manifest
 
-# What may be said of how versions are scored; all else is as the candidate was learnt.
-GIVEN = ("evaluation", "cluster")
 # What a command line may say.
 SECTIONS = ("store", "tracking", "registry", *GIVEN)
 
@@ -46,10 +37,12 @@ def main() -> None:
     arguments = cli.parse(parser)
 
     from cluster.store import open_store
+    from cluster.tracking.lines import forgotten_in
     from pipelines.console.tables import wide_console
     from pipelines.console.versions import find_registered
     from pipelines.pools.opened import places_of, registry_of
     from pipelines.pools.promotion import Promotion
+    from pipelines.pools.scoring import score_table, scored, scoring_config
     from pipelines.sequence.gate import build_gate
 
     _check_fields(arguments)
@@ -67,10 +60,11 @@ def main() -> None:
     rows: list[Row] = []
     try:
         rival = None if champion is None else _rival(champion, kept, arguments, places)
-        config = _config(candidate, kept, places, arguments.config, said)
-        gate = build_gate(config, candidate, rival)
-        rows = _scored(gate, open_store(kept), config, arguments)
-        console.print(_table(rows, version, champion))
+        config = scoring_config(candidate, kept, places, arguments.config, said)
+        gate = build_gate(config, candidate, rival, forgotten_in(versions, version))
+        rows = scored(gate, open_store(kept), config, arguments)
+        other = "no champion" if champion is None else f"champion {champion.version}"
+        console.print(score_table(rows, version.model, f"version {version.version}", other))
         faults = [fault for row in rows for fault in row.faults(places.registry.max_drop)]
     except (SnapshotError, StoreError) as error:  # so that a champion can be replaced that is damaged
         if arguments.force is None:
@@ -123,67 +117,3 @@ def _rival(champion: PoolVersion, kept: StoreConfig, arguments: argparse.Namespa
             "store into the other and say by store.uri where both are"
         )
     return rival
-
-
-def _config(
-    candidate: Manifest, kept: StoreConfig, places: PlacesConfig, path: Path | None, said: Sequence[str]
-) -> ExperimentConfig:
-    """How the version was learnt, with answers searched for and on the cluster as given.
-
-    Raises:
-        SnapshotError: the version does not say how it was learnt.
-    """
-    from omegaconf import DictConfig, OmegaConf
-
-    from pipelines.sequence.extension import Places, own_settings
-    from sapt_core.config.experiment import ExperimentConfig, read_mapping, validated
-    from sapt_core.config.overrides import parsed
-
-    if candidate.recipe is None:
-        raise SnapshotError(
-            f"The version (schema {candidate.schema_version}) carries no sealed test rows, on which it could be held "
-            "against the champion: an earlier release published it. Publish it again with this release, from its "
-            "config and its data"
-        )
-    here = Places(kept.model_dump(mode="json"), places.tracking.model_dump(mode="json"))
-    own = own_settings(candidate, candidate.recipe, [task.name for task in candidate.tasks], ".", here)
-    given = [] if path is None else [read_mapping(path)]
-    layers = [DictConfig(OmegaConf.masked_copy(layer, list(GIVEN))) for layer in given]
-    sealed = OmegaConf.create({"evaluation": {"split": "test"}})
-    return validated(
-        ExperimentConfig, [OmegaConf.create(own), *layers, *parsed(said, ExperimentConfig), sealed], "What is promoted"
-    )
-
-
-def _scored(gate: Gate, store: ArtifactStore, config: ExperimentConfig, arguments: argparse.Namespace) -> list[Row]:
-    """Run what is not in the store yet."""
-    from cluster.stages import InlineExecutor, plan, run_graph
-    from cluster.store.lookups import Lookups
-    from pipelines.running.sequence import inline_executor, ray_executor
-
-    known = Lookups(store)
-    left = [stage for stage, state in plan(gate.stages, known).items() if state != "done" and stage.kind != "carried"]
-    with ExitStack() as stack:
-        if arguments.inline:
-            executor = inline_executor(arguments, config.store, store, stack)
-        elif left:
-            executor = ray_executor(config, stack)
-        else:
-            executor = InlineExecutor(store)
-        return gate.rows(run_graph(gate.stages, known, executor))
-
-
-def _table(rows: Sequence[Row], version: PoolVersion, champion: PoolVersion | None) -> Table:
-    from pipelines.console.tables import text_table
-
-    def shown(score: float | None, form: str = ".2f") -> str:
-        return "" if score is None else f"{score:{form}}"
-
-    body = []
-    for row in rows:
-        change = shown(row.change, "+.2f")
-        remark = "" if row.candidate is not None else "no sealed test rows" if row.learnt else "not learnt"
-        body.append([row.task, shown(row.champion), shown(row.candidate), change, shown(row.bare), remark])
-    rival = "no champion" if champion is None else f"champion {champion.version}"
-    header = ["task", rival, f"version {version.version}", "change", "backbone", ""]
-    return text_table(f"{version.model}: scores on the test rows of version {version.version}", header, body)

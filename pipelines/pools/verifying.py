@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING
-
 from pipelines.console import cli
 from pipelines.console.commands import pasted
 from pipelines.pools.showing import VERSION
 from sapt_core.errors import FaultsError, StoreError, StoreUnavailableError
-
-if TYPE_CHECKING:
-    from cluster.store import ArtifactStore
 
 
 def main() -> None:
@@ -23,6 +15,7 @@ def main() -> None:
     arguments = cli.parse(parser)
 
     from cluster.store import open_store
+    from cluster.store.contents import damaged
     from pipelines.console.versions import find_registered
     from pipelines.pools.opened import places_of
     from sapt_core.versions.contents import blobs_of, line_of
@@ -41,27 +34,3 @@ def main() -> None:
     if faults:
         raise FaultsError(f"{version.model} version {version.version} is not whole in {store.uri}:", faults)
     print(f"{version.model} version {version.version} is whole: {len(blobs)} blobs in {store.uri}")
-
-
-def damaged(blobs: Mapping[str, str], store: ArtifactStore) -> list[str]:
-    """What is wrong with the blobs of a version, one line a blob.
-
-    Args:
-        blobs: what each is, by its sha256.
-        store: is to have them.
-
-    Raises:
-        StoreUnavailableError: the store does not answer.
-    """
-    faults = []
-    with tempfile.TemporaryDirectory() as folder:
-        read = Path(folder, "blob")
-        for digest, what in blobs.items():
-            try:
-                store.fetch_to(digest, read)
-            except StoreUnavailableError:
-                raise
-            except StoreError:
-                state = "damaged" if store.has(digest) else "gone"
-                faults.append(f"{what} ({digest}) is {state}")
-    return faults

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from itertools import takewhile
 from typing import Any
 
-from cluster.stages import Stage, StageRecord
+from cluster.stages import Stage, StageRecord, done
 from cluster.store import ArtifactStore
+from cluster.store.lookups import Lookups
+from pipelines.reports.answers import Answer, drawn, read_predictions
 from pipelines.sequence.experiment import Experiment
+from pipelines.sequence.making import StageMaker
+from sapt_core.data.prepare import read_split
 from sapt_core.io.hashing import canonical_hash
 from sapt_core.judging.analysis import (
     Circumstances,
@@ -21,17 +25,15 @@ from sapt_core.judging.analysis import (
     TrainingEnd,
     alignment,
     diagnose,
-    draw,
     gate_ends,
     spearman,
 )
+from sapt_core.judging.baselines import commonest_answer, constant_score
 from sapt_core.judging.metrics import ScoreMatrix
 from sapt_core.versions.manifest import Manifest
 
 Rows = tuple[tuple[float, ...], ...]
 Curve = list[dict[str, float]]
-
-SHOWN_ROWS = 3  # of a task, with what was answered
 
 
 @dataclass(frozen=True)
@@ -66,23 +68,6 @@ class SampleFindings:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """A scored row and what was answered.
-
-    Attributes:
-        prompt: the row's input.
-        right: every answer that counts as right.
-        learnt: what the version answered that had just learnt the task.
-        now: what the newest version answers.
-    """
-
-    prompt: str
-    right: tuple[str, ...]
-    learnt: str
-    now: str
-
-
-@dataclass(frozen=True)
 class Findings:
     """A sequence after its first T tasks.
 
@@ -95,6 +80,8 @@ class Findings:
         reflected: for each task whether later ones reflect on anything of it.
         samples: of each task but the last; None where a task has none; empty where no text is made.
         answers: of each task some of its scored rows, drawn whatever was answered; none where rows may not stay.
+        constant: for each task the score of giving always its commonest answer; None where no rows tell which that is.
+        bare: for each task the score of the bare backbone; None where it was not measured.
         records: keys of the records that all this was read from.
         finished_at: when the last of them was written (UTC).
     """
@@ -107,6 +94,8 @@ class Findings:
     reflected: tuple[bool, ...]
     samples: tuple[SampleFindings | None, ...]
     answers: tuple[tuple[Answer, ...], ...]
+    constant: tuple[float | None, ...]
+    bare: tuple[float | None, ...]
     records: tuple[str, ...]
     finished_at: datetime
 
@@ -125,7 +114,8 @@ class Findings:
         """sha256 of all that is found: records, the limits they are held against, and tasks without rows to show."""
         limits = self.experiment.config.diagnostics.model_dump(mode="json")
         hidden = [name for name, shown in zip(self.tasks, self.answers, strict=True) if not shown]
-        return canonical_hash([self.experiment.key, list(self.records), limits, *([hidden] if hidden else [])])
+        found = [self.experiment.key, list(self.records), list(self.bare), limits]
+        return canonical_hash([*found, *([hidden] if hidden else [])])
 
     @cached_property
     def diagnoses(self) -> tuple[Diagnosis, ...]:
@@ -141,6 +131,8 @@ class Findings:
                 alignment=[None] * tasks if kl is None else kl,
                 gates=[None if ends is None else ends[1] for ends in self.gates],
                 trainings=[TrainingEnd.of(curve) for curve in self.curves],
+                constant=self.constant,
+                bare=self.bare,
             ),
         )
 
@@ -161,8 +153,28 @@ def scored_versions(experiment: Experiment, records: Mapping[Stage, StageRecord]
     return sum(1 for _ in takewhile(lambda row: all(stage in records for stage in (row[0], *row[1])), rows))
 
 
+def bare_scores(experiment: Experiment, known: Lookups) -> dict[str, float]:
+    """What the bare backbone scores on tasks that are learnt, by task, as far as that is in the store; nothing is run.
+
+    No run scores it: with few tasks that would take as long as scoring the pool does. Where a version was held against
+    it (``sapt pool promote``), the score is there.
+    """
+    graph = experiment.graph
+    make = StageMaker(experiment.config, experiment.backbone, {}, 0)
+    stages = {
+        name: make.zero_shot(f"zero_shot[{name}]", prepared)
+        for name, prepared in zip(graph.tasks, graph.prepare, strict=True)
+    }
+    there = done(list(stages.values()), known)
+    return {name: there[stage].metrics["score"] for name, stage in stages.items() if stage in there}
+
+
 def collect(
-    experiment: Experiment, records: Mapping[Stage, StageRecord], store: ArtifactStore, version: int
+    experiment: Experiment,
+    records: Mapping[Stage, StageRecord],
+    store: ArtifactStore,
+    version: int,
+    bare: Mapping[str, float],
 ) -> Findings:
     """Read what there is of a version.
 
@@ -171,6 +183,7 @@ def collect(
         records: of its finished stages, at least those that ``scored_versions`` counts for ``version``.
         store: holds their blobs.
         version: T, tasks learnt, from 1.
+        bare: as ``bare_scores`` gives it.
     """
     graph, retention = experiment.graph, experiment.config.retention
     used: dict[Stage, StageRecord] = {}
@@ -198,6 +211,9 @@ def collect(
     kept = take(graph.kept[: version - 1])
     compared = take(graph.quality[: max(version - 1 - graph.known, 0)])
     qualities = dict(enumerate(compared, start=graph.known))
+    before = [read_predictions(row[index], store) for index, row in enumerate(scored)]
+    after = [*(read_predictions(record, store) for record in scored[-1][:-1]), before[-1]]
+    commonest = _commonest(experiment, take(graph.prepare[:version]), store)
     return Findings(
         experiment=experiment,
         manifest=manifest,
@@ -211,9 +227,18 @@ def collect(
         reflected=tuple(bool(record and record.metrics["bytes"]) for record in kept) + (False,) * (version - len(kept)),
         samples=tuple(_samples(record, qualities.get(index)) for index, record in enumerate(kept)) if compared else (),
         answers=tuple(
-            _answers(row[index], scored[-1][index], store) if index < graph.known or retention.sealed_rows else ()
-            for index, row in enumerate(scored)
+            drawn(before[index], after[index], task.metric, manifest.blocks_for(task.name))
+            if before[index] and (index < graph.known or retention.sealed_rows)
+            else ()
+            for index, task in enumerate(manifest.tasks)
         ),
+        constant=tuple(
+            None
+            if answer is None or not rows
+            else constant_score(task.metric, answer, [row["references"] for row in rows])
+            for task, answer, rows in zip(manifest.tasks, commonest, after, strict=True)
+        ),
+        bare=tuple(bare.get(name) for name in graph.tasks[:version]),
         records=tuple(record.key for record in used.values()),
         finished_at=max(record.finished_at for record in used.values()),
     )
@@ -235,17 +260,20 @@ def read_curve(record: StageRecord, store: ArtifactStore) -> Curve:
     return curve
 
 
-def _answers(learnt: StageRecord, now: StageRecord, store: ArtifactStore) -> tuple[Answer, ...]:
-    """Some rows of what two versions answered to the same rows; none where these were erased."""
-    if any("predictions" in record.erased for record in (learnt, now)):
-        return ()
-    before, after = (
-        [json.loads(line) for line in store.get(record.outputs["predictions"]).splitlines()] for record in (learnt, now)
-    )
-    return tuple(
-        Answer(after[i]["input"], tuple(after[i]["references"]), before[i]["prediction"], after[i]["prediction"])
-        for i in draw(len(after), SHOWN_ROWS)
-    )
+def _commonest(
+    experiment: Experiment, prepared: Sequence[StageRecord | None], store: ArtifactStore
+) -> list[str | None]:
+    """Of each task the answer that most train rows have, or most dev rows where it was learnt before: those are left.
+
+    Args:
+        prepared: a record a task; only those of tasks that were learnt before are read.
+    """
+    rows: list[list[Sequence[str]]] = [
+        [] if record is None else list(read_split(store.get(record.outputs["dev.arrow"]))["references"])
+        for record in prepared[: experiment.graph.known]
+    ]
+    rows += [[row.references for row in task.train] for task in experiment.tasks]
+    return [commonest_answer(each) for each in rows[: len(prepared)]]
 
 
 def _rows(record: StageRecord | None) -> Rows | None:

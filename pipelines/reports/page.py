@@ -14,12 +14,13 @@ from cluster.stages import done
 from cluster.store import ArtifactStore
 from cluster.store.lookups import Lookups
 from pipelines.console import cli
-from pipelines.reports.findings import Findings, collect, scored_versions
+from pipelines.reports.findings import Findings, bare_scores, collect, scored_versions
+from pipelines.reports.verdict import Line
 from pipelines.sequence.experiment import Experiment
 from sapt_core.errors import SaptError
 from sapt_core.io.hashing import canonical_hash
 
-REPORT_VERSION = 2  # raised when equal findings give another page
+REPORT_VERSION = 3  # raised when equal findings give another page
 FOLDER = Path("runs/report")
 PAGE = "index.html"
 _STAMPED = re.compile(r'<meta name="sapt-report" content="([0-9a-f]{64})((?: [\w-]+\.png)*)">')
@@ -44,7 +45,8 @@ def find(experiment: Experiment, store: ArtifactStore, version: int | None) -> F
     Raises:
         SaptError: no such version, naming those that are there.
     """
-    records = done(experiment.graph.published, Lookups(store, [experiment.key]))
+    known = Lookups(store, [experiment.key])
+    records = done(experiment.graph.published, known)
     there = scored_versions(experiment, records)
     if not there:
         raise SaptError(
@@ -57,23 +59,17 @@ def find(experiment: Experiment, store: ArtifactStore, version: int | None) -> F
         raise SaptError(
             f"--version {version}: scored so far are {tasks} of {len(experiment.every_task)}; give one of them."
         )
-    return collect(experiment, records, store, there if version is None else version)
+    return collect(experiment, records, store, there if version is None else version, bare_scores(experiment, known))
 
 
-def verdict(findings: Findings) -> str:
-    """What came out, in one sentence: AP, what was forgotten, and what was worst."""
-    matrix, warned = findings.matrix, len(findings.diagnoses)
-    lowest, task = min(zip(matrix.rows[-1], matrix.tasks, strict=False))
-    fallen, forgotten = max(zip(matrix.forgotten(), matrix.tasks, strict=False), default=(0.0, ""))
-    lost = f"{matrix.f_ra():.2f} points forgotten on average" if len(matrix.tasks) > 1 else "nothing to forget yet"
-    if fallen > 0:
-        lost += f", most on {forgotten} ({fallen:.1f})"
-    told = f"{warned} warning{'s' * (warned > 1)}" if warned else "no warning"
-    return f"AP {matrix.ap():.2f}, {lost}; the lowest score is {lowest:.1f}, on {task}; {told}."
+def build(findings: Findings, verdict: Sequence[Line], links: Sequence[Link] = ()) -> dict[str, bytes]:
+    """The report's files by name: the page, which needs no other, and its plots, for use elsewhere.
 
-
-def build(findings: Findings, links: Sequence[Link] = ()) -> dict[str, bytes]:
-    """The report's files by name: the page, which needs no other, and its plots, for use elsewhere."""
+    Args:
+        findings: all but the first lines.
+        verdict: those.
+        links: to the run elsewhere.
+    """
     from pipelines.reports.sections import SECTIONS, Plot  # noqa: PLC0415  matplotlib, only where something is drawn
 
     sections = [section for make in SECTIONS if (section := make(findings)) is not None]
@@ -90,7 +86,7 @@ def build(findings: Findings, links: Sequence[Link] = ()) -> dict[str, bytes]:
         title=f"{config.method.name} over {total} tasks of {config.benchmark.suite}",
         state=f"{state} tasks are learnt. Backbone {findings.experiment.backbone.path}, seed {config.seed}, "
         f"experiment {findings.experiment.key[:12]}. Last stage ended {findings.finished_at:%Y-%m-%d %H:%M} UTC.",
-        verdict=verdict(findings),
+        verdict=verdict,
         links=links,
         figures=[
             ("AP", f"{matrix.ap():.2f}", "mean score over the tasks"),
@@ -99,7 +95,7 @@ def build(findings: Findings, links: Sequence[Link] = ()) -> dict[str, bytes]:
             ("BWT", f"{matrix.bwt():+.2f}", "mean points since just learnt"),
         ],
         sections=sections,
-        digest=_stamp(findings, links),
+        digest=_stamp(findings, verdict, links),
         files=[f"{plot.name}.png" for plot in plots],
     )
     return {PAGE: html.encode(), **{f"{plot.name}.png": plot.png for plot in plots}}
@@ -115,12 +111,14 @@ def write(folder: Path, files: dict[str, bytes]) -> None:
         cli.write_output(folder / name, files[name])
 
 
-def standing(folder: Path, findings: Findings, links: Sequence[Link] = ()) -> dict[str, bytes] | None:
-    """The files of a report in ``folder`` if it was made of the same findings and links, else None."""
+def standing(
+    folder: Path, findings: Findings, verdict: Sequence[Line], links: Sequence[Link] = ()
+) -> dict[str, bytes] | None:
+    """The files of a report in ``folder`` if it was made of the same findings, verdict and links, else None."""
     try:
         page = (folder / PAGE).read_bytes()
         stamped = _STAMPED.search(page.decode(errors="replace"))
-        if stamped is None or stamped[1] != _stamp(findings, links):
+        if stamped is None or stamped[1] != _stamp(findings, verdict, links):
             return None
         return {PAGE: page, **{name: (folder / name).read_bytes() for name in stamped[2].split()}}
     except OSError:
@@ -133,5 +131,6 @@ def default_folder(experiment: Experiment, version: int | None = None) -> Path:
     return folder if version is None else folder / f"version-{version}"
 
 
-def _stamp(findings: Findings, links: Sequence[Link]) -> str:
-    return canonical_hash([REPORT_VERSION, findings.digest, [[link.text, link.address] for link in links]])
+def _stamp(findings: Findings, verdict: Sequence[Line], links: Sequence[Link]) -> str:
+    said = [[*map(str, verdict)], [[link.text, link.address] for link in links]]
+    return canonical_hash([REPORT_VERSION, findings.digest, *said])

@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from pipelines.reports.findings import SHOWN_ROWS, Findings
+from pipelines.reports.answers import SHOWN_ROWS, Answer, cut
+from pipelines.reports.findings import Findings
 from sapt_core.judging import plots
-from sapt_core.judging.analysis import QUARTER_STEPS
+from sapt_core.judging.analysis import QUARTER_STEPS, draw
 
 MOST_CHARACTERS = 200  # of an input or an answer
+HEAVIEST = 3  # blocks of an answer
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ def warnings(findings: Findings) -> Section:
     measured = [
         f"had a score of 0 when just learnt, a loss that was still falling by more than {limits.falling:g} nats over "
         f"the last quarter of its steps, or fewer than {4 * QUARTER_STEPS} steps, too few to tell",
+        "scored no better than giving always its commonest answer or, where that was scored, than the bare backbone",
         f"fell by more than {limits.forgetting:g} points",
     ]
     if findings.matrix.single is not None:
@@ -94,22 +97,51 @@ def scores(findings: Findings) -> Section:
         plots.score_map(tasks, matrix.rows),
     )
     table = Table(f"Scores, 0 to 100, on the {split} rows", ("", *tasks), tuple(rows), folded=True)
-    return Section("scores", "Scores", (plot, table))
+    return Section("scores", "Scores", (_held_against(findings), plot, table))
+
+
+def _held_against(findings: Findings) -> Table:
+    """What tells whether a task was learnt."""
+    matrix = findings.matrix
+    single: Sequence[float | None] = matrix.single or [None] * len(matrix.tasks)
+    failed = {each.task for each in findings.diagnoses if each.kind == "not learnt"}
+    rows = tuple(
+        (name, "no" if name in failed else "yes", *map(_one, (row[-1], constant, bare, alone, now)))
+        for name, row, constant, bare, alone, now in zip(
+            matrix.tasks, matrix.rows, findings.constant, findings.bare, single, matrix.rows[-1], strict=True
+        )
+    )
+    head = ("task", "learnt", "score when just learnt", "always the commonest answer", "bare backbone", "alone", "now")
+    return Table("Learnt: better than both of the baselines, as far as they are known", head, rows, left=2)
 
 
 def answers(findings: Findings) -> Section | None:
     """Some rows of every task, and what was answered."""
-    if not any(findings.answers):
-        return None
     tasks, split = findings.tasks, findings.experiment.config.evaluation.split
+    shown = [[each[i] for i in draw(len(each), SHOWN_ROWS)] for each in findings.answers]
+    if not any(shown):
+        return None
     rows = tuple(
-        (name, _cut(each.prompt), " / ".join(map(_cut, each.right)), _cut(each.learnt), _cut(each.now))
-        for name, found in zip(tasks, findings.answers, strict=True)
+        (
+            name,
+            _told(each.prompt),
+            " / ".join(map(_told, each.right)),
+            _told(each.learnt),
+            _told(each.now),
+            _heaviest(each),
+            _one(each.score),
+        )
+        for name, found in zip(tasks, shown, strict=True)
         for each in found
     )
-    head = ("task", "input", "right answer", "answer when just learnt", f"answer after {tasks[-1]}")
-    text = f"Some {split} rows of every task, drawn whatever was answered; texts over {MOST_CHARACTERS} characters cut."
-    table = Table(f"Up to {SHOWN_ROWS} rows a task", head, rows, left=len(head))
+    now = f"answer after {tasks[-1]}"
+    head = ("task", "input", "right answer", "answer when just learnt", now, "made with", "score")
+    text = (
+        f"Some {split} rows of every task, drawn whatever was answered; texts over {MOST_CHARACTERS} characters cut. "
+        f"Made with: the weights of the {HEAVIEST} heaviest blocks, where they are known. A run in MLflow has more "
+        "rows, as a table: predictions.json."
+    )
+    table = Table(f"Up to {SHOWN_ROWS} rows a task", head, rows, left=len(head) - 1)
     return Section("answers", "Answers", (text, table))
 
 
@@ -319,11 +351,14 @@ def _padded(cells: Iterable[str], width: int) -> list[str]:
     return [*row, *[""] * (width - len(row))]
 
 
-def _cut(text: str) -> str:
+def _told(text: str) -> str:
     """A text in bounds; an empty answer is told."""
-    if not text.strip():
-        return "(empty)"
-    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}…"
+    return cut(text, MOST_CHARACTERS) if text.strip() else "(empty)"
+
+
+def _heaviest(answer: Answer) -> str:
+    blocks = sorted(answer.weights.items(), key=lambda item: -item[1])[:HEAVIEST]
+    return ", ".join(f"{name} {_two(weight)}" for name, weight in blocks)
 
 
 def _either(parts: Sequence[str]) -> str:

@@ -15,11 +15,10 @@ from rich.table import Table
 
 from cluster.stages import Stage, StageEvent, StageRecord
 from cluster.store import ArtifactStore
-from pipelines.console.commands import pasted
 from pipelines.console.tables import wide_console
 from pipelines.reports.findings import Findings, collect, moved, read_curve, read_manifest, scored_versions
+from pipelines.reports.verdict import Line, Registered, judge
 from pipelines.sequence.experiment import Experiment
-from sapt_core.io.addresses import redacted, without_user
 from sapt_core.judging.analysis import gate_ends
 from sapt_core.judging.metrics import ScoreMatrix
 from sapt_core.versions.manifest import Manifest
@@ -61,6 +60,10 @@ class Monitor:
         store: holds what the stages gave.
         publisher: MLflow, or None without it.
         label: put before every line, where several sequences run at once.
+
+    Attributes:
+        bare: what the bare backbone scores on the tasks, as far as somebody measured it.
+        registered: what the registry says of the last version, once that is published.
     """
 
     def __init__(
@@ -70,6 +73,8 @@ class Monitor:
         self.console = wide_console()
         self.records: dict[Stage, StageRecord] = {}
         self.store = store
+        self.bare: dict[str, float] = {}
+        self.registered: Registered | None = None
         self._planned: set[Stage] = set()
         self._told = experiment.graph.known
         self._publisher = publisher
@@ -119,7 +124,12 @@ class Monitor:
     @cached_property
     def findings(self) -> Findings:
         """All there is to say of the sequence; to be asked for once it has ended."""
-        return collect(self.experiment, self.records, self.store, len(self.experiment.every_task))
+        return collect(self.experiment, self.records, self.store, len(self.experiment.every_task), self.bare)
+
+    @property
+    def verdict(self) -> tuple[Line, ...]:
+        """What came of it, in a few lines; to be asked for once it has ended."""
+        return judge(self.findings, self.registered)
 
     def summary(self) -> dict[str, Any]:
         """The figures of the end, for scripts."""
@@ -140,6 +150,7 @@ class Monitor:
             "method": config.method.name,
             "seed": config.seed,
             "key": self.experiment.key,
+            "verdict": [str(line) for line in self.verdict],
             "warnings": [{**asdict(each), "text": str(each)} for each in self.findings.diagnoses],
             "seconds": self.stage_seconds(),
             **self._transfer(),
@@ -180,8 +191,11 @@ class Monitor:
         tell_alone(self.console, sum(stage in alone for stage in left), len(left))
 
     def show_end(self) -> None:
-        """Print the score matrix, its summaries and what to type next."""
+        """Print what came of it and what to type next, then the score matrix and its summaries."""
         matrix, config = self.matrix(), self.experiment.config
+        for line in self.verdict:
+            # A line that is broken for the terminal's width cannot be pasted.
+            self.console.print(str(line), style="yellow" if line.good is False else None, soft_wrap=True)
         rows = "" if config.evaluation.split == "test" else f", {config.evaluation.split} rows"
         table = Table(title=f"Scores of {config.method.name}, row i after task i{rows}", title_justify="left")
         table.add_column("after")
@@ -202,21 +216,8 @@ class Monitor:
             self._show_transfer()
         for diagnosis in self.findings.diagnoses:
             self.console.print(f"warning: {diagnosis}", style="yellow")
-        endpoint = config.store.endpoint_url
-        address = [f"store.endpoint_url={redacted(without_user(endpoint))}"] if endpoint else []
         if self._publisher is not None:
-            version = self.version
-            self.console.print(f"registered: {config.tracking.model} version {version}")
-            shown = config.tracking.uri == redacted(config.tracking.uri)  # a password is not for the console
-            uri = [f"tracking.uri={config.tracking.uri}"] if shown else []
-            told: list[object] = ["--version", version]
-            places = [*uri, f"tracking.model={config.tracking.model}", *address]
-        else:
-            told = ["--snapshot", self.manifest(len(matrix.tasks) - 1).digest]
-            places = [f"store.uri={config.store.uri}", *address]
-        line = pasted("predict", *told, "--task", matrix.tasks[0], "--input", "your text", *places)
-        # A line that is broken for the terminal's width cannot be pasted.
-        self.console.print(f"next: {line}", soft_wrap=True)
+            self.console.print(f"registered: {config.tracking.model} version {self.version}")
 
     def _show_transfer(self) -> None:
         graph = self.experiment.graph

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -11,13 +11,16 @@ from urllib.parse import quote
 
 from cluster.stages import StageRecord
 from cluster.store import resolved
-from cluster.tracking.lines import SWEEP, Lineage
+from cluster.tracking.lines import SNAPSHOT, SWEEP, Lineage
 from cluster.tracking.outbox import Outbox
-from cluster.tracking.registry import PoolRegistry
-from cluster.tracking.runs import LoggedDataset, Tracker, metric_name
+from cluster.tracking.registry import CHAMPION, PoolRegistry
+from cluster.tracking.runs import DESCRIPTION, LoggedDataset, Tracker, metric_name
 from cluster.tracking.service import check_readable
+from pipelines.reports.answers import COLUMNS, table
 from pipelines.reports.page import Link
+from pipelines.reports.verdict import Champion, Line, Registered
 from pipelines.running.description import describe
+from pipelines.running.monitor import Monitor
 from pipelines.sequence.experiment import Experiment
 from sapt_core.errors import TrackingError
 from sapt_core.io.addresses import redacted, without_user
@@ -32,6 +35,42 @@ def lineage_of(experiment: Experiment, sweep: str | None = None) -> Lineage:
     return Lineage(
         asked if sweep is None else f"{asked} (the best trial of sweep {sweep})", experiment.graph.lineage, sweep, tasks
     )
+
+
+def registered_as(snapshot: str, experiment: Experiment, tracker: Tracker) -> Registered | None:
+    """What the registry says of a version.
+
+    Args:
+        snapshot: its digest.
+        experiment: of its sequence.
+        tracker: of the MLflow that is asked.
+
+    Returns:
+        None if it is not registered. The champion's scores are those on the rows that the experiment has, as far as
+        the champion's run says which it had.
+
+    Raises:
+        TrackingError: MLflow cannot be used.
+    """
+    registry = PoolRegistry(tracker.config)
+    versions = registry.versions()
+    own = next((each for each in versions if each.tags.get(SNAPSHOT) == snapshot), None)
+    if own is None:
+        return None
+    champion = next((each for each in versions if CHAMPION in each.aliases), None)
+    if champion is None:
+        return Registered(own.version, None)
+    data = {} if champion.run_id is None else tracker.datasets(champion.run_id)
+    names = {metric_name(f"score/{task.name}"): task.name for task in experiment.every_task}
+    scores = {
+        names.get(name, name.removeprefix("score/")): score
+        for name, score in registry.scores(champion).items()
+        if name.startswith("score/")
+    }
+    for task in experiment.every_task:
+        if not task.digest.startswith(data.get(task.name, "")):
+            scores.pop(task.name, None)
+    return Registered(own.version, Champion(champion.version, scores))
 
 
 @dataclass(frozen=True)
@@ -122,6 +161,8 @@ class MLflowPublisher:
         self.versions: list[int | None] = []
         self._tasks = [task.name for task in experiment.every_task]
         self._run: str | None = None
+        self._stage_runs: dict[str, str] = {}
+        self._trainings = [stage.name for stage in experiment.graph.train]
         self._parent = None if experiment.base is None else experiment.base.manifest.digest
         self._outbox = outbox
 
@@ -159,7 +200,7 @@ class MLflowPublisher:
             for name, value in record.metrics.items()
             if isinstance(value, int | float) and name not in curves
         }
-        self._tracker.log_stage(
+        self._stage_runs[record.name] = self._tracker.log_stage(
             self.run_id,
             record.name,
             key=record.key,
@@ -195,6 +236,7 @@ class MLflowPublisher:
             },
             metrics=metrics,
             parent=self._parent,
+            learnt_in=self._stage_runs.get(self._trainings[index]),
         )
         self._parent = manifest.digest
         self.versions.append(number)
@@ -207,15 +249,23 @@ class MLflowPublisher:
         names = [f"score/{name}" for name in self._tasks]
         return {name: scores[metric_name(name)] for name in names if metric_name(name) in scores}
 
-    def finish(self, summary: Mapping[str, Any], report: Callable[[], Mapping[str, bytes]]) -> None:
-        """Close the parent run with the figures of the end, its warnings and its report.
+    def finish(self, monitor: Monitor, report: Callable[[], Mapping[str, bytes]]) -> None:
+        """Close the parent run with the figures of the end, its verdict, warnings, answers and report.
 
         The report is made where MLflow is told of it: drawing many tasks takes long, and stages would wait.
         """
         made = cache(report)
-        self._outbox.put(lambda: self._finish(summary, made()))
+        summary, verdict, findings = monitor.summary(), monitor.verdict, monitor.findings
+        rows = table(findings.tasks, findings.answers)
+        self._outbox.put(lambda: self._finish(summary, verdict, rows, made()))
 
-    def _finish(self, summary: Mapping[str, Any], report: Mapping[str, bytes]) -> None:
+    def _finish(
+        self,
+        summary: Mapping[str, Any],
+        verdict: Sequence[Line],
+        rows: Sequence[tuple[str | float, ...]],
+        report: Mapping[str, bytes],
+    ) -> None:
         figures = {name: summary[name] for name in ("ap", "f_ra", "fwt", "bwt") if summary[name] is not None}
         figures["warnings"] = len(summary["warnings"])
         # Step 0, where nothing is learnt, is the bare backbone's.
@@ -223,7 +273,12 @@ class MLflowPublisher:
         self._tracker.log_scores(self.run_id, 0, zero_shot)
         self._tracker.log_scores(self.run_id, len(summary["tasks"]), figures)
         said = "\n".join(warning["text"] for warning in summary["warnings"])
-        self._tracker.log_tags(self.run_id, {"warnings": said or "none"})
+        note = "\n".join(
+            f"- **{line.label}**: {f'`{line.text}`' if line is verdict[-1] else line.text}" for line in verdict
+        )
+        self._tracker.log_tags(self.run_id, {"warnings": said or "none", DESCRIPTION: note})
+        if rows:
+            self._tracker.log_table(self.run_id, "predictions.json", COLUMNS, rows)
         self._tracker.log_artifacts(self.run_id, {"summary.json": json.dumps(summary, indent=1, allow_nan=False)})
         self.run.log_report(report)
         self._tracker.finish(self.run_id, "FINISHED")

@@ -18,6 +18,7 @@ from cluster.store.lookups import Lookups
 from pipelines.console.cli import write_output
 from pipelines.console.places import check_lasting, is_passing
 from pipelines.reports import page
+from pipelines.reports.findings import bare_scores
 from pipelines.running.monitor import Monitor
 from pipelines.sequence.experiment import Experiment
 from pipelines.sequence.retention import enforce
@@ -95,7 +96,7 @@ def publish_sequence(experiment: Experiment, known: Lookups, *, all_done: bool, 
     """
     from cluster.tracking import registry, service  # noqa: PLC0415  not with --inline
     from cluster.tracking.outbox import Outbox  # noqa: PLC0415
-    from pipelines.running.publishing import MLflowPublisher, lineage_of  # noqa: PLC0415
+    from pipelines.running.publishing import MLflowPublisher, lineage_of, registered_as  # noqa: PLC0415
 
     checked = service.check(experiment.config.tracking)
     registry.PoolRegistry(checked).check_continuation(lineage_of(experiment, sweep))
@@ -108,8 +109,10 @@ def publish_sequence(experiment: Experiment, known: Lookups, *, all_done: bool, 
         try:
             run(experiment, known, executor, monitor)
             outbox.flush()  # the summary names the last version
-            files, said, kept = report(monitor, publisher.run.links(monitor.version))
-            publisher.finish(monitor.summary(), lambda: files)
+            opened = publisher.run
+            monitor.registered = registered_as(monitor.findings.manifest.digest, experiment, opened.tracker)
+            files, said, kept = report(monitor, opened.links(monitor.version))
+            publisher.finish(monitor, lambda: files)
             monitor.console.print(f"report: {said if kept else f'in MLflow alone, for {said}'}", soft_wrap=True)
             outbox.flush()
         except BaseException as error:
@@ -126,9 +129,9 @@ def report(monitor: Monitor, links: Sequence[page.Link] = ()) -> tuple[dict[str,
         Its files by name, then where its page lies and True, or why it could not be kept and False.
     """
     folder = page.default_folder(monitor.experiment)
-    files = page.standing(folder, monitor.findings, links)
+    files = page.standing(folder, monitor.findings, monitor.verdict, links)
     if files is None:
-        files = page.build(monitor.findings, links)
+        files = page.build(monitor.findings, monitor.verdict, links)
         if is_passing(folder):
             return files, "the working directory goes with the job", False
         try:
@@ -161,6 +164,7 @@ def run(experiment: Experiment, known: Lookups, executor: Executor[Any], monitor
     experiment.upload(known, all_done=set(plan(stages, known).values()) == {"done"})
     records = run_graph(stages, known, executor, monitor.on_event)
     known.pack(experiment.key, [record.key for record in records.values()])
+    monitor.bare = bare_scores(experiment, known)
 
 
 def keep_to_retention(

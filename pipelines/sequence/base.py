@@ -9,6 +9,7 @@ from typing import Any
 from sapt_core.data.task import KnownTask
 from sapt_core.errors import SnapshotError
 from sapt_core.io.blobs import BlobStore
+from sapt_core.versions.contents import line_of
 from sapt_core.versions.manifest import CarriedTask, Manifest, Recipe
 
 
@@ -65,7 +66,5 @@ def read_base(manifest: Manifest, store: BlobStore) -> Base:
             "sequence again with this release, from its config and its data: what is learnt is not learnt again, if it "
             "is in the store"
         )
-    line = [Manifest.from_bytes(store.get(manifest.trained))]
-    while (before := line[-1].parent) is not None:
-        line.append(Manifest.from_bytes(store.get(before)))
-    return Base(manifest, tuple(reversed(line)), manifest.recipe, manifest.carried, manifest.lineage)
+    line = tuple(line_of(manifest, store))[::-1]
+    return Base(manifest, line, manifest.recipe, manifest.carried, manifest.lineage)

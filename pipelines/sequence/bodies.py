@@ -56,6 +56,8 @@ Input = TypeVar("Input")
 SEALED = frozenset({"dev.arrow", "test.arrow"})  # of a task's tokens: rows that nothing is learnt from
 CARRIED = SEALED | {"meta.json"}  # scores and attention need no more
 
+WEIGHT_DIGITS = 4  # of a row's weights, one a block: enough to look at
+
 COST_ROWS = 16  # a batch that the cost of a forward is counted on
 
 disable_progress_bar()  # type: ignore[no-untyped-call]  # of loading weights: a stage has its own
@@ -286,9 +288,13 @@ def evaluate(context: StageContext) -> StageResult:
         precision=reads["precision"],
         max_target_tokens=reads["max_target_tokens"],
     )
+    rows = [
+        {**row, "weights": [round(weight, WEIGHT_DIGITS) for weight in mixture]}
+        for row, mixture in zip(predictions, weights.tolist(), strict=True)
+    ]
     return StageResult(
-        outputs={"predictions": _store_predictions(context, predictions)},
-        metrics={"score": score, "weights": weights.mean(dim=0).tolist(), "rows": len(predictions)},
+        outputs={"predictions": _store_predictions(context, rows)},
+        metrics={"score": score, "weights": weights.mean(dim=0).tolist(), "rows": len(rows)},
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.stages import Stage, StageRecord
@@ -25,6 +25,7 @@ class Row:
         champion: of the one that answers now.
         bare: of the backbone alone.
         learnt: whether the candidate has learnt it.
+        forgotten: whether it, or a version that it goes on from, was made to forget it.
     """
 
     task: str
@@ -32,6 +33,7 @@ class Row:
     champion: float | None
     bare: float | None
     learnt: bool = True
+    forgotten: bool = False
 
     @property
     def change(self) -> float | None:
@@ -44,6 +46,8 @@ class Row:
         Args:
             max_drop: points that it may be below the champion.
         """
+        if self.forgotten:
+            return []
         if not self.learnt:
             return [f"{self.task}: the champion has learnt it and this version has not"]
         if self.candidate is None:
@@ -65,12 +69,12 @@ class Gate:
 
     Attributes:
         tasks: of the candidate, oldest first.
-        lost: tasks that the champion alone has learnt.
+        lost: tasks that the champion alone has learnt, and whether they were forgotten on purpose.
         candidate, champion, bare: none of a task without test rows; ``champion`` none of a task that it cannot answer.
     """
 
     tasks: tuple[str, ...]
-    lost: tuple[str, ...]
+    lost: Mapping[str, bool]
     candidate: Mapping[str, Stage]
     champion: Mapping[str, Stage]
     bare: Mapping[str, Stage]
@@ -90,16 +94,25 @@ class Gate:
             Row(task, score(self.candidate, task), score(self.champion, task), score(self.bare, task))
             for task in self.tasks
         ]
-        return [*found, *(Row(task, None, None, None, learnt=False) for task in self.lost)]
+        return [
+            *found,
+            *(
+                Row(task, None, None, None, learnt=False, forgotten=on_purpose)
+                for task, on_purpose in self.lost.items()
+            ),
+        ]
 
 
-def build_gate(config: ExperimentConfig, candidate: Manifest, champion: Manifest | None) -> Gate:
+def build_gate(
+    config: ExperimentConfig, candidate: Manifest, champion: Manifest | None, forgotten: Collection[str] = ()
+) -> Gate:
     """The stages, with the keys that they have in the sequences that learnt the versions; nothing is run.
 
     Args:
         config: as the candidate was learnt.
         candidate: the version.
         champion: the one that answers now; None if none does.
+        forgotten: tasks that the candidate was made to forget.
 
     Raises:
         SnapshotError: the candidate carries no test rows, or the champion is of another backbone, which reads its rows
@@ -134,7 +147,7 @@ def build_gate(config: ExperimentConfig, candidate: Manifest, champion: Manifest
     tasks = tuple(task.name for task in candidate.tasks)
     return Gate(
         tasks=tasks,
-        lost=tuple(task for task in known if task not in tasks),
+        lost={task: task in forgotten for task in known if task not in tasks},
         candidate=scored("candidate", candidate, list(rows)),
         champion={} if champion is None else scored("champion", champion, answered),
         bare={task: make.zero_shot(f"zero_shot[{task}]", prepared) for task, prepared in rows.items()},

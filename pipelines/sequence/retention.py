@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.stages import Stage, StageRecord
-from cluster.store.cleaning import kept_outputs, read_records
+from cluster.store.cleaning import all_records, kept_outputs
 from cluster.store.erasing import Erased, erase
 from cluster.store.lookups import Lookups
 from pipelines.sequence.bodies import SEALED
@@ -77,7 +77,7 @@ def enforce(finished: Sequence[tuple[Experiment, Mapping[Stage, StageRecord]]], 
     if not bound:
         return None
     store = known.store
-    records = read_records(store)
+    records = all_records(store)
     own = {experiment.description(store)[0].key: experiment for experiment, _ in bound}
     others = {
         key: set(kept_outputs(record).values())

@@ -23,6 +23,7 @@ MIN_TASKS = 3
 GATE_STEPS = 10
 QUARTER_STEPS = 4  # fewer in a quarter of a training tell nothing of where its loss goes
 STARVED = 0.5
+HIGHEST = 100.0  # score there is
 
 _TINY = float(np.finfo(np.float32).tiny)
 
@@ -166,13 +167,13 @@ class Diagnosis:
         kind: what went wrong.
         task: with which task.
         figure: points of score, or nats for a misalignment; of a task that is undertrained, nats that its loss was
-            still falling by, 0 where that cannot be told.
-        limit: of the config's ``diagnostics``.
+            still falling by, 0 where that cannot be told; of one that is not learnt, points that a baseline is above.
+        limit: of the config's ``diagnostics``; 0 of a task that is not learnt.
         cure: which fields to change, in words.
-        evidence: what tells that a task is undertrained.
+        evidence: what tells that a task is undertrained or not learnt.
     """
 
-    kind: Literal["undertrained", "forgetting", "no transfer", "misalignment"]
+    kind: Literal["not learnt", "undertrained", "forgetting", "no transfer", "misalignment"]
     task: str
     figure: float
     limit: float
@@ -187,6 +188,8 @@ class Diagnosis:
         )
 
     def __str__(self) -> str:
+        if self.kind == "not learnt":  # no limit of the config's
+            return f"{self.kind}: {self.task}: {self.size}. {self.cure}"
         found = {
             "undertrained": f"{self.task}: {self.size}",
             "forgetting": f"{self.task} fell by {self.size}",
@@ -206,6 +209,8 @@ class Circumstances:
         alignment: KL of each task at the version looked at; None where it was not measured.
         gates: for each task the new block's mean weight at the end of its training; None without attention.
         trainings: how each task's training ended.
+        constant: for each task the score of giving always its commonest answer; None where that is not known.
+        bare: for each task the score of the bare backbone; None where it was not measured.
     """
 
     shared: bool
@@ -213,6 +218,8 @@ class Circumstances:
     alignment: Sequence[float | None]
     gates: Sequence[float | None]
     trainings: Sequence[TrainingEnd]
+    constant: Sequence[float | None]
+    bare: Sequence[float | None]
 
 
 def diagnose(matrix: ScoreMatrix, limits: DiagnosticsConfig, seen: Circumstances) -> tuple[Diagnosis, ...]:
@@ -225,6 +232,15 @@ def diagnose(matrix: ScoreMatrix, limits: DiagnosticsConfig, seen: Circumstances
     """
     found: list[Diagnosis] = []
     last = len(matrix.rows) - 1
+    for j, (name, row) in enumerate(zip(matrix.tasks, matrix.rows, strict=False)):
+        named = {"always its commonest answer": seen.constant[j], "the bare backbone": seen.bare[j]}
+        above = {text: score for text, score in named.items() if score is not None and row[-1] <= score}
+        if above:
+            held = " and ".join(f"{text} ({score:.1f})" for text, score in above.items())
+            evidence = f"scored {row[-1]:.1f} when just learnt, no better than {held}"
+            found.append(
+                Diagnosis("not learnt", name, max(above.values()) - row[-1], 0.0, _cure_unlearnt(seen, j), evidence)
+            )
     for name, row, training in zip(matrix.tasks, matrix.rows, seen.trainings, strict=False):
         evidence = _undertrained(training, row[-1], limits.falling)
         if evidence:
@@ -273,15 +289,31 @@ def _cure_forgetting(limits: DiagnosticsConfig, seen: Circumstances, j: int) -> 
     )
 
 
+def _cure_unlearnt(seen: Circumstances, j: int) -> str:
+    if seen.constant[j] == HIGHEST:
+        return "All its scored rows have one answer, so no score can tell: give test rows that differ."
+    return _cure_starved(seen, j) or (
+        "Train longer (train.epochs), at another rate (train.learning_rate) or with a larger block (pet.r); where that "
+        "changes nothing, take another backbone, or rows whose answers follow from their inputs."
+    )
+
+
 def _cure_transfer(seen: Circumstances, j: int) -> str:
+    return _cure_starved(seen, j) or (
+        "Its block had the weight it needs: more steps (train.epochs), a larger block (pet.r) or another rate."
+    )
+
+
+def _cure_starved(seen: Circumstances, j: int) -> str:
+    """What gives a block the weight that it lacks; nothing where it had enough."""
     gate = seen.gates[j]
-    if gate is not None and gate < STARVED:
-        return (
-            f"Its own block ended with a weight of {gate:.2f}, too little to learn from: start its key at the task "
-            "(attention.key_init=task_mean), hold its weight at first (attention.hold=0.5) and move the router slowly "
-            "(a lower attention.learning_rate_ratio)."
-        )
-    return "Its block had the weight it needs: more steps (train.epochs), a larger block (pet.r) or another rate."
+    if gate is None or gate >= STARVED:
+        return ""
+    return (
+        f"Its own block ended with a weight of {gate:.2f}, too little to learn from: start its key at the task "
+        "(attention.key_init=task_mean), hold its weight at first (attention.hold=0.5) and move the router slowly "
+        "(a lower attention.learning_rate_ratio)."
+    )
 
 
 def _cure_misalignment(seen: Circumstances, j: int, *, learnt_last: bool) -> str:

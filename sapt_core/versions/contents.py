@@ -38,8 +38,8 @@ def line_of(manifest: Manifest, store: BlobStore) -> Iterator[Manifest]:
     Raises:
         StoreError: one is missing or damaged.
     """
-    before = manifest.trained or manifest.parent
-    while before is not None:
-        found = Manifest.from_bytes(store.get(before))
+    found = manifest if manifest.trained is None else Manifest.from_bytes(store.get(manifest.trained))
+    yield found
+    while found.parent is not None:
+        found = Manifest.from_bytes(store.get(found.parent))
         yield found
-        before = found.parent

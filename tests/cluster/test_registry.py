@@ -54,7 +54,7 @@ def store(tmp_path: Path) -> StoreConfig:
 
 
 def manifest(number: int) -> bytes:
-    return json.dumps({"schema_version": 1, "tasks": [f"task{each}" for each in range(number)]}).encode()
+    return json.dumps({"schema_version": 1, "tasks": [{"name": f"task{each}"} for each in range(number)]}).encode()
 
 
 def publish(
@@ -516,7 +516,7 @@ class ReadingPredictor:
     @classmethod
     def load(cls, manifest: bytes, store: BlobStore) -> ReadingPredictor:
         stated = json.loads(manifest)
-        return cls(stated["tasks"], store.get(stated["block"]))
+        return cls([task["name"] for task in stated["tasks"]], store.get(stated["block"]))
 
     def answer(self, rows: Sequence[Row], **_: int | None) -> list[Prediction]:
         return [Prediction(f"{row.prompt}:{self.block.decode()}", dict.fromkeys(self.tasks, 0.5)) for row in rows]
@@ -541,7 +541,7 @@ def test_pyfunc_builds_the_pool_from_the_store(
     module = ModuleType("sapt_core.versions.predictor")
     module.Predictor = ReadingPredictor  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "sapt_core.versions.predictor", module)
-    content = json.dumps({"tasks": ["a", "b"], "block": open_store(store).put(b"bytes")}).encode()
+    content = json.dumps({"tasks": [{"name": "a"}, {"name": "b"}], "block": open_store(store).put(b"bytes")}).encode()
     registry.publish(
         content, store, lineage=LINE, digest="ab", index=2, run_id=run_id, description="", tags=TAGS, metrics={}
     )
@@ -551,6 +551,7 @@ def test_pyfunc_builds_the_pool_from_the_store(
         "answer": {7: "one:bytes", 9: "two:bytes"},
         "weights": {7: '{"a": 0.5, "b": 0.5}', 9: '{"a": 0.5, "b": 0.5}'},
     }
+    assert list(model.predict(pd.DataFrame({"prompt": ["one"]}), params={"return_weights": False})) == ["answer"]
     with pytest.raises(mlflow.MlflowException, match="neither a column prompt"):
         model.predict(pd.DataFrame({"question": ["one"]}))
 

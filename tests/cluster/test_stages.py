@@ -23,7 +23,7 @@ from cluster.stages import (
     stage_key,
 )
 from cluster.store import LocalStore, patience
-from cluster.store.cleaning import read_records
+from cluster.store.cleaning import all_records
 from cluster.store.erasing import erase
 from cluster.store.lookups import Lookups
 from sapt_core.errors import DataError, DivergenceError, StoreError, StoreUnavailableError
@@ -393,7 +393,7 @@ def test_what_was_erased_is_done_until_somebody_needs_it(graph: Graph) -> None:
     records = graph.run()
     known = Lookups(graph.store)
     wanted = {records[name].key: ["text"] for name in ("left", "both")}
-    erased = erase(wanted, read_records(graph.store), known)
+    erased = erase(wanted, all_records(graph.store), known)
     assert (erased.marked, erased.blobs, erased.kept) == (2, 2, frozenset())
     assert not graph.store.has(records["left"].outputs["text"])
     assert set(plan(graph.stages(), known).values()) == {"done"}
@@ -402,7 +402,7 @@ def test_what_was_erased_is_done_until_somebody_needs_it(graph: Graph) -> None:
     }
     assert graph.ran == []
     # Once more is nothing more.
-    assert erase(wanted, read_records(graph.store), known)[:3] == (0, 0, 0)
+    assert erase(wanted, all_records(graph.store), known)[:3] == (0, 0, 0)
     # The top is to be made again, and for that what is erased below it, but not what is there.
     graph.store.delete_record(records["top"].key)
     states = {stage.name: state for stage, state in plan(graph.stages(), Lookups(graph.store)).items()}
@@ -418,9 +418,9 @@ def test_a_blob_that_another_record_names_outlives_its_erasure(graph: Graph) -> 
     digest = records["left"].outputs["text"]
     assert digest == records["right"].outputs["text"]
     known = Lookups(graph.store)
-    first = erase({records["left"].key: ["text"]}, read_records(graph.store), known)
+    first = erase({records["left"].key: ["text"]}, all_records(graph.store), known)
     assert (first.blobs, first.kept) == (0, {digest})
-    both = erase({records[side].key: ["text"] for side in ("left", "right")}, read_records(graph.store), known)
+    both = erase({records[side].key: ["text"] for side in ("left", "right")}, all_records(graph.store), known)
     assert (both.marked, both.blobs) == (1, 1)
     assert not graph.store.has(digest)
 
@@ -431,6 +431,6 @@ def test_a_deletion_that_breaks_off_is_made_good(graph: Graph, monkeypatch: pyte
     with monkeypatch.context() as patch:
         patch.setattr(LocalStore, "_delete", fail(1, StoreError("gone"), LocalStore._delete))
         with pytest.raises(StoreError, match="gone"):
-            erase(wanted, read_records(graph.store), Lookups(graph.store))
+            erase(wanted, all_records(graph.store), Lookups(graph.store))
     assert set(plan(graph.stages(), Lookups(graph.store)).values()) == {"done"}
-    assert erase(wanted, read_records(graph.store), Lookups(graph.store)).blobs == 1
+    assert erase(wanted, all_records(graph.store), Lookups(graph.store)).blobs == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import pickle
@@ -534,6 +535,23 @@ def test_artifacts_text_and_bytes(tracker: Tracker, config: TrackingConfig, tmp_
     local = Path(client_of(config.uri).download_artifacts(run_id, "", str(tmp_path)))
     assert (local / "report.html").read_text(encoding="utf-8") == "τ"
     assert (local / "plots" / "scores.png").read_bytes() == b"\x89PNG"
+
+
+def test_a_table_is_replaced_and_read_by_mlflow(
+    tracker: Tracker, config: TrackingConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, run_id = client_of(config.uri), start(tracker)
+    columns = ("task", "answer", "score", "weights")
+    tracker.log_table(run_id, "answers.json", columns, [("a", "old", 0.0, "")])
+    tracker.log_table(run_id, "other.json", columns, [("a", "x", 0.0, "")])
+    rows = [("a", "fox τ", 66.7, '{"a": 0.25, "b": 0.75}'), ("b", "", 0.0, "")]
+    tracker.log_table(run_id, "answers.json", columns, rows)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", config.uri)  # load_table searches there, whatever its client is of
+    table = client.load_table(client.get_run(run_id).info.experiment_id, "answers.json", [run_id])
+    assert list(table.itertuples(index=False, name=None)) == rows
+    listed = json.loads(client.get_run(run_id).data.tags["mlflow.loggedArtifacts"])
+    assert sorted(each["path"] for each in listed) == ["answers.json", "other.json"]
+    assert {each["type"] for each in listed} == {"table"}
 
 
 @pytest.mark.parametrize("name", ["../out.txt", "/etc/out.txt"])

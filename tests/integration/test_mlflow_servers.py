@@ -26,7 +26,7 @@ def config(request: pytest.FixtureRequest) -> TrackingConfig:
 
 
 def manifest(number: int) -> bytes:
-    return json.dumps({"schema_version": 1, "tasks": [f"task{each}" for each in range(number)]}).encode()
+    return json.dumps({"schema_version": 1, "tasks": [{"name": f"task{each}"} for each in range(number)]}).encode()
 
 
 def run_sequence(config: TrackingConfig) -> tuple[str, list[str], list[int]]:

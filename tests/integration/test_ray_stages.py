@@ -50,9 +50,10 @@ def config(tmp_path: Path) -> StoreConfig:
 
 
 def executor_of(config: StoreConfig) -> closing[RayExecutor]:
+    """One whose workers do not go while a slow machine starts a process."""
     from cluster.on_ray.executor import RayExecutor
 
-    return closing(RayExecutor(config, CLUSTER))
+    return closing(RayExecutor(config, CLUSTER, idle_seconds=120))
 
 
 def run(stages: list[Stage], config: StoreConfig, events: list[StageEvent] | None = None) -> dict[str, StageRecord]:

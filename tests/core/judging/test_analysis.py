@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -159,7 +160,13 @@ MATRIX = ScoreMatrix(("a", "b", "c"), ((70.0,), (80.0, 50.0), (60.0, 49.0, 30.0)
 LIMITS = DiagnosticsConfig(forgetting=5, transfer=5, misalignment=0.5)
 SETTLED = [TrainingEnd(steps=40, loss=0.1, falling=0.1)] * 3  # at the limit
 CALM = Circumstances(
-    shared=True, reflected=[True, True, False], alignment=[0.0, 0.0, 0.0], gates=[1.0, 1.0, 1.0], trainings=SETTLED
+    shared=True,
+    reflected=[True, True, False],
+    alignment=[0.0, 0.0, 0.0],
+    gates=[1.0, 1.0, 1.0],
+    trainings=SETTLED,
+    constant=[69.9, 49.9, None],
+    bare=[None, 49.9, 29.9],
 )
 
 
@@ -176,13 +183,13 @@ def test_warnings_by_hand() -> None:
 
 def test_a_figure_at_its_limit_is_no_failure() -> None:
     at = DiagnosticsConfig(forgetting=20, transfer=10, misalignment=0.5)
-    assert diagnose(MATRIX, at, Circumstances(True, [True] * 3, [0.5, 0.5, 0.5], [1.0] * 3, SETTLED)) == ()
+    assert diagnose(MATRIX, at, replace(CALM, reflected=[True] * 3, alignment=[0.5, 0.5, 0.5])) == ()
 
 
 def test_an_undertrained_task_is_told_with_its_evidence() -> None:
     matrix = ScoreMatrix(("a", "b", "c"), ((50.0,), (50.0, 0.0), (50.0, 0.0, 50.0)))
     trainings = [TrainingEnd(40, 2.5, 0.75), TrainingEnd(24, 3.1, 0.0), TrainingEnd(6, 1.0, None)]
-    seen = Circumstances(**{**CALM.__dict__, "trainings": trainings})
+    seen = replace(CALM, trainings=trainings, constant=[None] * 3, bare=[None] * 3)
     assert [(each.kind, each.figure, str(each).partition(". ")[0]) for each in diagnose(matrix, LIMITS, seen)] == [
         (
             "undertrained",
@@ -211,8 +218,24 @@ def test_the_end_of_a_training_by_hand() -> None:
     assert TrainingEnd.of([{"loss": 4.0}]) == TrainingEnd(steps=1, loss=4.0, falling=None)
 
 
+def test_a_task_no_better_than_a_baseline_is_not_learnt() -> None:
+    seen = replace(CALM, constant=[70.0, 49.9, 40.0], bare=[71.5, 50.0, None])
+    found = [each for each in diagnose(MATRIX, LIMITS, seen) if each.kind == "not learnt"]
+    assert [(each.task, each.figure) for each in found] == [("c", 10.0), ("a", 1.5), ("b", 0.0)]
+    assert [each.size for each in found] == [
+        "scored 30.0 when just learnt, no better than always its commonest answer (40.0)",
+        "scored 70.0 when just learnt, no better than always its commonest answer (70.0) and the bare backbone (71.5)",
+        "scored 50.0 when just learnt, no better than the bare backbone (50.0)",
+    ]
+    assert str(found[2]).startswith(f"not learnt: b: {found[2].size}. Train longer (train.epochs)")
+    starved = replace(seen, gates=[1.0, 1.0, 0.1])
+    assert "attention.key_init=task_mean" in diagnose(MATRIX, LIMITS, starved)[0].cure
+    alike = replace(seen, constant=[None, None, 100.0])
+    assert "give test rows that differ" in diagnose(MATRIX, LIMITS, alike)[0].cure
+
+
 def test_the_worst_comes_first_within_its_kind() -> None:
-    seen = Circumstances(True, [True, True, False], [0.6, 2.0, 0.7], [1.0] * 3, SETTLED)
+    seen = replace(CALM, alignment=[0.6, 2.0, 0.7])
     found = [each for each in diagnose(MATRIX, LIMITS, seen) if each.kind == "misalignment"]
     assert [(each.task, each.size) for each in found] == [("b", "2.00 nats"), ("c", "0.70 nats"), ("a", "0.60 nats")]
     assert "reflection.weight" in found[0].cure
@@ -221,7 +244,7 @@ def test_the_worst_comes_first_within_its_kind() -> None:
 
 def test_cures_follow_what_is_behind() -> None:
     def cures(**changed: Any) -> dict[str, str]:
-        seen = Circumstances(**{**CALM.__dict__, **changed})
+        seen = replace(CALM, **changed)
         return {each.kind: each.cure for each in diagnose(MATRIX, LIMITS, seen)}
 
     assert "Nothing holds it" in cures(reflected=[False] * 3)["forgetting"]
@@ -239,4 +262,4 @@ def test_without_tasks_alone_there_is_no_transfer_to_judge() -> None:
 
 def test_one_task_has_forgotten_nothing() -> None:
     one = ScoreMatrix(("a",), ((50.0,),), (50.0,))
-    assert diagnose(one, LIMITS, Circumstances(True, [False], [0.0], [1.0], SETTLED)) == ()
+    assert diagnose(one, LIMITS, replace(CALM, reflected=[False], constant=[None])) == ()

@@ -30,7 +30,7 @@ def test_reports_versions_and_runs_outlive_it(
         os.utime(path, (1, 1))
     before = records(copied.store)
     place = f"store.uri={copied.store}"
-    told = call(store_command.main, ["clean", place])
+    told = call(store_command.main, ["gc", place])
     assert told.code == 0, told.err
     assert f"{len(b'of a record that was deleted'):>14}  blobs/" in told.out
     assert lost in told.out
@@ -41,7 +41,7 @@ def test_reports_versions_and_runs_outlive_it(
     assert {each.why for each in listed} == {NO_RECORD}
     freed = sum(each.entry.size for each in listed)
     assert f"{freed:>14,}  bytes in {len(listed)} objects of " in told.out
-    removed = call(store_command.main, ["clean", "--remove", place])
+    removed = call(store_command.main, ["gc", "--remove", place])
     assert removed.code == 0, removed.err
     assert removed.out.endswith(f"{freed:>14,}  bytes removed\n")
     assert unreachable(store, grace=timedelta(0)) == []
@@ -64,12 +64,12 @@ def test_reports_versions_and_runs_outlive_it(
 
 
 def test_what_may_still_be_needed_is_not_listed(finished: Finished, call: Call) -> None:
-    young = call(store_command.main, ["clean", f"store.uri={finished.store}"])
+    young = call(store_command.main, ["gc", f"store.uri={finished.store}"])
     assert (young.code, young.out.split()[:5]) == (0, ["0", "bytes", "in", "0", "objects"])
-    kept = call(store_command.main, ["clean", "--keep", "0" * 64, f"store.uri={finished.store}"])
+    kept = call(store_command.main, ["gc", "--keep", "0" * 64, f"store.uri={finished.store}"])
     assert kept.code == 3
     assert "that is to be kept is not in" in kept.err
-    for given, said in ((["clean", "--keep", "abc"], "64 hex digits"), (["empty"], "choose from"), ([], "action")):
+    for given, said in ((["gc", "--keep", "abc"], "64 hex digits"), (["empty"], "choose from"), ([], "action")):
         refused = call(store_command.main, given)
         assert refused.code == 2
         assert said in refused.err

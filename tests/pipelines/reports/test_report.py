@@ -7,9 +7,11 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
@@ -19,10 +21,21 @@ from cluster.tracking.service import client_of
 from pipelines import continual, report
 from pipelines.reports import findings as told
 from pipelines.reports import page as pages
+from pipelines.reports.verdict import judge
 from pipelines.sequence.experiment import load_experiment
 from sapt_core.judging.analysis import alignment
 from sapt_core.settings import TrackingConfig
-from tests.pipelines.commands import QUICKSTART, ROOT, SETTLED, TINY, Finished, Outcome, change_metrics, level_scores
+from tests.pipelines.commands import (
+    QUICKSTART,
+    ROOT,
+    SETTLED,
+    TINY,
+    Finished,
+    Outcome,
+    change_metrics,
+    command,
+    level_scores,
+)
 
 pytest_plugins = ["tests.mlflow_servers"]
 
@@ -39,6 +52,14 @@ def arguments(store: Path, *more: str) -> list[str]:
 def found(store: Path, *overrides: str, version: int | None = None) -> told.Findings:
     experiment = load_experiment(Path(QUICKSTART), [*TINY, f"store.uri={store}", *overrides])
     return pages.find(experiment, open_store(experiment.config.store), version)
+
+
+def built(findings: told.Findings, links: Sequence[pages.Link] = ()) -> dict[str, bytes]:
+    return pages.build(findings, judge(findings), links)
+
+
+def standing(folder: Path, findings: told.Findings) -> dict[str, bytes] | None:
+    return pages.standing(folder, findings, judge(findings))
 
 
 def forget(store: Path, *names: str) -> None:
@@ -90,7 +111,7 @@ def test_the_report_of_a_finished_run(finished: Finished, call: Call, tmp_path: 
 
 
 def test_the_page_needs_nothing_else(finished: Finished) -> None:
-    text = pages.build(found(finished.store))["index.html"].decode()
+    text = built(found(finished.store))["index.html"].decode()
     page = Page(text)
     assert "script" not in page.tags
     assert all(str(image["src"]).startswith("data:image/png;base64,") for image in page.images)
@@ -167,7 +188,7 @@ def test_an_unfinished_run(copied: Finished, call: Call, tmp_path: Path) -> None
 
 def test_what_was_not_measured_is_left_out(copied: Finished) -> None:
     forget(copied.store, "single", "quality", "attend")
-    text = pages.build(found(copied.store))["index.html"].decode()
+    text = built(found(copied.store))["index.html"].decode()
     assert "alignment" not in Page(text).sections
     assert "not measured" in text
     assert "<dd>–</dd>" in text  # FWT
@@ -182,44 +203,44 @@ def test_an_out_that_cannot_be_written(finished: Finished, call: Call, tmp_path:
 
 def test_a_report_stands_until_something_else_is_found(copied: Finished, tmp_path: Path) -> None:
     findings = found(copied.store)
-    assert pages.standing(tmp_path, findings) is None
-    files = pages.build(findings)
+    assert standing(tmp_path, findings) is None
+    files = built(findings)
     pages.write(tmp_path, files)
-    assert pages.standing(tmp_path, found(copied.store)) == files
-    assert pages.standing(tmp_path, found(copied.store, "diagnostics.forgetting=1")) is None
-    assert pages.standing(tmp_path, found(copied.store, version=1)) is None
+    assert standing(tmp_path, found(copied.store)) == files
+    assert standing(tmp_path, found(copied.store, "diagnostics.forgetting=1")) is None
+    assert standing(tmp_path, found(copied.store, version=1)) is None
     (tmp_path / "scores.png").unlink()
-    assert pages.standing(tmp_path, findings) is None
+    assert standing(tmp_path, findings) is None
     (tmp_path / "index.html").write_text("someone else's")
-    assert pages.standing(tmp_path, findings) is None
+    assert standing(tmp_path, findings) is None
 
 
 def test_names_of_tasks_are_text_and_no_markup(finished: Finished) -> None:
     findings = found(finished.store)
     object.__setattr__(findings.matrix, "tasks", ("<b>a</b>", "b&c"))
-    text = pages.build(findings)["index.html"].decode()
+    text = built(findings)["index.html"].decode()
     assert html.escape("<b>a</b>") in text
     assert "<b>" not in text
 
 
 def test_answers_of_pairs_are_held_against_the_tasks_own(copied: Finished) -> None:
     heading = "answers that a train row has"
-    assert heading not in pages.build(found(copied.store))["index.html"].decode()
+    assert heading not in built(found(copied.store))["index.html"].decode()
     change_metrics(copied.store, "pseudo_samples[00 animal]", kept=7, known_answers=5)
-    text = pages.build(found(copied.store))["index.html"].decode()
+    text = built(found(copied.store))["index.html"].decode()
     assert heading in text
     assert "5 of 7" in text
 
 
 def test_warnings_are_told_with_their_cures(copied: Finished) -> None:
     level_scores(copied.store)
-    quiet = pages.build(found(copied.store, SETTLED))["index.html"].decode()
+    quiet = built(found(copied.store, SETTLED))["index.html"].decode()
     assert "None: no task had a score of 0" in quiet
     # Half of the first task's weight has gone to the second one's block: 1 log(1 / 0.5) nats.
     change_metrics(copied.store, "attend[v01]", weights=[[0.5, 0.5], [0.0, 1.0]])
     (diagnosis,) = found(copied.store, SETTLED).diagnoses
     assert (diagnosis.kind, diagnosis.task, diagnosis.size) == ("misalignment", "animal", "0.69 nats")
-    text = pages.build(found(copied.store, SETTLED))["index.html"].decode()
+    text = built(found(copied.store, SETTLED))["index.html"].decode()
     assert "misalignment: animal (0.69 nats)" in text
     assert diagnosis.cure in text
     assert found(copied.store, SETTLED, "diagnostics.misalignment=0.7").diagnoses == ()
@@ -230,36 +251,47 @@ def test_an_undertrained_run_warns(finished: Finished) -> None:
     told_of = [each for each in found_now.diagnoses if each.kind == "undertrained"]
     assert [each.task for each in told_of] == ["animal", "basket"]
     assert all("24 steps, last losses" in each.evidence for each in told_of)
-    text = pages.build(found_now)["index.html"].decode()
+    text = built(found_now)["index.html"].decode()
     assert "undertrained: animal (" in text
     assert "warning: undertrained: animal: " in finished.outcome.out
 
 
 def test_answers_are_shown_beside_the_right_ones(finished: Finished) -> None:
     findings = found(finished.store)
-    assert [len(each) for each in findings.answers] == [3, 3]
+    assert [len(each) for each in findings.answers] == [12, 12]
     task = findings.experiment.tasks[0]
     right = {row.input: row.references for row in task.test}
     assert all(right[each.prompt] == each.right for each in findings.answers[0])
+    assert all(set(each.weights) == {"animal", "basket"} for each in findings.answers[0])
+    # All twelve rows are there, so that their mean is the task's score.
+    means = [fmean(each.score for each in rows) for rows in findings.answers]
+    assert means == pytest.approx(findings.matrix.rows[-1])
     assert all(each.learnt == each.now for each in findings.answers[1])  # no task came after it
-    text = pages.build(findings)["index.html"].decode()
-    assert all(html.escape(each.prompt, quote=False)[:200] in text for each in findings.answers[1])
+    text = built(findings)["index.html"].decode()
+    shown = [html.escape(each.prompt, quote=False)[:200] in text for each in findings.answers[1]]
+    assert sum(shown) == 3
 
 
-def test_an_inline_run_ends_with_its_report(finished: Finished) -> None:
+def test_an_inline_run_ends_with_its_report(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", command(finished.store)[1:])  # as what comes next is told as this was started
     page = f"runs/report/{finished.summary['key'][:12]}/index.html"
     assert f"report: {page}" in finished.outcome.out
-    assert (finished.store.parent / page).read_bytes() == pages.build(found(finished.store))["index.html"]
+    assert (finished.store.parent / page).read_bytes() == built(found(finished.store))["index.html"]
 
 
-def test_the_page_begins_with_a_verdict_and_a_date(finished: Finished) -> None:
+def test_the_page_begins_with_a_verdict_and_a_date(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", command(finished.store)[1:])
     findings = found(finished.store)
-    text = html.unescape(pages.build(findings)["index.html"].decode())
-    (said,) = re.findall(r'<p class="verdict">(.*?)</p>', text)
-    assert said == pages.verdict(findings)
-    lowest = min(findings.matrix.rows[-1])
-    assert said.startswith(f"AP {finished.summary['ap']:.2f}, {finished.summary['f_ra']:.2f} points forgotten")
-    assert f"the lowest score is {lowest:.1f}, on " in said
+    text = html.unescape(built(findings)["index.html"].decode())
+    (block,) = re.findall(r'<dl class="verdict".*?</dl>', text, re.DOTALL)
+    said = re.findall(r"<dt>(.*?)</dt><dd>(?:<code>)?(.*?)(?:</code>)?</dd>", block)
+    assert said == [(line.label, line.text) for line in judge(findings)]
+    assert [f"{label}: {line}" for label, line in said] == finished.summary["verdict"]
+    assert text.index(block) < text.index('<dl class="figures">')
+    printed = finished.outcome.out.splitlines()
+    first = printed.index(str(judge(findings)[0]))
+    assert printed[first : first + len(said)] == finished.summary["verdict"]
+    assert printed[first + len(said)].startswith("Scores of sapt")
     newest = max(json.loads(path.read_text())["finished_at"] for path in (finished.store / "records").glob("*.json"))
     assert f"Last stage ended {newest[:16].replace('T', ' ')} UTC." in text
 
@@ -269,7 +301,7 @@ def test_links_lead_to_the_run(finished: Finished) -> None:
         pages.Link("MLflow run 1", "https://mlflow.example/#/experiments/0/runs/1"),
         pages.Link("quickstart version 4", None),
     ]
-    text = pages.build(found(finished.store), links)["index.html"].decode()
+    text = built(found(finished.store), links)["index.html"].decode()
     assert '<a href="https://mlflow.example/#/experiments/0/runs/1">MLflow run 1</a>.' in text
     assert "quickstart version 4." in text
 
@@ -416,7 +448,7 @@ def test_a_browser_shows_it(finished: Finished, tmp_path: Path, width: int, dark
     browser = shutil.which("chromium")
     if browser is None:
         pytest.skip("no chromium on PATH: apt-get install chromium")
-    text = pages.build(found(finished.store))["index.html"].decode()
+    text = built(found(finished.store))["index.html"].decode()
     policy = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')
     assert policy.search(text)
     # The page forbids scripts, so the copy that a script looks at does not.

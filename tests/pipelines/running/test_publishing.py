@@ -10,9 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from mlflow.entities.model_registry import ModelVersion
 
+from cluster.tracking.runs import Tracker
 from cluster.tracking.service import client_of
 from pipelines import continual, extend, predict
+from pipelines.reports.verdict import Champion, Registered
+from pipelines.running.publishing import registered_as
+from pipelines.sequence.experiment import load_experiment
 from sapt_core.config.experiment import load_config
 from sapt_core.data import load_sequence
 from sapt_core.settings import TrackingConfig
@@ -57,19 +64,24 @@ def published(submit: Submit, sqlite_tracking: TrackingConfig) -> list[dict[str,
     return found
 
 
+def run_of(version: ModelVersion, client: MlflowClient) -> Run:
+    """The sequence's run."""
+    return client.get_run(client.get_run(version.run_id).data.tags["mlflow.parentRunId"])
+
+
 @pytest.mark.usefixtures("published")
 def test_what_mlflow_says_of_a_version_and_its_data(finished: Finished, sqlite_tracking: TrackingConfig) -> None:
     client = client_of(sqlite_tracking.uri)
     version = client.get_model_version("quickstart", "2")
     figures = finished.summary
-    run = client.get_run(version.run_id)
+    run = run_of(version, client)
     for part in (
         f"sapt after 2 tasks: AP {figures['ap']:.2f}, F.Ra {figures['f_ra']:.2f}. Backbone ",
         f"| animal | {figures['scores'][1][0]:.2f} | {figures['scores'][1][0] - figures['scores'][0][0]:+.2f} |",
         f"| basket | {figures['scores'][1][1]:.2f} | new |",
         'load_model("models:/quickstart/2")',
         "sapt pool promote 2 tracking.model=quickstart",
-        f"[Run](#/experiments/{run.info.experiment_id}/runs/{version.run_id})",
+        f"[Run](#/experiments/{run.info.experiment_id}/runs/{run.info.run_id})",
     ):
         assert part in version.description
     assert (version.tags["line"], version.tags["ap"]) == ("main", f"{figures['ap']:.2f}")
@@ -77,11 +89,59 @@ def test_what_mlflow_says_of_a_version_and_its_data(finished: Finished, sqlite_t
     model = client.get_logged_model(version.source.removeprefix("models:/"))
     scores = {metric.key: metric.value for metric in model.metrics}
     assert (scores["ap"], scores["score/animal"]) == (figures["ap"], figures["scores"][-1][0])
+    # MLflow's page that compares versions shows the metrics of their runs.
+    own = [client.get_run(client.get_model_version("quickstart", each).run_id) for each in ("1", "2")]
+    assert [each.info.run_name for each in own] == ["train[00 animal]", "train[01 basket]"]
+    assert [each.data.metrics["score/animal"] for each in own] == [row[0] for row in figures["scores"]]
     data = {each.dataset.name: each for each in run.inputs.dataset_inputs}
     assert set(data) == {"animal", "basket"}
     assert {each.tags[0].value for each in data.values()} == {"training"}
     assert json.loads(data["animal"].dataset.profile) == {"train": 22, "dev": 2, "test": 12}
     assert data["animal"].dataset.digest != data["basket"].dataset.digest
+
+
+@pytest.mark.usefixtures("published")
+def test_what_a_run_says_of_itself(
+    finished: Finished, sqlite_tracking: TrackingConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = client_of(sqlite_tracking.uri)
+    run = run_of(client.get_model_version("quickstart", "2"), client)
+    note = run.data.tags["mlflow.note.content"].splitlines()
+    learnt, kept, _, typed = finished.summary["verdict"]
+    assert [line.replace("**", "") for line in note[:2]] == [f"- {learnt}", f"- {kept}"]
+    assert typed.startswith("next: ")
+    assert note[-1].startswith("- **next**: `")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", sqlite_tracking.uri)  # load_table searches there
+    table = client.load_table(run.info.experiment_id, "predictions.json", [run.info.run_id])
+    assert list(table.columns) == ["task", "input", "reference", "answer", "score", "weights"]
+    assert table["task"].value_counts().to_dict() == {"animal": 12, "basket": 12}
+    scores = table.groupby("task")["score"].mean().to_dict()
+    assert scores == pytest.approx(dict(zip(("animal", "basket"), finished.summary["scores"][-1], strict=True)))
+    assert all(set(json.loads(each)) == {"animal", "basket"} for each in table["weights"])
+
+
+@pytest.mark.usefixtures("published")
+def test_a_run_is_held_against_the_champion(
+    submit: Submit, finished: Finished, copied: Finished, sqlite_tracking: TrackingConfig
+) -> None:
+    client = client_of(sqlite_tracking.uri)
+    (before,), (after, second) = finished.summary["scores"]
+    client.set_registered_model_alias("quickstart", "champion", "1")
+    told = f"version 1 of quickstart: mean {after:.2f} against {before:.2f} on 1 task that both know"
+    outcome = submit()
+    assert outcome.code == 0, outcome.err
+    assert told in outcome.out
+    client.set_registered_model_alias("quickstart", "champion", "2")
+    assert "champion: it is, as version 2 of quickstart" in submit().out
+
+    def registered(*overrides: str) -> Registered | None:
+        given = [*TINY, f"store.uri={copied.store}", f"tracking.uri={sqlite_tracking.uri}", *overrides]
+        experiment = load_experiment(Path(QUICKSTART), given)
+        return registered_as(finished.snapshot, experiment, Tracker(experiment.config.tracking))
+
+    assert registered() == Registered(2, Champion(2, dict(zip(("animal", "basket"), (after, second), strict=True))))
+    assert registered("benchmark.test_rows=6") == Registered(2, Champion(2, {}))  # other rows, other scores
+    assert registered("tracking.model=another") is None
 
 
 @pytest.mark.parametrize("given", [["benchmark.tasks=basket"], ["seed=1"], ["method.name=per_task"]])

@@ -150,7 +150,7 @@ def test_scores_are_metrics_of_every_version(finished: Finished, sqlite_tracking
         publisher = MLflowPublisher(given, sqlite_tracking, outbox)
         monitor = Monitor(given, open_store(given.config.store), publisher)
         finish(monitor, finished)
-        publisher.finish(monitor.summary(), dict)
+        publisher.finish(monitor, dict)
     client = client_of(sqlite_tracking.uri)
     points = client.get_metric_history(publisher.run_id, "unseen/stock")
     assert [(point.step, point.value) for point in sorted(points, key=lambda point: point.step)] == [

@@ -164,6 +164,29 @@ def test_params(model: PyFuncModel) -> None:
         posted(model, {**prompt, "params": {"max_new_tokens": 0, "num_beams": 0}})
 
 
+def test_weights_may_be_left_out(model: PyFuncModel) -> None:
+    asked = {"dataframe_records": [{"prompt": "ada saw a fox"}]}
+    (whole,) = posted(model, {**asked, "params": {"return_weights": True}})
+    assert posted(model, asked) == [whole]
+    assert posted(model, {**asked, "params": {"return_weights": False}}) == [{"answer": whole["answer"]}]
+
+
+def test_a_version_shows_what_may_be_asked(model: PyFuncModel) -> None:
+    example = model.input_example
+    assert isinstance(example, pd.DataFrame)
+    assert list(example.columns) == ["input", "task"]
+    assert example["task"].tolist() == ["basket"]
+    (answered,) = model.predict(example).to_dict("records")
+    assert set(json.loads(answered["weights"])) == TASKS
+    folder = Path(mlflow.artifacts.download_artifacts("models:/quickstart@latest"))
+    info = model.metadata.saved_input_example_info
+    assert info is not None
+    served = json.loads((folder / info["serving_input_path"]).read_text())
+    assert posted(model, served) == [answered]
+    described = model.metadata.get_params_schema().to_dict()
+    assert [each["name"] for each in described] == ["max_new_tokens", "num_beams", "return_weights"]
+
+
 @pytest.mark.usefixtures("tracked")
 def test_a_method_that_needs_the_task_answers(copied: Finished) -> None:
     store = LocalStore("runs/store")

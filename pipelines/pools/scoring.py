@@ -1,0 +1,97 @@
+"""Scores of versions on the sealed test rows that one of them carries."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+from sapt_core.errors import SnapshotError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from rich.table import Table
+
+    from cluster.store import ArtifactStore
+    from pipelines.sequence.gate import Gate, Row
+    from sapt_core.config.experiment import ExperimentConfig
+    from sapt_core.settings import PlacesConfig, StoreConfig
+    from sapt_core.versions.manifest import Manifest
+
+# What may be said of how versions are scored; all else is as the candidate was learnt.
+GIVEN = ("evaluation", "cluster")
+
+
+def scoring_config(
+    candidate: Manifest, kept: StoreConfig, places: PlacesConfig, path: Path | None, said: Sequence[str]
+) -> ExperimentConfig:
+    """How the version was learnt, with answers searched for and on the cluster as given.
+
+    Args:
+        candidate: the version.
+        kept: the store that has its blobs.
+        places: of the command line.
+        path: a config, of which the sections ``GIVEN`` count; None for none.
+        said: fields of these sections on the command line.
+
+    Raises:
+        SnapshotError: the version does not say how it was learnt.
+    """
+    from omegaconf import DictConfig, OmegaConf
+
+    from pipelines.sequence.extension import Places, own_settings
+    from sapt_core.config.experiment import ExperimentConfig, read_mapping, validated
+    from sapt_core.config.overrides import parsed
+
+    if candidate.recipe is None:
+        raise SnapshotError(
+            f"The version (schema {candidate.schema_version}) carries no sealed test rows, on which it could be held "
+            "against the champion: an earlier release published it. Publish it again with this release, from its "
+            "config and its data"
+        )
+    here = Places(kept.model_dump(mode="json"), places.tracking.model_dump(mode="json"))
+    own = own_settings(candidate, candidate.recipe, [task.name for task in candidate.tasks], ".", here)
+    given = [] if path is None else [read_mapping(path)]
+    layers = [DictConfig(OmegaConf.masked_copy(layer, list(GIVEN))) for layer in given]
+    sealed = OmegaConf.create({"evaluation": {"split": "test"}})
+    return validated(
+        ExperimentConfig, [OmegaConf.create(own), *layers, *parsed(said, ExperimentConfig), sealed], "What is scored"
+    )
+
+
+def scored(gate: Gate, store: ArtifactStore, config: ExperimentConfig, arguments: argparse.Namespace) -> list[Row]:
+    """Run what is not in the store yet, with the options of ``cli.add_inline``."""
+    from cluster.stages import InlineExecutor, plan, run_graph
+    from cluster.store.lookups import Lookups
+    from pipelines.running.sequence import inline_executor, ray_executor
+
+    known = Lookups(store)
+    left = [stage for stage, state in plan(gate.stages, known).items() if state != "done" and stage.kind != "carried"]
+    with ExitStack() as stack:
+        if arguments.inline:
+            executor = inline_executor(arguments, config.store, store, stack)
+        elif left:
+            executor = ray_executor(config, stack)
+        else:
+            executor = InlineExecutor(store)
+        return gate.rows(run_graph(gate.stages, known, executor))
+
+
+def score_table(rows: Sequence[Row], model: str, one: str, other: str) -> Table:
+    """What came of it, for people: scores of version ``one`` of a model, held against the ``other``."""
+    from pipelines.console.tables import text_table
+
+    def shown(score: float | None, form: str = ".2f") -> str:
+        return "" if score is None else f"{score:{form}}"
+
+    body = []
+    for row in rows:
+        left_out = "no sealed test rows" if row.learnt else "forgotten" if row.forgotten else "not learnt"
+        remark = "" if row.candidate is not None else left_out
+        figures = [shown(row.champion), shown(row.candidate), shown(row.change, "+.2f"), shown(row.bare)]
+        body.append([row.task, *figures, remark])
+    return text_table(
+        f"{model}: scores on the test rows of {one}", ["task", other, one, "change", "backbone", ""], body
+    )
