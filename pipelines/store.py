@@ -96,14 +96,17 @@ def _registered(store: ArtifactStore, places: PlacesConfig) -> list[str]:
     """
     from cluster.store.cleaning import forgetting
 
-    models = {record["metrics"]["model"] for record in forgetting(store)} - {None}
-    if not models:
+    forgotten = forgetting(store)
+    if not forgotten:
         return []
 
     from cluster.tracking.lines import SNAPSHOT
     from cluster.tracking.registry import PoolRegistry
-    from cluster.tracking.service import check_readable
+    from cluster.tracking.service import check_readable, is_there
 
+    models = {record["metrics"]["model"] for record in forgotten} - {None}
+    if not models and not is_there(places.tracking):
+        return []  # forgotten by its snapshot, where nobody uses MLflow
     registry = PoolRegistry(check_readable(places.tracking))
     versions = {name: registry.versions(name) for name in registry.models()}
     unknown = [name for name in sorted(models) if not versions.get(name)]

@@ -42,7 +42,7 @@ BROKEN_OFF = "its stage was broken off, and the same run would go on from it"
 KILLED = "left by a process that was killed"
 UNPACKED = "none of the records is there that it holds copies of"
 FORGOTTEN = "of a task that was forgotten"
-FORGET = "forget"
+FORGET = "forget"  # kind of the record of a version that was made to forget a task
 CARRIED = "carried"
 
 _DIGEST = re.compile(r"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])")

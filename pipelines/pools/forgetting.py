@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pipelines.console import cli
 from pipelines.console.commands import pasted
-from pipelines.pools.scoring import GIVEN
+from pipelines.pools.scoring import set_apart
 from sapt_core.errors import FaultsError, SnapshotError
 
 if TYPE_CHECKING:
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from cluster.tracking.lines import PoolVersion
     from sapt_core.settings import PlacesConfig, StoreConfig
     from sapt_core.versions.manifest import Manifest
-
-FORGET = "forget"  # kind of the record that says what may go
 
 
 class _Where(NamedTuple):
@@ -52,10 +50,10 @@ def main() -> None:
     cli.add_version(parser)
     cli.add_inline(parser, told="score on this machine alone, without Ray")
     arguments = cli.parse(parser)
-    said = [each for each in arguments.overrides if each.partition(".")[0] in GIVEN]
-    arguments.overrides = [each for each in arguments.overrides if each not in said]
+    said = set_apart(arguments)
 
     from cluster.store import open_store
+    from cluster.store.cleaning import FORGET
     from pipelines.console.versions import find_registered, snapshot
     from pipelines.pools.made import keep
     from pipelines.pools.opened import places_of
@@ -127,6 +125,7 @@ def _registered(before: Manifest, after: Manifest, where: _Where, task: str, met
 
 def _lineage(before: Manifest, task: str) -> str:
     """The new version's name, known before it is made."""
+    from cluster.store.cleaning import FORGET
     from sapt_core.io.hashing import canonical_hash
 
     return canonical_hash([FORGET, before.digest, task])

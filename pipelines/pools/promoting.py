@@ -12,18 +12,15 @@ from typing import TYPE_CHECKING
 
 from pipelines.console import cli
 from pipelines.console.commands import pasted
-from pipelines.pools.scoring import GIVEN
+from pipelines.pools.scoring import set_apart
 from pipelines.pools.showing import VERSION
-from sapt_core.errors import ConfigError, FaultsError, LineageError, SnapshotError, StoreError
+from sapt_core.errors import FaultsError, LineageError, SnapshotError, StoreError
 
 if TYPE_CHECKING:
     from cluster.tracking.lines import PoolVersion
     from pipelines.sequence.gate import Row
     from sapt_core.settings import PlacesConfig, StoreConfig
     from sapt_core.versions.manifest import Manifest
-
-# What a command line may say.
-SECTIONS = ("store", "tracking", "registry", *GIVEN)
 
 
 def main() -> None:
@@ -45,9 +42,7 @@ def main() -> None:
     from pipelines.pools.scoring import score_table, scored, scoring_config
     from pipelines.sequence.gate import build_gate
 
-    _check_fields(arguments)
-    said = [each for each in arguments.overrides if each.partition(".")[0] in GIVEN]
-    arguments.overrides = [each for each in arguments.overrides if each not in said]
+    said = set_apart(arguments)
     console, places = wide_console(), places_of(arguments)
     candidate, kept, version = find_registered(arguments.version, places, arguments.overrides)
     registry = registry_of(places, version.model)
@@ -79,15 +74,6 @@ def main() -> None:
     console.print(f"champion: {version.model} version {version.version}")
     if champion is not None:
         console.print(f"before:   version {champion.version}; {pasted('pool', 'rollback')} takes it back")
-
-
-def _check_fields(arguments: argparse.Namespace) -> None:
-    """Refuse fields that the version decides, by which other scores would be compared than it was published with."""
-    given = [each.partition("=")[0] for each in arguments.overrides]
-    wrong = [name for name in given if name.partition(".")[0] not in SECTIONS]
-    if wrong:
-        faults = [f"{name}: versions are scored as they were learnt; leave it out" for name in wrong]
-        raise ConfigError(f"Promoting takes fields of {', '.join(SECTIONS)} alone:", faults)
 
 
 def _check_line(version: PoolVersion, other: PoolVersion, said: str | None) -> None:

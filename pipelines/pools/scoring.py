@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from sapt_core.errors import SnapshotError
+from sapt_core.errors import ConfigError, SnapshotError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,6 +22,23 @@ if TYPE_CHECKING:
 
 # What may be said of how versions are scored; all else is as the candidate was learnt.
 GIVEN = ("evaluation", "cluster")
+# What a command line may say.
+SECTIONS = ("store", "tracking", "registry", *GIVEN)
+
+
+def set_apart(arguments: argparse.Namespace) -> list[str]:
+    """Overrides of how versions are scored, taken out of those that say where things are.
+
+    Raises:
+        ConfigError: fields that the version decides: other scores would be compared than those it has.
+    """
+    wrong = [each for each in arguments.overrides if each.partition("=")[0].partition(".")[0] not in SECTIONS]
+    if wrong:
+        faults = [f"{each.partition('=')[0]}: versions are scored as they were learnt; leave it out" for each in wrong]
+        raise ConfigError(f"Versions are scored with fields of {', '.join(SECTIONS)} alone:", faults)
+    said = [each for each in arguments.overrides if each.partition(".")[0] in GIVEN]
+    arguments.overrides = [each for each in arguments.overrides if each not in said]
+    return said
 
 
 def scoring_config(

@@ -185,7 +185,7 @@ def test_idle_workers_make_way(config: StoreConfig) -> None:
     seen: list[bool] = []
 
     def look(event: StageEvent) -> None:
-        if event.kind == "finished" and event.stage in {beside, instead} and event.record is not None:
+        if event.kind == "finished" and event.stage == beside and event.record is not None:
             seen.append(any(map(is_alive, records["train"])))
         if event.kind == "finished" and event.record is not None and event.stage in {trained, trained_on}:
             records["train"] = event.record.metrics["processes"]
@@ -193,7 +193,11 @@ def test_idle_workers_make_way(config: StoreConfig) -> None:
     records: dict[str, list[int]] = {}
     with executor_of(config) as executor:
         run_graph([instead], Lookups(open_store(config)), executor, look)
-        assert seen == [True, False]
+        assert seen == [True]
+        deadline = time.monotonic() + 60  # Ray gives their places away a moment before the processes end
+        while any(map(is_alive, records["train"])):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
 
 
 def is_alive(process: int) -> bool:

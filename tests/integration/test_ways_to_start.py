@@ -293,7 +293,7 @@ def test_two_nodes_with_s3_and_postgresql(
     assert "not-a-secret-of-anyone" not in outcome.out
     assert not NOISE.search(outcome.out), outcome.out
     kinds = {key.split("/")[1] for key in names(client) if not key.endswith("/")}
-    assert kinds == {"blobs", "records"}  # no checkpoint stays behind
+    assert kinds == {"blobs", "records", "packs"}  # no checkpoint stays behind
     trained = {each.info.run_name: each for each in runs(mlflow_on_postgres)}["train[01 ticket]"]
     assert trained.data.tags["world_size"] == "2"  # of one CPU each, so one on each node
     registry = PoolRegistry(TrackingConfig(uri=mlflow_on_postgres, experiment="quickstart", model="quickstart"))

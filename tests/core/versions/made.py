@@ -10,12 +10,22 @@ from sapt_core.backbones.loading import store_backbone
 from sapt_core.backbones.reference import identify
 from sapt_core.data.task import LearntTask
 from sapt_core.pool.pool import new_pool
-from sapt_core.settings import AttentionConfig, BackboneConfig, PETConfig
+from sapt_core.settings import AttentionConfig, BackboneConfig, GeneratorConfig, PETConfig, TrainConfig
 from sapt_core.versions.loading import store_block, store_router
-from sapt_core.versions.manifest import Manifest
+from sapt_core.versions.manifest import Manifest, Recipe
 from tests.core.tiny import DictStore, lora, tiny_backbone, tiny_tokenizer
 
 ATTENTION = AttentionConfig(bottleneck=5, temperature=0.2)
+RECIPE = Recipe(
+    seed=0,
+    max_source_tokens=8,
+    max_target_tokens=8,
+    dev_fraction=0.1,
+    split_seed=0,
+    reflection={},
+    generator=GeneratorConfig(),
+    train=TrainConfig(),
+)
 
 
 def learnt(name: str, **changes: object) -> LearntTask:

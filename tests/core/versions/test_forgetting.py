@@ -9,14 +9,13 @@ import torch
 
 from sapt_core.errors import SnapshotError
 from sapt_core.pool.model import SaptModel
-from sapt_core.settings import GeneratorConfig, TrainConfig
 from sapt_core.versions.contents import blobs_of, line_of
 from sapt_core.versions.forgetting import forget, forgetting_faults, forgotten
 from sapt_core.versions.loading import load_pool
-from sapt_core.versions.manifest import CarriedTask, Manifest, Recipe
+from sapt_core.versions.manifest import CarriedTask, Manifest
 from tests.core.lessons import learn, sequence
 from tests.core.tiny import PAD, DictStore, random_rows, tiny_backbone
-from tests.core.versions.made import version
+from tests.core.versions.made import RECIPE, version
 
 LINEAGE = "1" * 64
 
@@ -27,16 +26,6 @@ def names(manifest: Manifest) -> list[str]:
 
 def complete(manifest: Manifest, store: DictStore) -> Manifest:
     """The version with something carried of every task, and all of it in the store."""
-    recipe = Recipe(
-        seed=0,
-        max_source_tokens=8,
-        max_target_tokens=8,
-        dev_fraction=0.1,
-        split_seed=0,
-        reflection={},
-        generator=GeneratorConfig(),
-        train=TrainConfig(),
-    )
     carried = [
         CarriedTask(
             data=store.put(f"text of {name}".encode()),
@@ -48,7 +37,7 @@ def complete(manifest: Manifest, store: DictStore) -> Manifest:
         )
         for name in names(manifest)
     ]
-    made = manifest.complete(lineage="0" * 64, recipe=recipe, carried=carried)
+    made = manifest.complete(lineage="0" * 64, recipe=RECIPE, carried=carried)
     store.put(made.to_bytes())
     return made
 

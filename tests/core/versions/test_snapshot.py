@@ -18,10 +18,10 @@ from sapt_core.data.collate import Collator
 from sapt_core.errors import SnapshotError, StoreError
 from sapt_core.pool.model import SaptModel
 from sapt_core.pool.pool import new_pool
-from sapt_core.settings import AttentionConfig, GeneratorConfig, TrainConfig
+from sapt_core.settings import AttentionConfig
 from sapt_core.versions.export import export_block
 from sapt_core.versions.loading import load_pool, store_block, store_router
-from sapt_core.versions.manifest import SCHEMA_VERSION, CarriedTask, Manifest, Recipe, require_backbone
+from sapt_core.versions.manifest import SCHEMA_VERSION, CarriedTask, Manifest, require_backbone
 from tests.core.tiny import (
     BACKBONES,
     PAD,
@@ -35,6 +35,7 @@ from tests.core.tiny import (
     tiny_ref,
     tiny_task,
 )
+from tests.core.versions.made import RECIPE
 
 ATTENTION = AttentionConfig(bottleneck=5, temperature=0.2)
 
@@ -280,18 +281,8 @@ def test_an_export_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
 def test_a_completed_version_is_the_parent_that_it_was_trained_as() -> None:
     manifest, _ = stored("t5", DictStore(), blocks=1)
     assert manifest.as_parent == manifest.digest
-    recipe = Recipe(
-        seed=0,
-        max_source_tokens=8,
-        max_target_tokens=8,
-        dev_fraction=0.1,
-        split_seed=0,
-        reflection={},
-        generator=GeneratorConfig(),
-        train=TrainConfig(),
-    )
     some = "0" * 64
     carried = CarriedTask(data=some, rows={}, tokens={}, reflection={}, origin=some, curve=some)
-    complete = manifest.complete(lineage=some, recipe=recipe, carried=[carried])
+    complete = manifest.complete(lineage=some, recipe=RECIPE, carried=[carried])
     assert complete.digest != manifest.digest
     assert complete.as_parent == manifest.digest

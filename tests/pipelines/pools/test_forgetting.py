@@ -63,6 +63,24 @@ def test_what_is_refused_changes_nothing(copied: Finished, call: Call, sqlite_tr
     assert len(PoolRegistry(sqlite_tracking).versions()) == 1
 
 
+def test_what_the_store_alone_forgot_is_held_by_registered_versions(
+    copied: Finished, call: Call, sqlite_tracking: TrackingConfig
+) -> None:
+    places = [f"tracking.uri={sqlite_tracking.uri}", f"store.uri={copied.store}"]
+    publish(copied, sqlite_tracking)
+    assert call(pool.main, ["forget", "animal", "--snapshot", copied.snapshot, *places]).code == 0
+    held = call(store_command.main, ["gc", *places])
+    assert held.code == 0, held.err
+    assert " 0  bytes in 0 objects" in held.out
+    nobody = call(
+        store_command.main, ["gc", f"store.uri={copied.store}", f"tracking.uri=sqlite:///{copied.store}/no.db"]
+    )
+    assert nobody.code == 0, nobody.err
+    assert "of a task that was forgotten" in nobody.out
+    wrong = call(pool.main, ["forget", "animal", "--version", "latest", *places, "train.precision=bf16"])
+    assert (wrong.code, "train.precision: versions are scored as they were learnt" in wrong.err) == (2, True)
+
+
 def test_its_bytes_go_once_no_version_knows_it(copied: Finished, call: Call, sqlite_tracking: TrackingConfig) -> None:
     places = [f"tracking.uri={sqlite_tracking.uri}", f"store.uri={copied.store}"]
     publish(copied, sqlite_tracking)
