@@ -1,6 +1,7 @@
 """Learn one or more tasks on top of a published version, with nothing but MLflow and the store.
 
     python pipelines/extend.py --from models:/quickstart@champion --task colour --data colour.csv [key=value ...]
+    python pipelines/extend.py --from models:/quickstart@champion --tasks tasks.yaml [key=value ...]
 
 How they are learnt is the version's; what may differ a task can be given as overrides or in a config. The data of the
 tasks that the version knows is not needed. Submitted again after any interruption, the same command goes on.
@@ -10,9 +11,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pipelines.console import cli
 from pipelines.console.commands import pasted
+
+if TYPE_CHECKING:
+    from sapt_core.task_settings import TaskConfig
 
 
 def main() -> None:
@@ -30,16 +35,15 @@ def main() -> None:
         help="the version: models:/NAME/3, models:/NAME@ALIAS, or of tracking.model a number, latest or an alias",
     )
     source.add_argument("--snapshot", metavar="DIGEST", help="the version by its digest in store.uri, without MLflow")
-    parser.add_argument("--task", action="append", required=True, metavar="NAME", help="a new task; once a task")
+    parser.add_argument("--task", action="append", metavar="NAME", help="a new task; once a task")
     parser.add_argument(
         "--data",
         action="append",
-        required=True,
-        type=Path,
         metavar="PATH",
-        help="its rows, once a --task: a folder with train and test, or one file (.csv, .tsv, .jsonl, .json, .parquet) "
-        "with input and output, of which test rows are split off",
+        help="its rows, once a --task: a folder with train and test, one file (.csv, .tsv, .jsonl, .json, .parquet) of "
+        "which test rows are split off, or a hub id (docs/data.md)",
     )
+    parser.add_argument("--tasks", type=Path, metavar="FILE", help="the new tasks as a YAML file (docs/data.md)")
     parser.add_argument("--definition", action="append", metavar="TEXT", help="its instruction, if the rows have none")
     parser.add_argument("--template", help="of the prompts (default: that of the version's newest task)")
     parser.add_argument("--metric", help="of the scores (default: that of the version's newest task)")
@@ -52,7 +56,6 @@ def main() -> None:
     from pipelines.running.sequence import carry_out
     from pipelines.sequence.extension import Places, extend
     from sapt_core.config.experiment import load_places
-    from sapt_core.data.addition import Addition
 
     cli.check_output(arguments.summary)
     places = load_places([each for each in arguments.overrides if each.startswith(("store.", "tracking."))])
@@ -64,15 +67,10 @@ def main() -> None:
         found = find_registered(arguments.version, places, arguments.overrides)
         manifest, kept, store = found.manifest, found.store, open_store(found.store)
         tracking["model"] = found.version.model
-    definitions = arguments.definition or [None] * len(arguments.task)
-    additions = [
-        Addition(name, path, definition, arguments.template, arguments.metric)
-        for name, path, definition in zip(arguments.task, arguments.data, definitions, strict=True)
-    ]
     experiment = extend(
         manifest,
         store,
-        additions,
+        _additions(arguments),
         places=Places(kept.model_dump(mode="json"), tracking),
         path=arguments.config,
         overrides=arguments.overrides,
@@ -80,11 +78,36 @@ def main() -> None:
     carry_out(experiment, arguments)
 
 
+def _additions(arguments: argparse.Namespace) -> list[TaskConfig]:
+    """The tasks that the command line names, each with what it says of all of them."""
+    from omegaconf import OmegaConf
+
+    from sapt_core.config.experiment import validated
+    from sapt_core.task_settings import TasksFile
+
+    if arguments.tasks is not None:
+        given: dict[str, Any] = {"tasks_file": str(arguments.tasks)}
+        what = f"{arguments.tasks} with the command line"
+    else:
+        definitions = arguments.definition or [None] * len(arguments.task)
+        named = zip(arguments.task, arguments.data, definitions, strict=True)
+        tasks = [{"name": name, "path": path, "definition": definition} for name, path, definition in named]
+        given, what = {"tasks": tasks}, "What the command line says of the tasks"
+    shared = {name: getattr(arguments, name) for name in ("template", "metric") if getattr(arguments, name) is not None}
+    return list(validated(TasksFile, [OmegaConf.create({**given, "defaults": shared})], what).tasks)
+
+
 def _check_pairs(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    if (arguments.tasks is None) == (arguments.task is None):
+        parser.error("give the tasks by --task and --data, or by --tasks")
+    if arguments.tasks is not None:
+        if arguments.data is not None or arguments.definition is not None:
+            parser.error("--data and --definition go with --task; what --tasks names says so itself")
+        return
     tasks = len(arguments.task)
     for option, given in (("--data", arguments.data), ("--definition", arguments.definition)):
-        if given is not None and len(given) != tasks:
-            parser.error(f"{option} is given {len(given)} times and --task {tasks}: give it once a task")
+        if (given is None and option == "--data") or (given is not None and len(given) != tasks):
+            parser.error(f"{option} is given {len(given or ())} times and --task {tasks}: give it once a task")
 
 
 if __name__ == "__main__":

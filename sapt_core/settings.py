@@ -8,51 +8,51 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+
+from sapt_core.task_settings import (
+    HUB_REVISION,
+    MetricName,
+    NameList,
+    Section,
+    TaskDefaults,
+    TaskList,
+    TemplateName,
+    told_in_full,
+)
 
 MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
-HUB_REVISION = r"^[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)*$"
-
-
-def _names(value: Any) -> Any:
-    """``a,b,c`` from a command line is the list [a, b, c], and so is ``["a, b", c]``, for names with commas."""
-    if not isinstance(value, str):
-        return value
-    if not value.lstrip().startswith("["):
-        return [part.strip() for part in value.split(",") if part.strip()]
-    try:
-        return yaml.load(value, Loader=yaml.BaseLoader)  # noqa: S506 - makes text of every value, and nothing else
-    except yaml.YAMLError as error:
-        raise ValueError('is no list: give a,b,c or ["a, b",c]') from error
-
-
-NameList = Annotated[tuple[str, ...], BeforeValidator(_names, json_schema_input_type=str | tuple[str, ...])]
-"""Names, from a command line with commas between them."""
-
-
-class Section(BaseModel):
-    """A frozen group of fields that refuses keys it does not know."""
-
-    # A number that is none, or no bound on one, is never meant: a rate of .inf trains to nothing.
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
 
 
 class BenchmarkConfig(Section):
     """Which tasks, in which order, and how a row becomes text and tokens."""
 
     suite: Literal["superni", "long_sequence", "synthetic", "folder"] = Field(
-        description="superni and long_sequence know their orders, prompts and metrics; folder takes any "
-        "folders of the CL_Benchmark layout; synthetic generates its tasks."
+        "folder",
+        description="superni and long_sequence know their orders, prompts and metrics; folder takes any data sets; "
+        "synthetic generates its tasks.",
     )
     data_dir: Path | None = Field(None, description="Folder that holds one folder a task. Not for synthetic.")
     order: int | None = Field(None, ge=1, description="Numbered task order of the suite.")
-    tasks: NameList | None = Field(None, description="Task folders in the order to learn; wins over order.")
-    unseen: NameList = Field((), description="Task folders that every version is scored on and none ever learns.")
-    template: Literal["superni", "long_sequence", "none"] | None = Field(
+    tasks: TaskList | None = Field(
+        None,
+        description="Tasks in the order to learn, each a folder in data_dir, a task of tasks_file or a mapping; wins "
+        "over order.",
+    )
+    unseen: TaskList = Field((), description="Tasks, likewise, that every version is scored on and none ever learns.")
+    tasks_file: Path | None = Field(
+        None,
+        exclude=True,
+        description="YAML file with a list of tasks, or with tasks and defaults. All are learnt, in its order, unless "
+        "tasks names some.",
+    )
+    defaults: TaskDefaults | None = Field(
+        None, exclude=True, description="What tasks have that do not say otherwise; over those of tasks_file."
+    )
+    template: TemplateName | None = Field(
         None, description="Prompt; default: the suite's. none: inputs are whole prompts, as TRACE's are."
     )
-    metric: Literal["rouge_l", "exact_match", "rouge_l_unicode", "exact_match_unicode"] | None = Field(
+    metric: MetricName | None = Field(
         None,
         description="Score; default: the suite's. rouge_l sees a-z and 0-9 alone, as published, and exact_match "
         "leaves out ASCII punctuation; the unicode ones take words and punctuation of any script.",
@@ -66,24 +66,39 @@ class BenchmarkConfig(Section):
     dev_fraction: float = Field(0.1, gt=0, lt=1, description="Share of the train rows that is split off as dev.")
     split_seed: int = Field(0, ge=0, description="Seed of the dev split; apart from `seed`, so that seeds share it.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _told_in_full(cls, values: Any) -> Any:
+        """Tasks with what ``tasks_file`` and ``defaults`` say of them, which are then said."""
+        return told_in_full(values) if isinstance(values, dict) else values
+
     @model_validator(mode="after")
     def _consistent(self) -> BenchmarkConfig:
+        every = (*(self.tasks or ()), *self.unseen)
+        placed = [task.name for task in every if task.path is not None]
         if self.suite == "synthetic":
             if self.data_dir is not None:
                 raise ValueError("synthetic tasks are generated: leave data_dir out")
-        elif self.data_dir is None:
-            raise ValueError(f"suite {self.suite} needs data_dir, the folder that holds one folder a task")
+            if told := [task.name for task in every if task.model_fields_set != {"name"}]:
+                raise ValueError(f"synthetic tasks are generated: of {', '.join(told)} give the name alone")
+        elif self.data_dir is None and (self.tasks is None or len(placed) < len(every)):
+            raise ValueError(
+                f"suite {self.suite} needs data_dir, the folder that holds one folder a task, or a path of every task"
+            )
         if self.suite == "folder" and not self.tasks:
-            raise ValueError("suite folder has no numbered orders: name its task folders in tasks")
-        if self.suite == "folder" and (self.template is None or self.metric is None):
+            raise ValueError("suite folder has no numbered orders: name its tasks in tasks, or give tasks_file")
+        if self.suite == "folder" and not all(
+            (self.template or task.template) and (self.metric or task.metric) for task in every
+        ):
             raise ValueError(
                 "suite folder needs template (superni, long_sequence or none) and metric (rouge_l or exact_match, or "
                 "for other scripts than the Latin one rouge_l_unicode or exact_match_unicode)"
             )
         if self.tasks is not None:
-            twice = sorted({name for name in self.tasks if self.tasks.count(name) > 1})
-            if not self.tasks:
-                raise ValueError("tasks is empty: name at least one task folder")
+            names = [task.name for task in self.tasks]
+            twice = sorted({name for name in names if names.count(name) > 1})
+            if not names:
+                raise ValueError("tasks is empty: name at least one task")
             if twice:
                 raise ValueError(f"tasks named twice: {', '.join(twice)}")
         return self

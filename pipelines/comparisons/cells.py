@@ -21,7 +21,7 @@ from sapt_core.config.unused import keys_of, named, unused, warn_of_unused
 from sapt_core.data import load_sequence
 from sapt_core.errors import ConfigError, FaultsError, SaptError
 from sapt_core.io.hashing import canonical_hash
-from sapt_core.settings import Section
+from sapt_core.task_settings import Section
 
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
 Orders = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]

@@ -155,6 +155,9 @@ def _config(cell: Cell) -> dict[str, Any]:
     unsaid |= {"benchmark": {"data_dir"}, "reflection": {"data_dir"}}
     config = cell.experiment.config.model_dump(mode="json", exclude=unsaid)
     config["backbone"]["path"] = cell.experiment.backbone.path
+    for task in (*(config["benchmark"]["tasks"] or ()), *config["benchmark"]["unseen"]):
+        if isinstance(task, dict):
+            task.pop("path", None)
     return config
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 SCRIPTS = {
+    "data": "data",
     "learn": "continual",
     "extend": "extend",
     "compare": "compare",

@@ -162,25 +162,29 @@ def read_rows(path: Path) -> tuple[list[str], str]:
     Raises:
         DataError: with every row that is no input, or the reason why the file cannot be read.
     """
-    from sapt_core.data.files import READERS, kind
+    from sapt_core.data.files import kind, read_file, suffix_of
+    from sapt_core.data.rows import definition_of
+    from sapt_core.task_settings import ColumnsConfig
 
+    said: Any = None
     try:
-        if path.suffix in READERS:
-            content = READERS[path.suffix](path)
+        if suffix_of(path) is not None:
+            found = read_file(path)
+            instances, said = list(found.instances), found.said
         else:
             lines = path.read_text(encoding="utf-8-sig").split("\n")
-            content = {"Instances": [line for line in lines if line.strip()]}
+            instances = [line for line in lines if line.strip()]
     except (OSError, ValueError) as error:
         raise DataError("The rows cannot be read:", [f"{path}: {error}"]) from error
-    instances = content.get("Instances") if isinstance(content, dict) else None
-    if not isinstance(instances, list) or not instances:
+    if not instances:
         raise DataError("The rows cannot be read:", [f"{path}: holds no rows; give inputs, one a row"])
-    texts = [row.get("input") if isinstance(row, dict) else row for row in instances]
+    texts = [row.get("input", row.get("prompt")) if isinstance(row, dict) else row for row in instances]
     places = [place for place, text in enumerate(texts) if not isinstance(text, str)]
     if places:
         faults = [f"{path}: row {place}: input is {kind(texts[place])}" for place in places]
         raise DataError("The rows cannot be read; rows count from 0:", faults)
-    wordings = content.get("Definition") or ""
+    stated = [given for row in instances if (given := definition_of(row, ColumnsConfig()))]
+    wordings = (stated[:1] if said is None else said.get("Definition")) or ""
     return list(map(str, texts)), str(wordings[0] if isinstance(wordings, list) else wordings)
 
 

@@ -24,6 +24,7 @@ from pipelines.running.monitor import Monitor
 from pipelines.sequence.experiment import Experiment
 from sapt_core.errors import TrackingError
 from sapt_core.io.addresses import redacted, without_user
+from sapt_core.io.shipped import located
 from sapt_core.settings import TrackingConfig
 from sapt_core.versions.manifest import Manifest
 
@@ -299,12 +300,19 @@ class MLflowPublisher:
 
 def _datasets(experiment: Experiment) -> list[LoggedDataset]:
     """The tasks that are learnt, and those that are scored alone."""
-    folder = experiment.config.benchmark.data_dir
+    benchmark = experiment.config.benchmark
+    paths = {task.name: task.path for task in (*(benchmark.tasks or ()), *benchmark.unseen) if task.path is not None}
+
+    def place(name: str) -> str | None:
+        if (path := paths.get(name)) is not None:
+            return str(located(path).absolute()) if located(path).exists() else f"hf://datasets/{path}"
+        return None if benchmark.data_dir is None else str(benchmark.data_dir.absolute() / name)
+
     return [
         LoggedDataset(
             name=task.name,
             digest=task.digest,
-            folder=None if folder is None else str(folder.absolute() / task.name),
+            folder=place(task.name),
             rows=dict(task.rows),
             context=context,
         )

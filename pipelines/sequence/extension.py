@@ -16,14 +16,15 @@ from pipelines.sequence.making import ATTENDED_ON
 from sapt_core.backbones.loading import folder_of
 from sapt_core.config.experiment import ExperimentConfig, read_mapping, validated
 from sapt_core.config.overrides import parsed
-from sapt_core.data.addition import Addition, load_additions
+from sapt_core.data.tasks import load_additions
 from sapt_core.errors import ConfigError, SnapshotError
+from sapt_core.task_settings import TaskConfig
 from sapt_core.versions.learning import require_same_kind
 from sapt_core.versions.manifest import Manifest, Recipe
 
 # What a version says of itself, and a config may therefore not: what is learnt on it is learnt the same way.
 OF_THE_VERSION = ("method", "backbone", "pet", "attention")
-OF_THE_TASKS = ("suite", "data_dir", "order", "tasks", "unseen", "template", "metric")
+OF_THE_TASKS = ("suite", "data_dir", "order", "tasks", "unseen", "tasks_file", "defaults", "template", "metric")
 
 
 class Places(NamedTuple):
@@ -36,7 +37,7 @@ class Places(NamedTuple):
 def extend(
     manifest: Manifest,
     store: ArtifactStore,
-    additions: Sequence[Addition],
+    additions: Sequence[TaskConfig],
     *,
     places: Places,
     path: Path | None = None,
@@ -50,7 +51,8 @@ def extend(
     Args:
         manifest: the version.
         store: holds its blobs.
-        additions: the tasks, in the order to learn.
+        additions: the tasks, in the order to learn, each with its path; what they leave open is as of the version's
+            newest task.
         places: where it lies.
         path: a config of what is to differ; None for nothing.
         overrides: dotted ``key=value``, over ``path``.
@@ -95,15 +97,15 @@ def _check_whole(base: Base, store: ArtifactStore) -> None:
 
 
 def _config(
-    base: Base, additions: Sequence[Addition], places: Places, path: Path | None, overrides: Sequence[str]
+    base: Base, additions: Sequence[TaskConfig], places: Places, path: Path | None, overrides: Sequence[str]
 ) -> ExperimentConfig:
     """The version's own settings, and over them what is said to differ."""
-    folder = str(additions[0].path.absolute().parent)
+    folder = str(Path(additions[0].path or "").absolute().parent)
     own = own_settings(base.manifest, base.recipe, [addition.name for addition in additions], folder, places)
     given = [*([] if path is None else [read_mapping(path)]), *parsed(overrides, ExperimentConfig)]
     config = validated(ExperimentConfig, [OmegaConf.create(own), *given], "The extension's config")
     faults = [
-        f"benchmark.{field}: is said by --task and --data; leave it out"
+        f"benchmark.{field}: is said by --task and --data, or by --tasks; leave it out"
         for field in OF_THE_TASKS
         if any(OmegaConf.select(layer, f"benchmark.{field}") is not None for layer in given)
     ]
@@ -169,7 +171,7 @@ def _differing(base: Base, config: ExperimentConfig, given: Sequence[DictConfig]
     return faults
 
 
-def _names(base: Base, additions: Sequence[Addition]) -> list[str]:
+def _names(base: Base, additions: Sequence[TaskConfig]) -> list[str]:
     """What is wrong with the tasks' names."""
     known = [task.name for task in base.tasks]
     folded = {name.casefold(): name for name in known}

@@ -19,7 +19,7 @@ from sapt_core.config.experiment import ExperimentConfig, load_config, merged, r
 from sapt_core.config.overrides import parsed
 from sapt_core.config.unused import keys_of, unused, warn_of_unused
 from sapt_core.errors import ConfigError
-from sapt_core.settings import Section
+from sapt_core.task_settings import Section
 
 Scalar: TypeAlias = bool | int | float | str
 Point: TypeAlias = dict[str, Scalar]

@@ -31,7 +31,8 @@ from sapt_core.errors import BackboneError
 from sapt_core.io.blobs import BlobStore
 from sapt_core.io.hashing import Digest, canonical_hash
 from sapt_core.io.shipped import located
-from sapt_core.settings import HUB_REVISION, BackboneConfig
+from sapt_core.settings import BackboneConfig
+from sapt_core.task_settings import HUB_ID, HUB_REVISION
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 # One of them holds a vocabulary; without any, transformers makes up an empty tokenizer.
 TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab.*")
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)?")
+_HUB_ID = re.compile(HUB_ID)
 _SEPARATOR = re.compile(r"[/\\\0]")
 
 

@@ -9,13 +9,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, TypeVar
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from sapt_core.config.fields import sections_of
 from sapt_core.config.overrides import parsed
 from sapt_core.errors import ConfigError
 from sapt_core.io.addresses import redacted
@@ -149,8 +150,8 @@ class ExperimentConfig(PlacesConfig):
     def digest(self) -> str:
         """sha256 of what decides the science, whatever it runs on and wherever it lies.
 
-        Paths are left out: data and backbone count by their content, which this does not see, and so
-        do unseen tasks, which decide nothing of what is learnt.
+        Paths are left out, and of tasks all but their names: data and backbone count by their content, which this does
+        not see. So are unseen tasks, which decide nothing of what is learnt.
         """
         unread: Any = {
             "diagnostics": True,
@@ -164,7 +165,10 @@ class ExperimentConfig(PlacesConfig):
             "train": {"checkpoint_every_steps"},
             "reflection": {"data_dir"},
         }
-        return canonical_hash(self.model_dump(mode="json", exclude=unread))
+        fields = self.model_dump(mode="json", exclude=unread)
+        if self.benchmark.tasks is not None:
+            fields["benchmark"]["tasks"] = [task.name for task in self.benchmark.tasks]
+        return canonical_hash(fields)
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> ExperimentConfig:
@@ -299,15 +303,14 @@ def _nearest(location: tuple[str, ...], section: type[BaseModel], pet: str, meth
     for part in location[:-1]:
         if part.isdigit():  # a place in a list of sections
             continue
-        annotation: Any = section.model_fields[part].annotation
-        annotation = get_args(annotation)[0] if get_origin(annotation) is tuple else annotation
+        inner = sections_of(section.model_fields[part])
         if section is ExperimentConfig and part == "pet":
-            annotation = PET_TYPES[pet]
+            inner = [kind for kind in inner if kind is PET_TYPES[pet]]
         if section is ExperimentConfig and part == "method":
-            annotation = method
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            inner = [] if method is None else [method]
+        if len(inner) != 1:
             return ""
-        section = annotation
+        section = inner[0]
     names = list(section.model_fields)
     close = get_close_matches(location[-1], names, n=1)
     return f"; did you mean {close[0]}?" if close else f"; known here: {', '.join(names)}"

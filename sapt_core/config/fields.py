@@ -11,13 +11,13 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from sapt_core.methods.base import Method, known_methods
-from sapt_core.settings import NameList
+from sapt_core.task_settings import NameList, TaskList
 
 
 def kinds_of(field: FieldInfo) -> list[Any]:
     """The types that a value of the field may have: the members of a union, without what annotates them.
 
-    A ``NameList`` stays one, and of a method every known one is a kind.
+    A ``NameList`` or ``TaskList`` stays one, and of a method every known one is a kind.
     """
     return list(_members(field.rebuild_annotation()))
 
@@ -26,7 +26,8 @@ def _members(annotation: Any) -> Iterator[Any]:
     if get_origin(annotation) is Annotated:
         plain, *notes = get_args(annotation)
         # A field may say more of its names, such as how many there must be.
-        yield from [NameList] if all(note in notes for note in get_args(NameList)[1:]) else _members(plain)
+        listed = [each for each in (NameList, TaskList) if all(note in notes for note in get_args(each)[1:])]
+        yield from listed or _members(plain)
     elif get_origin(annotation) in {Union, types.UnionType}:
         for member in get_args(annotation):
             yield from _members(member)
@@ -40,7 +41,8 @@ def sections_of(field: FieldInfo) -> list[type[BaseModel]]:
     """The kinds that are groups of fields themselves, also those in a list or mapping."""
     found = []
     for kind in kinds_of(field):
-        inner = [kind] if isinstance(kind, type) else [part for part in get_args(kind) if isinstance(part, type)]
+        listed = get_args(kind)[0] if kind is TaskList else kind
+        inner = [kind] if isinstance(kind, type) else [part for part in get_args(listed) if isinstance(part, type)]
         found += [each for each in inner if issubclass(each, BaseModel)]
     return found
 
@@ -50,7 +52,7 @@ def is_text(field: FieldInfo) -> bool:
 
     def text(kind: Any) -> bool:
         words = get_args(kind) if get_origin(kind) is Literal else ()
-        return kind in (str, Path, NameList) or (bool(words) and all(isinstance(word, str) for word in words))
+        return kind in (str, Path, NameList, TaskList) or (bool(words) and all(isinstance(word, str) for word in words))
 
     kinds = [kind for kind in kinds_of(field) if kind is not types.NoneType]
     return bool(kinds) and all(map(text, kinds))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from sapt_core.data.cl_benchmark import load_folders, load_inputs
 from sapt_core.data.task import Task
-from sapt_core.errors import DataError
+from sapt_core.data.tasks import check_parted, load_inputs, load_tasks
 from sapt_core.settings import BenchmarkConfig
 
 __all__ = ["load_inputs", "load_sequence"]
@@ -22,9 +21,6 @@ def load_sequence(config: BenchmarkConfig) -> tuple[Task, ...]:
 
         tasks = synthetic_sequence(config)
     else:
-        tasks = load_folders(config)
-    torn = [task.name for task in tasks if task.template == "none" and task.definition]
-    if torn:
-        fault = f"{', '.join(torn)}: nothing would part definition and input; give superni or long_sequence"
-        raise DataError("benchmark.template=none is for inputs that are whole prompts:", [fault])
+        tasks = load_tasks(config)
+    check_parted(tasks)
     return tasks

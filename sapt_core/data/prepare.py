@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
@@ -164,6 +165,12 @@ class PromptEncoder:
             EncodedRow(self._fit(prompt), [*ids[:room], self.eos_token_id], len(ids) > room)
             for prompt, ids in zip(located, whole, strict=True)
         ]
+
+    def uncut(self) -> PromptEncoder:
+        """One that encodes the same and takes prompts of any length."""
+        encoder = copy(self)
+        encoder.max_source_tokens = sys.maxsize
+        return encoder
 
     def text(self, text: str) -> list[int]:
         """Ids of a text that is no prompt of a task, with the special tokens that a prompt has."""

@@ -170,18 +170,18 @@ def synthetic_sequence(config: BenchmarkConfig) -> tuple[Task, ...]:
     Raises:
         DataError: unknown tasks or order, or more rows than are generated; all faults at once.
     """
-    names = config.tasks if config.tasks is not None else ORDERS.get(config.order or 1, ())
+    ordered = ORDERS.get(config.order or 1, ())
+    names = ordered if config.tasks is None else tuple(task.name for task in config.tasks)
+    unseen = tuple(task.name for task in config.unseen)
     train_rows, test_rows = config.train_rows or TRAIN_ROWS, config.test_rows or TEST_ROWS
     faults = [
         f"benchmark.{field}: no synthetic task {name!r}{_nearest(name)}"
-        for field, named in (("tasks", names), ("unseen", config.unseen))
+        for field, named in (("tasks", names), ("unseen", unseen))
         for name in named
         if name not in TASKS
     ]
     faults += [
-        f"benchmark.unseen: {name}, {SEEN}"
-        for place, name in enumerate(config.unseen)
-        if name in (*names, *config.unseen[:place])
+        f"benchmark.unseen: {name}, {SEEN}" for place, name in enumerate(unseen) if name in (*names, *unseen[:place])
     ]
     if not names:
         faults.append(f"benchmark.order: {config.order} is not an order of synthetic; allowed: {_listed(ORDERS)}")
@@ -192,7 +192,7 @@ def synthetic_sequence(config: BenchmarkConfig) -> tuple[Task, ...]:
     ]
     if faults:
         raise DataError("The synthetic sequence cannot be generated:", faults)
-    return tuple(_task(name, train_rows, test_rows, config) for name in (*names, *config.unseen))
+    return tuple(_task(name, train_rows, test_rows, config) for name in (*names, *unseen))
 
 
 def _task(name: str, train_rows: int, test_rows: int, config: BenchmarkConfig) -> Task:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict
 
 # Why a task cannot be named in ``benchmark.unseen``, in every suite.
 SEEN = "which is learnt in the sequence or named in unseen already; give tasks that are never learnt, each once"
+
+MAX_LABELS = 100  # kinds of answers that are still labels
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,27 @@ def dev_rows(rows: int, fraction: float, seed: int) -> set[int]:
     keys = [draw.random() for _ in range(rows)]
     count = min(max(1, round(rows * fraction)), rows - 1)
     return set(sorted(range(rows), key=keys.__getitem__)[:count])
+
+
+def are_labels(answers: Sequence[str]) -> bool:
+    """Whether answers are of few kinds, each given several times."""
+    kinds = len({*answers})
+    return 1 < kinds <= min(MAX_LABELS, len(answers) // 2)
+
+
+def stratified_rows(answers: Sequence[str], fraction: float, seed: int) -> set[int]:
+    """Which rows go, as ``dev_rows`` has them: as many of every answer as is its share, where answers are labels."""
+    if not are_labels(answers):
+        return dev_rows(len(answers), fraction, seed)
+    draw = random.Random(seed)
+    keys = [draw.random() for _ in answers]
+    of_answer: dict[str, list[int]] = {}
+    for row in sorted(range(len(answers)), key=keys.__getitem__):
+        of_answer.setdefault(answers[row], []).append(row)
+    # A row's place among those of its answer, from 0 to 1: the first rows by place are of all answers alike.
+    places = {row: (place + 0.5) / len(rows) for rows in of_answer.values() for place, row in enumerate(rows)}
+    count = min(max(1, round(len(answers) * fraction)), len(answers) - 1)
+    return set(sorted(places, key=lambda row: (places[row], keys[row]))[:count])
 
 
 class LearntTask(BaseModel):

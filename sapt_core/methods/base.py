@@ -32,7 +32,8 @@ from sapt_core.judging.decoding import pooled_embeddings
 from sapt_core.pool.blocks.base import PETBlocks
 from sapt_core.pool.model import SaptModel
 from sapt_core.pool.pool import new_blocks
-from sapt_core.settings import AttentionConfig, PETConfig, ReflectionConfig, Section, TrainConfig
+from sapt_core.settings import AttentionConfig, PETConfig, ReflectionConfig, TrainConfig
+from sapt_core.task_settings import Section
 from sapt_core.training.objective import Objective, Row
 from sapt_core.training.reflection import GaussianQueries, RecordedAttention
 

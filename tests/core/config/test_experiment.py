@@ -37,7 +37,7 @@ def test_overrides_win_and_keep_what_they_do_not_name() -> None:
     assert after.train.epochs == 3
     assert after.train.batch_size == before.train.batch_size
     assert after.pet.target_modules == ("q", "v")
-    assert after.benchmark.tasks == ("animal", "loan")
+    assert after.model_dump(mode="json")["benchmark"]["tasks"] == ["animal", "loan"]
     assert load_config(QUICKSTART, ["seed=1", "seed=2"]).seed == 2
 
 

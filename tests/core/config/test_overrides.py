@@ -16,7 +16,7 @@ from sapt_core.config import fields
 from sapt_core.config.experiment import ExperimentConfig, load_config, load_places, merged
 from sapt_core.config.overrides import parsed
 from sapt_core.errors import ConfigError
-from sapt_core.settings import NameList
+from sapt_core.task_settings import NameList, TaskList
 
 QUICKSTART = Path(__file__).resolve().parents[3] / "pipelines/configs/quickstart.yaml"
 ODD = ("data/team #2/store", "2026", "on", "1e5", "null ", "a: b", "{x}", "${seed}", r"\${x}", "'a'", " x ", "~")
@@ -24,10 +24,11 @@ ODD = ("data/team #2/store", "2026", "on", "1e5", "null ", "a: b", "{x}", "${see
 
 def text_fields(section: type[BaseModel] = ExperimentConfig, before: str = "") -> Iterator[str]:
     for name, field in section.model_fields.items():
-        for inner in fields.sections_of(field):
-            yield from text_fields(inner, f"{before}{name}.")
         if fields.is_text(field):
             yield before + name
+            continue
+        for inner in fields.sections_of(field):
+            yield from text_fields(inner, f"{before}{name}.")
 
 
 def laid(*overrides: str, over: str | None = None) -> Any:
@@ -86,7 +87,7 @@ def test_null_empties_what_may_be_empty_and_is_text_elsewhere() -> None:
 )
 def test_names(given_: str, names: tuple[str, ...]) -> None:
     config = load_config(QUICKSTART, [f"benchmark.unseen={given_}"])
-    assert config.benchmark.unseen == names
+    assert tuple(task.name for task in config.benchmark.unseen) == names
 
 
 @pytest.mark.parametrize(("given_", "part"), [("[a", 'give a,b,c or ["a, b",c]'), ("[[a], b]", "valid string")])
@@ -122,4 +123,5 @@ def test_a_file_whose_text_yaml_reads_as_something_else_is_told_the_cure(tmp_pat
 
 
 def test_names_are_a_kind_of_their_own() -> None:
-    assert fields.kinds_of(fields.find(ExperimentConfig, "benchmark.unseen")[0]) == [NameList]
+    assert fields.kinds_of(fields.find(ExperimentConfig, "pet.target_modules")[0]) == [NameList]
+    assert fields.kinds_of(fields.find(ExperimentConfig, "benchmark.unseen")[0]) == [TaskList]

@@ -168,11 +168,10 @@ def break_file(path: Path, content: str | bytes | None) -> None:
 @pytest.mark.parametrize(
     ("content", "fault"),
     [
-        (None, "no such file"),
         ('{"Definition": "x",\n "Instances": [{"in', "line 2 column"),
         (b"\xff\xfe{}", "cannot be read"),
         ("3", "holds a number, not an object"),
-        ("[]", "Instances is empty"),
+        ("[]", "holds no rows"),
         ('{"Definition": "x"}', "Instances is missing"),
         ('{"Definition": "x", "Instances": []}', "Instances is empty"),
         ('{"Definition": "x", "Instances": {}}', "Instances is not a list"),

@@ -113,18 +113,14 @@ def test_a_row_without_a_class_is_left_out(tmp_path: Path, caplog: pytest.LogCap
     assert "one, split test: 1 of 3 rows left out" in caplog.text
 
 
-def test_a_missing_split_names_the_cure(tmp_path: Path) -> None:
+def test_a_missing_train_split_names_what_there_is(tmp_path: Path) -> None:
     FORMATS["csv"](tmp_path / "one")
-    (tmp_path / "one" / "test.csv").unlink()
+    (tmp_path / "one" / "train.csv").unlink()
     assert faults_of(tmp_path / "one") == (
-        "one/test.json: no such file, nor with .jsonl, .csv, .tsv, .parquet; scores are of rows that are not "
-        "learnt: move some of the train rows there",
+        "one/train.json: no such file, nor with .jsonl, .csv, .tsv, .parquet, .arrow",
     )
-    datasets.DatasetDict(train=classes("train"), validation=classes("test")).save_to_disk(str(tmp_path / "two"))
-    (fault,) = faults_of(tmp_path / "two")
-    assert fault.startswith("two, split test: cannot be read: the saved data set has train, validation alone; scores")
-    classes("train").save_to_disk(str(tmp_path / "three"))
-    assert "save a DatasetDict of train and test" in faults_of(tmp_path / "three")[0]
+    datasets.DatasetDict(test=classes("train"), validation=classes("test")).save_to_disk(str(tmp_path / "two"))
+    assert faults_of(tmp_path / "two") == ("two: has no split train, but test, validation: name one of them in splits",)
 
 
 def test_two_files_of_one_split_are_not_chosen_between(tmp_path: Path) -> None:
@@ -139,8 +135,14 @@ def test_two_files_of_one_split_are_not_chosen_between(tmp_path: Path) -> None:
         ("test.jsonl", b'{"input": "a", "output": "b"}\n{"input"', "line 2 column"),
         ("test.jsonl", b"[1]\n", "row 0: is a list, not an object"),
         ("test.csv", b"", "cannot be read: No columns"),
-        ("test.csv", b"input,output\n", "Instances is empty"),
-        ("test.csv", b"text,label\na,b\n", "row 0: input is missing; output is missing"),
+        ("test.csv", b"input,output\n", "holds no rows"),
+        ("test.csv", b"input,output\na,b,c\n", "rows have more fields than the header: put texts in quotes"),
+        ("test.csv", b"input,output\na,b\nc,d,e\n", "line 3, saw 3"),
+        (
+            "test.csv",
+            b"text,label\na,b\n",
+            "no column input or prompt (columns.input) or output or answer (columns.output); there are: text, label",
+        ),
         ("test.csv", b"input,output\na,\xff\n", "cannot be read: 'utf-8' codec"),
         ("test.csv", b'input,output\na,"b\n', "cannot be read: Error tokenizing"),
         ("test.parquet", b"PAR1 no", "cannot be read: "),

@@ -138,7 +138,7 @@ def test_rows_are_read(name: str, text: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "told"),
-    [("[]", "holds no rows"), ("{", "rows.json"), ('["a", 3]', "row 1: input is a number"), ("3", "holds no rows")],
+    [("[]", "holds no rows"), ("{", "rows.json"), ('["a", 3]', "row 1: input is a number"), ("3", "holds a number")],
 )
 def test_rows_that_are_none(text: str, told: str, tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_text(text)

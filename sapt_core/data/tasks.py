@@ -1,0 +1,182 @@
+"""Reads tasks: their splits, each up to the rows that are wanted, and cuts off train what they lack.
+
+``dev.json`` of a folder is not read: in the published data it repeats ``test.json``, so choosing weights on it would be
+choosing on the test rows. Dev rows are cut off train, unless ``splits.dev`` names a split. Folders with a train and a
+test file are cut by seed alone, as the published protocols do; what else there is, by answers where those are labels.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from sapt_core.data.cl_benchmark import METRICS, named_tasks
+from sapt_core.data.reading import SplitRows, read_split
+from sapt_core.data.sources import open_source
+from sapt_core.data.task import Example, Task, are_labels, dev_rows, stratified_rows
+from sapt_core.errors import DataError
+from sapt_core.settings import BenchmarkConfig
+from sapt_core.task_settings import TaskConfig
+
+logger = logging.getLogger(__name__)
+
+TEST_SHARE = 0.2  # of train, where there is no test split
+
+
+def load_tasks(config: BenchmarkConfig) -> tuple[Task, ...]:
+    """Read the tasks of ``config``, in order, and behind them the unseen ones.
+
+    ``train_rows`` and ``test_rows`` take the first usable rows of a split, before dev rows are cut off. What is cut off
+    depends on ``split_seed``, the number of rows and, where they are labels, the answers.
+
+    Raises:
+        ConfigError: the suite has no such order.
+        DataError: with every fault of every task.
+    """
+    if config.data_dir is not None and not config.data_dir.is_dir():
+        raise DataError("The task data cannot be read:", [f"benchmark.data_dir: {config.data_dir} is not a folder"])
+    faults: list[str] = []
+    where = "The task data" if config.data_dir is None else f"The task data in {config.data_dir}"
+    tasks = read_tasks(named_tasks(config, faults), config, faults)
+    if faults:
+        raise DataError(f"{where} cannot be used:", faults)
+    return tasks
+
+
+def read_tasks(entries: Sequence[TaskConfig], config: BenchmarkConfig, faults: list[str]) -> tuple[Task, ...]:
+    """The tasks in their order, less those with faults, which are added to ``faults``.
+
+    Args:
+        entries: each with its path.
+        config: limits of rows, what is cut off, and what tasks have that do not say otherwise.
+        faults: gets what is wrong.
+    """
+    template, metric = config.template or config.suite, config.metric or METRICS.get(config.suite)
+    tasks = []
+    for entry in entries:
+        told = {"template": entry.template or template, "metric": entry.metric or metric}
+        tasks.append(_read_task(entry.model_copy(update=told), config, faults))
+    return tuple(task for task in tasks if task is not None)
+
+
+def load_additions(entries: Sequence[TaskConfig], config: BenchmarkConfig) -> tuple[Task, ...]:
+    """Tasks that come to a pool one by one, in their order.
+
+    Raises:
+        DataError: with every fault of every task.
+    """
+    faults: list[str] = []
+    tasks = read_tasks(entries, config, faults)
+    if faults:
+        raise DataError("The tasks cannot be learnt:", faults)
+    check_parted(tasks)
+    return tasks
+
+
+def check_parted(tasks: Sequence[Task]) -> None:
+    """Refuse definitions that would run into their inputs.
+
+    Raises:
+        DataError: naming the tasks.
+    """
+    torn = [task.name for task in tasks if task.template == "none" and task.definition]
+    if torn:
+        fault = f"{', '.join(torn)}: nothing would part definition and input; give superni or long_sequence"
+        raise DataError("benchmark.template=none is for inputs that are whole prompts:", [fault])
+
+
+def load_inputs(data_dir: Path, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """The inputs in the train split of ``<data_dir>/<name>`` of every name, whatever their outputs hold.
+
+    Raises:
+        DataError: with every fault of every file.
+    """
+    faults: list[str] = []
+    found = {}
+    for name in names:
+        entry = TaskConfig(name=name, path=str(data_dir / name))
+        try:
+            source = open_source(entry, str(data_dir / name), whole=True)
+            found[name] = tuple(read_split(source, "train", entry, None, faults).inputs)
+        except DataError as error:
+            faults.extend(error.faults)
+    if faults:
+        raise DataError(f"The samples in {data_dir} cannot be used:", faults)
+    return found
+
+
+def _read_task(entry: TaskConfig, config: BenchmarkConfig, faults: list[str]) -> Task | None:
+    """One task, or None with its faults added to ``faults``."""
+    if entry.path is None or entry.template is None or entry.metric is None:
+        raise ValueError(f"task {entry.name} was validated without path, template or metric")
+    before = len(faults)
+    try:
+        source = open_source(entry, entry.path, whole=config.train_rows is None)
+    except DataError as error:
+        faults.extend(error.faults)
+        return None
+    names, seed = entry.splits, config.split_seed
+
+    def read(split: str, limit: int | None) -> SplitRows:
+        return read_split(source, split, entry, limit, faults)
+
+    # The published suites are scored on their own test rows or not at all.
+    own_test = names.test is not None or "test" in source.splits or config.suite != "folder"
+    # No further than it takes for as many rows to be left; of a smaller split that is all of it.
+    wanted = None if config.train_rows is None else math.ceil(config.train_rows / (1 if own_test else 1 - TEST_SHARE))
+    learnt = read(names.train, wanted)
+    train = learnt.usable
+    test = read(names.test or "test", config.test_rows).usable if own_test else []
+    few = None if config.train_rows is None else max(1, round(config.train_rows * config.dev_fraction))
+    dev = [] if names.dev is None else read(names.dev, few).usable
+    if len(faults) > before:
+        return None
+    by_answer = not (source.by_seed and own_test)
+    if not own_test and len(train) > 2:
+        train, test = _parted(train, TEST_SHARE, seed, by_answer=by_answer)
+    train, test = train[: config.train_rows], test[: config.test_rows]
+    if not test:
+        faults.append(f"{source.name}: {len(train)} usable rows; dev and test rows are split off, so give at least 3")
+    elif names.dev is None and len(train) < 2:
+        faults.append(f"{source.name}, train: one usable row; a dev row is split off, so give at least 2")
+    if len(faults) > before:
+        return None
+    inputs = [row.input for row in train]
+    if names.dev is None:
+        train, dev = _parted(train, config.dev_fraction, seed, by_answer=by_answer)
+    splits = {"train": tuple(train), "dev": tuple(dev), "test": tuple(test)}
+    task = Task(name=entry.name, definition=learnt.definition, template=entry.template, metric=entry.metric, **splits)
+    if by_answer and (cut := [split for split, given in (("test", own_test), ("dev", names.dev)) if not given]):
+        _tell_of_cut(task, cut, seed)
+    _warn_of_rows(task, inputs)
+    return task
+
+
+def _parted(
+    rows: Sequence[Example], share: float, seed: int, *, by_answer: bool
+) -> tuple[list[Example], list[Example]]:
+    """Rows less a share of them, and that share."""
+    labels = [row.references[0] for row in rows]
+    cut = stratified_rows(labels, share, seed) if by_answer else dev_rows(len(rows), share, seed)
+    return [row for place, row in enumerate(rows) if place not in cut], [rows[place] for place in sorted(cut)]
+
+
+def _tell_of_cut(task: Task, cut: Sequence[str], seed: int) -> None:
+    told = " and ".join(f"{task.rows[split]} {split} rows" for split in cut)
+    every = [row.references[0] for row in (*task.train, *task.dev, *task.test)]
+    how = ", of every answer alike" if are_labels(every) else ""
+    logger.warning("%s: %s were split off train, by benchmark.split_seed=%d%s", task.name, told, seed, how)
+
+
+def _warn_of_rows(task: Task, learnt: Sequence[str]) -> None:
+    shared = len({*learnt} & {row.input for row in task.test})
+    if shared:
+        logger.warning(
+            "%s: %d inputs of test (%d rows) are also in train (%d rows): its score is too high",
+            task.name,
+            shared,
+            len(task.test),
+            len(learnt),
+        )
