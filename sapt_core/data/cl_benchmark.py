@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from sapt_core.data.task import SEEN
-from sapt_core.errors import ConfigError
+from sapt_core.errors import ConfigError, DataError
 from sapt_core.settings import BenchmarkConfig
 from sapt_core.task_settings import TaskConfig
 
@@ -94,6 +94,7 @@ def named_tasks(config: BenchmarkConfig, faults: list[str]) -> list[TaskConfig]:
 
     Raises:
         ConfigError: the suite has no such order.
+        DataError: the folder that tasks should be in is none.
     """
     if config.tasks is not None:
         wanted: Sequence[TaskConfig] = config.tasks
@@ -104,7 +105,10 @@ def named_tasks(config: BenchmarkConfig, faults: list[str]) -> list[TaskConfig]:
             fault = f"benchmark.order: {number}; suite {config.suite} has the orders {allowed}, or name benchmark.tasks"
             raise ConfigError("There is no such task order:", [fault])
         wanted = [TaskConfig(name=name) for name in orders[number - 1]]
-    data_dir = config.data_dir
+    # Of no account where every task has a path of its own.
+    data_dir = config.data_dir if any(task.path is None for task in (*wanted, *config.unseen)) else None
+    if data_dir is not None and not data_dir.is_dir():
+        raise DataError("The task data cannot be read:", [f"benchmark.data_dir: {data_dir} is not a folder"])
     present = [] if data_dir is None else sorted(entry.name for entry in data_dir.iterdir() if entry.is_dir())
     found: list[TaskConfig] = []
     missing = 0

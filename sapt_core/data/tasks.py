@@ -35,8 +35,6 @@ def load_tasks(config: BenchmarkConfig) -> tuple[Task, ...]:
         ConfigError: the suite has no such order.
         DataError: with every fault of every task.
     """
-    if config.data_dir is not None and not config.data_dir.is_dir():
-        raise DataError("The task data cannot be read:", [f"benchmark.data_dir: {config.data_dir} is not a folder"])
     faults: list[str] = []
     where = "The task data" if config.data_dir is None else f"The task data in {config.data_dir}"
     tasks = read_tasks(named_tasks(config, faults), config, faults)
