@@ -87,11 +87,16 @@ def _sections(root: Mapping[str, Any], section: Mapping[str, Any], before: str) 
     rows = [
         [f"`{name}`", _values(field), _default(name.removeprefix(before) in required, field), field["description"]]
         for name, field in fields.items()
-        if not inner[name]
+        if not inner[name] or {"type": "string"} in field.get("anyOf", ())
     ]
     if rows:
         yield _table(["field", "values", "default", "what it is"], rows)
+    listed: list[list[Mapping[str, Any]]] = []
     for name, kinds in inner.items():
+        if {"type": "string"} in fields[name].get("anyOf", ()):
+            if kinds in listed:  # mappings that another field's are as well
+                continue
+            listed.append(kinds)
         for kind in kinds:
             shown = kind["properties"].get("type") or kind["properties"].get("name") or {}
             told = f" ({shown['const']})" if "const" in shown else ""
@@ -107,8 +112,9 @@ def _inner(root: Mapping[str, Any], field: Mapping[str, Any]) -> list[Mapping[st
     found = []
     for part in [field, *field.get("anyOf", ())]:
         each = part.get("items") or part.get("additionalProperties") or part
-        if isinstance(each, dict) and "$ref" in each:
-            found.append(root["$defs"][each["$ref"].rpartition("/")[2]])
+        for one in [each, *each.get("anyOf", ())] if isinstance(each, dict) and each is not field else [each]:
+            if isinstance(one, dict) and "$ref" in one:
+                found.append(root["$defs"][one["$ref"].rpartition("/")[2]])
     return found
 
 
@@ -119,6 +125,10 @@ def _values(field: Mapping[str, Any]) -> str:
         return f"`{field['const']}`"
     if "enum" in field:
         return ", ".join(f"`{value}`" for value in field["enum"])
+    if "$ref" in field:
+        return "mapping"
+    if field["type"] == "object":
+        return f"mapping to {_values(field['additionalProperties'])}"
     if field["type"] == "array":
         return f"list of {_values(field['items'])}"
     if field["type"] == "boolean":

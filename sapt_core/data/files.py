@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 CHUNK = 1_000  # rows of a table that are in memory at once
 
 
+class ContentError(ValueError):
+    """A file could be read, and what it holds is no rows."""
+
+
 @dataclass(frozen=True)
 class Rows:
     """Rows as they were found, unchecked.
@@ -58,7 +62,7 @@ def read_file(path: Path) -> Rows:
     """
     suffix = suffix_of(path)
     if suffix is None:
-        raise ValueError(f"is none of {', '.join(READERS)}")
+        raise ContentError(f"is none of {', '.join(READERS)}")
     return READERS[suffix](path)
 
 
@@ -95,17 +99,17 @@ def _json(path: Path) -> Rows:
         try:
             content = json.load(file)
         except json.JSONDecodeError as error:
-            raise ValueError(
+            raise ContentError(
                 f"line {error.lineno} column {error.colno}: not JSON, or cut short: {error.msg}"
             ) from error
     if isinstance(content, list):
         return Rows(content)
     if not isinstance(content, dict):
-        raise ValueError(f"holds {kind(content)}, not an object with Definition and Instances or a list of rows")
+        raise ContentError(f"holds {kind(content)}, not an object with Definition and Instances or a list of rows")
     instances = content.get("Instances")
     if not isinstance(instances, list) or not instances:
         state = "is missing" if "Instances" not in content else "is empty" if instances == [] else "is not a list"
-        raise ValueError(f"Instances {state}; give a list of objects with input and output")
+        raise ContentError(f"Instances {state}; give a list of objects with input and output")
     return Rows(instances, said=content)
 
 
@@ -125,7 +129,7 @@ def _json_lines(path: Path) -> Rows:
                     try:
                         yield json.loads(line)
                     except json.JSONDecodeError as error:
-                        raise ValueError(f"line {number} column {error.colno}: not JSON: {error.msg}") from error
+                        raise ContentError(f"line {number} column {error.colno}: not JSON: {error.msg}") from error
 
     return Rows(rows())
 
@@ -156,7 +160,7 @@ def _unshifted(read: Callable[[], Any]) -> Any:
         try:
             return read()
         except pd.errors.ParserWarning as warning:
-            raise ValueError("rows have more fields than the header: put texts in quotes") from warning
+            raise ContentError("rows have more fields than the header: put texts in quotes") from warning
 
 
 def _parquet(path: Path) -> Rows:

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sapt_core.data.files import READERS
+from sapt_core.data.files import READERS, ContentError
 from sapt_core.data.rows import RowReader, definition_of, is_text
 from sapt_core.data.sources import Source
 from sapt_core.data.task import Example
@@ -108,6 +108,8 @@ def read_split(source: Source, split_name: str, task: TaskConfig, limit: int | N
             found.definition = _said(rows.said, split.name, told)
         else:
             found.definition = _of_rows(found.wordings, told)
+    except ContentError as error:
+        told.append(str(error))
     except (OSError, ValueError, NotImplementedError) as error:
         told.append(f"cannot be read: {' '.join(str(error).split())}")
     if found.faulty > MAX_FAULTS_PER_FILE:

@@ -63,7 +63,7 @@ def open_source(task: TaskConfig, path: str, *, whole: bool) -> Source:
     if here.is_file():
         return Source(here.name, {task.splits.train: _of_file(here.name, [here])}, single=True)
     if here.is_dir():
-        return _of_folder(here, task)
+        return open_folder(here, task)
     if not re.fullmatch(HUB_ID, path) or any(path.lower().endswith((each, f"{each}.gz")) for each in READERS):
         raise DataError("There are no rows:", [f"{path}: no such file or folder"])
     try:
@@ -74,7 +74,12 @@ def open_source(task: TaskConfig, path: str, *, whole: bool) -> Source:
         raise DataError("There are no rows:", [fault]) from error
 
 
-def _of_folder(folder: Path, task: TaskConfig) -> Source:
+def open_folder(folder: Path, task: TaskConfig) -> Source:
+    """Find the splits of a folder, which need not be there.
+
+    Raises:
+        DataError: with every reason why there are none.
+    """
     wanted = {name: name for name in ("train", "test")} | task.splits.model_dump(exclude_none=True)
     found, faults = {}, []
     for split in dict.fromkeys(wanted.values()):
@@ -103,6 +108,8 @@ def _of_folder(folder: Path, task: TaskConfig) -> Source:
 
 
 def _by_library(folder: Path, task: TaskConfig) -> Source:
+    if not folder.is_dir():  # which would be looked for on the hub
+        raise FileNotFoundError(f"there is no folder {folder}")
     if any((folder / file).is_file() for file in ("dataset_dict.json", "state.json")):
         return _saved(folder, task)
     return _of_library(folder.name, str(folder), task, streaming=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sapt_core.data.cl_benchmark import METRICS, named_tasks
 from sapt_core.data.reading import SplitRows, read_split
-from sapt_core.data.sources import open_source
+from sapt_core.data.sources import open_folder, open_source
 from sapt_core.data.task import Example, Task, are_labels, dev_rows, stratified_rows
 from sapt_core.errors import DataError
 from sapt_core.settings import BenchmarkConfig
@@ -94,9 +94,9 @@ def load_inputs(data_dir: Path, names: Sequence[str]) -> dict[str, tuple[str, ..
     faults: list[str] = []
     found = {}
     for name in names:
-        entry = TaskConfig(name=name, path=str(data_dir / name))
+        entry = TaskConfig(name=name)
         try:
-            source = open_source(entry, str(data_dir / name), whole=True)
+            source = open_folder(data_dir / name, entry)
             found[name] = tuple(read_split(source, "train", entry, None, faults).inputs)
         except DataError as error:
             faults.extend(error.faults)
