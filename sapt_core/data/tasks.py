@@ -149,6 +149,9 @@ def _read_task(entry: TaskConfig, config: BenchmarkConfig, faults: list[str]) ->
     if by_answer and (cut := [split for split, given in (("test", own_test), ("dev", names.dev)) if not given]):
         _tell_of_cut(task, cut, seed)
     _warn_of_rows(task, inputs)
+    answers = {row.references for row in (*task.train, *task.dev)}
+    if config.train_rows is not None and len(answers) == 1:
+        logger.warning("%s: all of its first %d rows have the same answer; is it sorted?", task.name, len(inputs))
     return task
 
 

@@ -15,6 +15,7 @@ import pytest
 from datasets.packaged_modules.parquet.parquet import Parquet
 
 from sapt_core.data import load_sequence
+from sapt_core.data.files import of_table
 from sapt_core.data.task import Task
 from sapt_core.errors import DataError
 from sapt_core.settings import BenchmarkConfig
@@ -266,3 +267,22 @@ def test_all_faults_of_all_tasks_come_at_once(tmp_path: Path) -> None:
     assert [fault.split(":")[0].rpartition("/")[2] for fault in caught.value.faults] == [
         *["a.jsonl"] * 6, "b.jsonl", *["a.jsonl"] * 6,
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_rows_that_are_streamed_are_as_those_of_a_table(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / f"reviews.{kind}"
+    {"csv": lambda: table(6).to_csv(path, index=False), "parquet": lambda: table(6).to_parquet(path)}[kind]()
+    streamed = of_table(datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True))
+    assert list(streamed.instances) == reviews(6)
+    assert streamed.classes == ({"label": tuple(NAMES)} if kind == "parquet" else {})
+
+
+def test_first_rows_of_a_sorted_file_are_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "reviews.jsonl"
+    path.write_text("\n".join(map(json.dumps, sorted(reviews(40), key=lambda row: row["label"]))))
+    load(path, {"label_names": NAMES}, train_rows=10)
+    assert "reviews: all of its first 10 rows have the same answer; is it sorted?" in caplog.messages
+    caplog.clear()
+    load(path, {"label_names": NAMES})
+    assert "sorted" not in caplog.text
