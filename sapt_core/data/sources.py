@@ -67,7 +67,7 @@ def open_source(task: TaskConfig, path: str, *, whole: bool) -> Source:
     if not re.fullmatch(HUB_ID, path) or any(path.lower().endswith((each, f"{each}.gz")) for each in READERS):
         raise DataError("There are no rows:", [f"{path}: no such file or folder"])
     try:
-        return _of_library(path, path, task, streaming=not whole and not _offline())
+        return _of_library(path, path, task, streaming=not whole)
     except _unreadable() as error:
         reason = " ".join(str(error).split())
         fault = f"{path}: no such file or folder, and no data set that can be had from the hub: {reason}"
@@ -176,12 +176,6 @@ def _of_library(name: str, path: str, task: TaskConfig, *, streaming: bool) -> S
 def _of_tables(name: str, tables: Mapping[str, Any]) -> dict[str, Split]:
     # Its names of splits are no text.
     return {str(split): Split(f"{name}, split {split}", partial(of_table, table)) for split, table in tables.items()}
-
-
-def _offline() -> bool:
-    import datasets  # noqa: PLC0415
-
-    return bool(datasets.config.HF_HUB_OFFLINE)
 
 
 def _unreadable() -> tuple[type[Exception], ...]:
