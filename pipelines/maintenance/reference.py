@@ -125,12 +125,8 @@ def _values(field: Mapping[str, Any]) -> str:
         return f"`{field['const']}`"
     if "enum" in field:
         return ", ".join(f"`{value}`" for value in field["enum"])
-    if "$ref" in field:
-        return "mapping"
-    if field["type"] == "object":
-        return f"mapping to {_values(field['additionalProperties'])}"
-    if field["type"] == "array":
-        return f"list of {_values(field['items'])}"
+    if "$ref" in field or field["type"] in {"array", "object"}:
+        return _several(field)
     if field["type"] == "boolean":
         return "`true`, `false`"
     words = {"integer": "whole number", "number": "number", "string": "text", "null": "`null`"}
@@ -138,6 +134,15 @@ def _values(field: Mapping[str, Any]) -> str:
     told = [f"{sign} {field[name]:g}" for name, sign in limits.items() if name in field]
     text = "path" if field.get("format") == "path" else words[field["type"]]
     return " ".join([text, ", ".join(told)]).strip()
+
+
+def _several(field: Mapping[str, Any]) -> str:
+    """What a value is that holds others."""
+    if "$ref" in field:
+        return "mapping"
+    if field["type"] == "array":
+        return f"list of {_values(field['items'])}"
+    return f"mapping to {_values(field['additionalProperties'])}"
 
 
 def _default(required: bool, field: Mapping[str, Any]) -> str:
