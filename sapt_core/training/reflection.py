@@ -178,7 +178,13 @@ class Reflection:
     runs_rows = False
 
     def __init__(
-        self, memories: Sequence[Memory], batch_size: int, weight: float, *, per_micro_batch: bool = False
+        self,
+        memories: Sequence[Memory],
+        batch_size: int,
+        weight: float,
+        *,
+        per_micro_batch: bool = False,
+        order: Sequence[int] | None = None,
     ) -> None:
         """
         Args:
@@ -186,6 +192,7 @@ class Reflection:
             batch_size: inputs drawn of every task for one evaluation of the term.
             weight: λ.
             per_micro_batch: whether the term is added in every micro-batch instead of once a step.
+            order: for each block that targets are over its place in the pool; None where both have one order.
         """
         stored = [memory.queries for memory in memories if isinstance(memory.queries, StoredQueries)]
         self._stacked = StackedQueries(stored) if len(stored) == len(memories) else None
@@ -199,6 +206,7 @@ class Reflection:
         self.batch_size = batch_size
         self.weight = weight
         self.per_micro_batch = per_micro_batch
+        self.order = None if order is None else list(order)
 
     def draw(self, generator: torch.Generator) -> list[Drawn]:
         """At most ``batch_size`` inputs of every earlier task."""
@@ -226,6 +234,8 @@ class Reflection:
             drawn: inputs of every earlier task.
         """
         log_weights = torch.log_softmax(pool.logits(torch.cat([task.pooled for task in drawn])), dim=-1)
+        if self.order is not None:
+            log_weights = log_weights[:, self.order]
         blocks = log_weights.shape[1]
         targets = torch.cat([F.pad(task.target, (0, blocks - task.target.shape[1])) for task in drawn])
         # Mean over the rows of a task, sum over tasks.
@@ -237,4 +247,4 @@ class Reflection:
     def to(self, device: torch.device) -> Reflection:
         """The same term with its tensors on ``device``."""
         moved = [memory.to(device) for memory in self.memories]
-        return Reflection(moved, self.batch_size, self.weight, per_micro_batch=self.per_micro_batch)
+        return Reflection(moved, self.batch_size, self.weight, per_micro_batch=self.per_micro_batch, order=self.order)

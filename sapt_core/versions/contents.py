@@ -24,6 +24,7 @@ def blobs_of(manifest: Manifest, *, backbone: bool = True) -> dict[str, str]:
     found |= {digest: f"{name} of the method" for name, digest in manifest.state.items()}
     for task, carried in zip(manifest.tasks, manifest.carried or (), strict=manifest.carried is not None):
         kept = {**carried.tokens, **carried.reflection, "curve": carried.curve}
+        kept |= {f"curve {number}": each.curve for number, each in enumerate(carried.again, start=2)}
         found |= {digest: f"{name} of {task.name}" for name, digest in kept.items()}
     if manifest.trained is not None:
         found[manifest.trained] = "manifest as training wrote it"
