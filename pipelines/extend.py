@@ -32,6 +32,14 @@ def main() -> None:
     source.add_argument("--snapshot", metavar="DIGEST", help="the version by its digest in store.uri, without MLflow")
     parser.add_argument("--task", action="append", required=True, metavar="NAME", help="a new task; once a task")
     parser.add_argument(
+        "--again",
+        action="store_true",
+        help="the task is one that the version knows: learn it further from these rows, its other tasks held as ever",
+    )
+    parser.add_argument(
+        "--anew", action="store_true", help="with --again: with a new block and key in the place of those it has"
+    )
+    parser.add_argument(
         "--data",
         action="append",
         required=True,
@@ -46,6 +54,8 @@ def main() -> None:
     cli.add_run(parser)
     arguments = cli.parse(parser)
     _check_pairs(parser, arguments)
+    if arguments.anew and not arguments.again:
+        parser.error("--anew says how a task is learnt again: give --again too")
 
     from cluster.store import open_store
     from pipelines.console.versions import find_registered, snapshot
@@ -76,6 +86,7 @@ def main() -> None:
         places=Places(kept.model_dump(mode="json"), tracking),
         path=arguments.config,
         overrides=arguments.overrides,
+        again=None if not arguments.again else "anew" if arguments.anew else "further",
     )
     carry_out(experiment, arguments)
 

@@ -32,6 +32,11 @@ class Base:
     lineage: str
 
     @property
+    def lessons(self) -> tuple[int, ...]:
+        """For each version the place of the task that it learnt, for the first time or again."""
+        return tuple(version.taught for version in self.trained)
+
+    @property
     def tasks(self) -> tuple[KnownTask, ...]:
         """What it has learnt, oldest first."""
         return tuple(
@@ -39,14 +44,17 @@ class Base:
             for task, carried in zip(self.manifest.tasks, self.carried, strict=True)
         )
 
-    def training(self, index: int) -> tuple[Mapping[str, str], Mapping[str, Any]]:
-        """Outputs and metrics of the training of task ``index``."""
-        return training_outputs(self.trained[index]), {"curve": self.carried[index].curve}
+    def training(self, lesson: int) -> tuple[Mapping[str, str], Mapping[str, Any]]:
+        """Outputs and metrics of a version's training, the ``lesson``-th."""
+        carried = self.carried[self.lessons[lesson]]
+        times = self.lessons[:lesson].count(self.lessons[lesson])
+        curve = carried.again[times - 1].curve if times else carried.curve
+        return training_outputs(self.trained[lesson]), {"curve": curve}
 
 
 def training_outputs(manifest: Manifest) -> dict[str, str]:
     """What the stage that learnt a version gives, by name."""
-    outputs = {"manifest": manifest.digest, "block": manifest.blocks[-1]}
+    outputs = {"manifest": manifest.digest, "block": manifest.taught_block}
     if manifest.router is not None:
         outputs["router"] = manifest.router
     return outputs | {f"state {name}": digest for name, digest in manifest.state.items()}

@@ -82,6 +82,27 @@ class GaussianQueries:
         left = centred.square().sum(dim=0) / freedom - directions.square().sum(dim=0)
         return cls(mean, directions, left.clamp_min(0).sqrt())
 
+    @classmethod
+    def joined(cls, parts: Sequence[tuple[GaussianQueries, int]], rank: int) -> GaussianQueries:
+        """Moments of all rows that several were made of, as far as these tell, with at most ``rank`` directions.
+
+        Args:
+            parts: each with the number of its rows.
+            rank: of the result.
+        """
+        total = sum(rows for _, rows in parts)
+        shares = [(part, rows / total) for part, rows in parts]
+        mean = torch.stack([share * part.mean for part, share in shares]).sum(dim=0)
+        # Σ w (C + (m - m̄)(m - m̄)ᵀ), of which the parts' own directions and the distances of their means are rows.
+        spread = torch.cat(
+            [share**0.5 * torch.cat([part.directions, (part.mean - mean).unsqueeze(0)]) for part, share in shares]
+        )
+        beside = torch.stack([share * part.rest.square() for part, share in shares]).sum(dim=0)
+        _, singular, rows = torch.linalg.svd(spread, full_matrices=False)
+        directions = singular[:rank, None] * rows[:rank]
+        left = spread.square().sum(dim=0) - directions.square().sum(dim=0) + beside
+        return cls(mean, directions, left.clamp_min(0).sqrt())
+
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """Draws from the normal distribution of these moments."""
         along, beside = (

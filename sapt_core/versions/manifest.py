@@ -105,6 +105,11 @@ class CarriedTask(BaseModel):
     retention: RetentionConfig | None = Field(None, exclude_if=_is_none)
     again: tuple[LearntAgain, ...] = Field((), exclude_if=_is_empty)
 
+    @property
+    def train_rows(self) -> int:
+        """How many train rows it was learnt from, all times."""
+        return sum(rows["train"] for rows in (self.rows, *(each.rows for each in self.again)))
+
 
 class Manifest(BaseModel):
     """A version of a pool.
@@ -219,6 +224,11 @@ class Manifest(BaseModel):
     def taught(self) -> int:
         """The place of the task that this version learnt, for the first time or again."""
         return len(self.tasks) - 1 if self.again is None else self.names.index(self.again)
+
+    @property
+    def taught_block(self) -> Digest:
+        """The block that this version learnt."""
+        return self.blocks[self.taught if len(self.blocks) == len(self.tasks) else -1]
 
     @property
     def block_names(self) -> tuple[str, ...]:

@@ -115,7 +115,7 @@ def test_what_is_refused_changes_nothing(copied: Finished, adapter: Path, call: 
     refused = call(pool.main, bringing(adapter, "--onto", copied.snapshot, where, task="Animal"))
     assert refused.code == 2
     assert "use_dora true: DoRA scales" in refused.err
-    assert "has learnt animal already" in refused.err
+    assert "--task Animal: the version has learnt animal, which differs in case alone" in refused.err
     assert "Traceback" not in refused.err
     assert call(pool.main, bringing(adapter)).code == 2
     assert sorted(copied.store.rglob("*")) == objects
