@@ -8,7 +8,6 @@ tasks that the version knows is not needed. Submitted again after any interrupti
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from pipelines.console import cli
@@ -53,7 +52,7 @@ def main() -> None:
     parser.add_argument("--metric", help="of the scores (default: that of the version's newest task)")
     cli.add_run(parser)
     arguments = cli.parse(parser)
-    _check_pairs(parser, arguments)
+    cli.check_pairs(parser, arguments)
     if arguments.anew and not arguments.again:
         parser.error("--anew says how a task is learnt again: give --again too")
 
@@ -89,13 +88,6 @@ def main() -> None:
         again=None if not arguments.again else "anew" if arguments.anew else "further",
     )
     carry_out(experiment, arguments)
-
-
-def _check_pairs(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    tasks = len(arguments.task)
-    for option, given in (("--data", arguments.data), ("--definition", arguments.definition)):
-        if given is not None and len(given) != tasks:
-            parser.error(f"{option} is given {len(given)} times and --task {tasks}: give it once a task")
 
 
 if __name__ == "__main__":

@@ -238,7 +238,7 @@ def complete(context: StageContext) -> StageResult:
             },
             reflection=inputs[f"kept {index:02d}"].outputs if f"kept {index:02d}" in inputs else {},
             origin=task["origin"],
-            curve=inputs[f"learnt {index:02d}"].metrics["curve"],
+            curve=inputs[f"learnt {index:02d}"].metrics.get("curve"),
             retention=task.get("retention"),
             again=tuple(
                 LearntAgain(**{"curve": inputs["version"].metrics["curve"], **each}) for each in task.get("again", ())

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from cluster.store import ArtifactStore
 from cluster.store.lookups import Lookups
 from pipelines.sequence import bodies
-from pipelines.sequence.base import Base, read_base
+from pipelines.sequence.base import Base, read_base, refit_command
 from pipelines.sequence.experiment import Experiment, assemble
 from pipelines.sequence.graph import joinable
 from pipelines.sequence.making import ATTENDED_ON
@@ -176,35 +176,55 @@ def _config(
         base.manifest, base.recipe, [addition.name for addition in additions], folder, places, known=known
     )
     given = [*([] if path is None else [read_mapping(path)]), *parsed(overrides, ExperimentConfig)]
-    config = validated(ExperimentConfig, [OmegaConf.create(own), *given], "The extension's config")
+    return settled(base.manifest, own, given, "An extension")
+
+
+def settled(manifest: Manifest, own: dict[str, Any], given: Sequence[DictConfig], what: str) -> ExperimentConfig:
+    """A version's own settings with others over them, if that leaves what it decides.
+
+    Args:
+        manifest: the version.
+        own: as of ``own_settings``.
+        given: what is to differ.
+        what: goes on from the version, for messages.
+
+    Raises:
+        ConfigError: with all faults.
+    """
+    config = validated(ExperimentConfig, [OmegaConf.create(own), *given], f"{what}'s config")
     faults = [
         f"benchmark.{field}: is said by --task and --data; leave it out"
         for field in OF_THE_TASKS
         if any(OmegaConf.select(layer, f"benchmark.{field}") is not None for layer in given)
     ]
-    faults += _differing(base, config, given)
+    faults += _differing(manifest, config, given)
     if faults:
-        raise ConfigError("An extension goes on as the version was learnt:", faults)
+        raise ConfigError(f"{what} goes on as the version was learnt:", faults)
     return config
 
 
 def own_settings(
-    manifest: Manifest, recipe: Recipe, tasks: Sequence[str], folder: str, places: Places, *, known: int | None = None
+    manifest: Manifest,
+    recipe: Recipe | None,
+    tasks: Sequence[str],
+    folder: str,
+    places: Places,
+    *,
+    known: int | None = None,
 ) -> dict[str, Any]:
     """The sections of a config that learns and scores tasks as a version did.
 
     Args:
         manifest: the version.
-        recipe: how it was learnt.
+        recipe: how it was learnt; None where it does not say so.
         tasks: their names.
         folder: holds them.
         places: where the version lies.
         known: the place of the one task that is meant, if the version knows it; default: new ones, like its newest.
     """
     like = manifest.tasks[-1 if known is None else known]
-    lengths = recipe if known is None else like
+    lengths = like if known is not None or recipe is None else recipe
     own: dict[str, Any] = {
-        "seed": recipe.seed,
         "benchmark": {
             "suite": "folder",
             "data_dir": folder,
@@ -213,20 +233,19 @@ def own_settings(
             "metric": like.metric,
             "max_source_tokens": lengths.max_source_tokens,
             "max_target_tokens": lengths.max_target_tokens,
-            "dev_fraction": recipe.dev_fraction,
-            "split_seed": recipe.split_seed,
         },
         "backbone": manifest.backbone.model_dump(mode="json", include={"path", "revision", "dtype"}),
         "pet": manifest.pet.model_dump(mode="json"),
         "method": manifest.method.model_dump(mode="json"),
-        "reflection": recipe.reflection,
-        "generator": recipe.generator.model_dump(mode="json"),
-        "train": recipe.train.model_dump(mode="json"),
         # FWT compares with every task learnt alone, the old ones too, whose rows need not be there any more.
         "evaluation": {"single_task": False},
         "store": places.store,
         "tracking": places.tracking,
     }
+    if recipe is not None:
+        own["seed"] = recipe.seed
+        own["benchmark"] |= {"dev_fraction": recipe.dev_fraction, "split_seed": recipe.split_seed}
+        own |= recipe.model_dump(mode="json", include={"reflection", "generator", "train"})
     if manifest.carried is not None:
         retention = manifest.carried[-1 if known is None else known].retention
         own |= {} if retention is None else {"retention": retention.model_dump(mode="json")}
@@ -235,13 +254,13 @@ def own_settings(
     return own
 
 
-def _differing(base: Base, config: ExperimentConfig, given: Sequence[DictConfig]) -> list[str]:
+def _differing(manifest: Manifest, config: ExperimentConfig, given: Sequence[DictConfig]) -> list[str]:
     """Fields of what the version decides that are given otherwise than it has them."""
     backbone = [f"backbone.{field}" for layer in given for field in (OmegaConf.select(layer, "backbone") or {})]
     faults = [f"{field}: the backbone is the version's; leave it out" for field in dict.fromkeys(backbone)]
     try:
         shared = config.attention if config.method.shared_attention else None
-        require_same_kind(base.trained[-1], config.method, config.pet, shared)
+        require_same_kind(manifest, config.method, config.pet, shared)
     except SnapshotError as error:
         faults.append(str(error))
     return faults
@@ -284,7 +303,8 @@ def _reflection(base: Base, config: ExperimentConfig, again: int | None = None) 
         return []
     return [
         f"reflection.source={config.reflection.source}: the version carries nothing to reflect on of "
-        f"{', '.join(none)}; give reflection.source=none, with which they are not held in place"
+        f"{', '.join(none)}; give reflection.source=none, with which they are not held in place, or give it back once, "
+        f"from their data: {refit_command(none)}"
     ]
 
 
@@ -300,6 +320,6 @@ def _sealed(base: Base, config: ExperimentConfig) -> list[str]:
         return []
     return [
         f"the version carries no sealed rows of {', '.join(lost)}, on which what is learnt next is scored: "
-        "retention.sealed_rows was false. Learn these tasks and the new ones in one sequence, from their data, or with "
-        "retention.sealed_rows=true"
+        "retention.sealed_rows was false. Give them back once, from their data: "
+        f"{refit_command(lost)} retention.sealed_rows=true"
     ]

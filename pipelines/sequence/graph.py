@@ -228,7 +228,7 @@ def _chain(
     Returns:
         The chain, the stages that complete its new versions, and the one that prepared what the last is learnt from.
     """
-    chain = Chain() if base is None else _carried(make, base)
+    chain = Chain() if base is None else carried_chain(make, base)
     complete: list[Stage] = []
     own = None if make.config.retention.keeps_all else make.config.retention
     for task in tasks:
@@ -276,7 +276,7 @@ def _chain(
     return chain, tuple(complete), prepared
 
 
-def _carried(make: StageMaker, base: Base) -> Chain:
+def carried_chain(make: StageMaker, base: Base) -> Chain:
     """The chain up to a version, of what that carries."""
     chain = Chain(lessons=[*base.lessons], lineage=[*("" for _ in base.lessons[1:]), base.lineage])
     for index, (task, carried) in enumerate(zip(base.tasks, base.carried, strict=True)):

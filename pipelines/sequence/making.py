@@ -108,7 +108,7 @@ class StageMaker:
         return {"workers": self.config.cluster.train_workers, **self.loading}
 
     @property
-    def recipe(self) -> dict[str, Any]:
+    def recipe(self) -> Recipe:
         """How a task is learnt, as a version says it: nothing of places and machines."""
         config = self.config
         benchmark = config.benchmark
@@ -121,7 +121,7 @@ class StageMaker:
             reflection=config.reflection.model_dump(mode="json", exclude={"data_dir"}),
             generator=config.generator,
             train=config.train.model_copy(update={"checkpoint_every_steps": TrainConfig().checkpoint_every_steps}),
-        ).model_dump(mode="json")
+        )
 
     def completion(self, chain: Chain, lesson: int) -> Stage:
         """The version after a lesson, with all that later tasks need."""
@@ -148,7 +148,7 @@ class StageMaker:
             body=bodies.complete,
             reads={
                 "lineage": chain.lineage[lesson],
-                "recipe": self.recipe,
+                "recipe": self.recipe.model_dump(mode="json"),
                 "tasks": tasks,
             },
             inputs={"version": chain.train[lesson], **tokens, **kept, **learnt},

@@ -89,7 +89,7 @@ class CarriedTask(BaseModel):
         tokens: sha256 of the tokenised splits that are kept, and of what goes with them, by the file's name.
         reflection: sha256 of what attention is held on, by name; empty where there is nothing.
         origin: hash of how ``reflection`` was made.
-        curve: sha256 of the training curve.
+        curve: sha256 of the training curve; None where none was kept, or nothing trained here.
         retention: what may stay of its data; None where all may.
         again: how often, and from what, it was learnt again, oldest first.
     """
@@ -101,7 +101,7 @@ class CarriedTask(BaseModel):
     tokens: dict[str, Digest]
     reflection: dict[str, Digest]
     origin: Digest
-    curve: Digest
+    curve: Digest | None
     retention: RetentionConfig | None = Field(None, exclude_if=_is_none)
     again: tuple[LearntAgain, ...] = Field((), exclude_if=_is_empty)
 
