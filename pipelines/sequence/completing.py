@@ -6,6 +6,7 @@ more of what it may carry.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -20,7 +21,11 @@ from pipelines.sequence.base import Base
 from pipelines.sequence.graph import carried_chain
 from pipelines.sequence.making import StageMaker
 from pipelines.sequence.retention import with_rows
+from sapt_core.backbones.loading import folder_of
+from sapt_core.backbones.reference import BackboneRef, weight_bytes
 from sapt_core.config.experiment import ExperimentConfig
+from sapt_core.config.preflight import check_backbone, settle_precision, with_precision
+from sapt_core.data import load_inputs
 from sapt_core.data.task import LearntTask, Task
 from sapt_core.io.blobs import BlobStore
 from sapt_core.io.hashing import canonical_hash
@@ -53,13 +58,12 @@ class Completion:
             known: what is known of the store.
             executor: runs what is not done yet.
         """
-        store = known.store
+        store, retention = known.store, self.config.retention
         for task in self.tasks.values():
             store.put(task.to_json())
-        key = self._hold(known)
+        key = self._hold(known) if self.tasks else ""
         records = run_graph([self.stage], known, executor)
-        retention = self.config.retention
-        if not retention.keeps_all:
+        if self.tasks and not retention.keeps_all:
             wanted = {record.key: names for stage, record in records.items() if (names := with_rows(stage, retention))}
             wanted[key] = frozenset(f"{place:03d}" for place in self.tasks)
             erase(wanted, all_records(store), known)
@@ -123,7 +127,10 @@ def build_completion(
         StoreError: a manifest of the version's line is missing or damaged.
     """
     make = StageMaker(config, version.backbone, samples or {}, memory)
-    there = tuple(each or _nothing_of(tasks[place]) for place, each in enumerate(carried))
+    there = tuple(
+        nothing_of(tasks[place].digest, tasks[place].rows) if each is None else each
+        for place, each in enumerate(carried)
+    )
     line = tuple(line_of(version, store))[::-1]
     chain = carried_chain(make, Base(version, line, make.recipe, there, lineage))
     for place, task in tasks.items():
@@ -147,7 +154,43 @@ def with_lengths(config: ExperimentConfig, task: LearntTask) -> ExperimentConfig
     return config.model_copy(update={"benchmark": config.benchmark.model_copy(update=lengths)})
 
 
-def _nothing_of(task: Task) -> CarriedTask:
-    return CarriedTask(
-        data=task.digest, rows=task.rows, tokens={}, reflection={}, origin=canonical_hash(None), curve=None
-    )
+def fitted(
+    config: ExperimentConfig, ref: BackboneRef, store: BlobStore, tasks: Sequence[Task]
+) -> tuple[ExperimentConfig, int]:
+    """The config with the number format that it is computed in, and the bytes that the backbone's weights take.
+
+    Args:
+        config: of the version.
+        ref: its backbone, which the store has.
+        store: has it.
+        tasks: that must fit it.
+
+    Raises:
+        SaptError: with all that is against them.
+    """
+    here = {"path": str(folder_of(ref, store)), "revision": None}
+    local = config.model_copy(update={"backbone": config.backbone.model_copy(update=here)})
+    check_backbone(local, tasks)
+    return with_precision(config, settle_precision(local, ref).train.precision), weight_bytes(local.backbone)
+
+
+def given_samples(config: ExperimentConfig, names: Sequence[str], store: BlobStore) -> dict[str, str]:
+    """For reflection source ``given`` the blob of every task's inputs, put into the store.
+
+    Raises:
+        DataError: with all that is wrong with them.
+    """
+    folder = config.reflection.data_dir
+    if not config.reflects or config.reflection.source != "given" or folder is None:
+        return {}
+    return {name: store.put(json.dumps(texts).encode()) for name, texts in load_inputs(folder, names).items()}
+
+
+def nothing_of(data: str, rows: Mapping[str, int]) -> CarriedTask:
+    """What is carried of a task of which there is nothing.
+
+    Args:
+        data: sha256 of what it was made of.
+        rows: how many each split had, as far as that is known.
+    """
+    return CarriedTask(data=data, rows=dict(rows), tokens={}, reflection={}, origin=canonical_hash(None), curve=None)

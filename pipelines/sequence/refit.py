@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
 from cluster.store import ArtifactStore
-from pipelines.sequence.completing import Completion, build_completion, lacking
+from pipelines.sequence.completing import Completion, build_completion, fitted, given_samples, lacking
 from pipelines.sequence.extension import Places, own_settings, settled
-from sapt_core.backbones.loading import folder_of, load_encoding
-from sapt_core.backbones.reference import weight_bytes
+from sapt_core.backbones.loading import load_encoding
 from sapt_core.config.experiment import ExperimentConfig, read_mapping
 from sapt_core.config.overrides import parsed
-from sapt_core.config.preflight import check_backbone, settle_precision, with_precision
-from sapt_core.data import load_inputs
 from sapt_core.data.addition import Addition, load_additions
 from sapt_core.errors import ConfigError, SnapshotError
 from sapt_core.io.hashing import canonical_hash
@@ -82,14 +78,7 @@ def refit(
     tasks = load_additions(
         [addition.like(manifest.tasks[spot]) for addition, spot in zip(additions, spots, strict=True)], config.benchmark
     )
-    here = {"path": str(folder_of(manifest.backbone, store)), "revision": None}
-    local = config.model_copy(update={"backbone": config.backbone.model_copy(update=here)})
-    check_backbone(local, tasks)
-    config = with_precision(config, settle_precision(local, manifest.backbone).train.precision)
-    samples = {}
-    if config.reflects and config.reflection.source == "given" and config.reflection.data_dir is not None:
-        given = load_inputs(config.reflection.data_dir, names)
-        samples = {name: store.put(json.dumps(texts).encode()) for name, texts in given.items()}
+    config, memory = fitted(config, manifest.backbone, store, tasks)
     data = [task.digest for task in tasks]
     lineage = canonical_hash([REFIT, manifest.digest, data, config.retention.model_dump(mode="json")])
     return build_completion(
@@ -99,8 +88,8 @@ def refit(
         dict(zip(spots, tasks, strict=True)),
         store,
         lineage=lineage,
-        samples=samples,
-        memory=weight_bytes(local.backbone),
+        samples=given_samples(config, names, store),
+        memory=memory,
     )
 
 
