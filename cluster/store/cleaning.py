@@ -70,12 +70,13 @@ def unreachable(store: ArtifactStore, *, grace: timedelta = GRACE, keep: Iterabl
         StoreError: the store cannot be read; a record or manifest is damaged, so that nobody can say what it
             reaches; or one of ``keep`` is not there.
     """
+    keep = set(keep)
     # Blobs before records: a record that comes in between reaches what is listed already.
     blobs = store._list("blobs")
     listed = {last_part(entry.name).removesuffix(".json"): entry for entry in store._list("records")}
     records = _read(store, listed)
     held = reached_from(store, _present(store, keep))
-    void, gone = _forgotten(records, held)
+    void, gone = _forgotten(records, held | _texts(store, keep))
     left = {key: record for key, record in records.items() if key not in void}
     reached = held | reached_by(store, left, gone)
     found = [Leftover(listed[key], FORGOTTEN) for key in void]
@@ -230,7 +231,8 @@ def reached_from(store: ArtifactStore, manifests: set[str]) -> set[str]:
             manifest = json.loads(store.get(digest))
             before = [manifest["parent"], manifest.get("trained")]
             for task in manifest.get("carried") or ():
-                del task["data"]  # its text, which later tasks do not need
+                for lesson in (task, *task.get("again", ())):
+                    del lesson["data"]  # its text, which later tasks do not need
         except (ValueError, KeyError, TypeError, AttributeError):
             raise StoreError(
                 f"{digest} in {store.uri} is named as a manifest and is none: nothing is removed."
@@ -238,6 +240,12 @@ def reached_from(store: ArtifactStore, manifests: set[str]) -> set[str]:
         reached |= {digest} | digests_in(manifest)
         manifests |= {each for each in before if each is not None} - seen
     return reached
+
+
+def _texts(store: ArtifactStore, manifests: Iterable[str]) -> set[str]:
+    """Digests of the text of the tasks that some versions know; ``reached_from`` has read them."""
+    carried = [task for digest in manifests for task in json.loads(store.get(digest)).get("carried") or ()]
+    return {lesson["data"] for task in carried for lesson in (task, *task.get("again", ()))}
 
 
 def digests_in(value: Any) -> set[str]:

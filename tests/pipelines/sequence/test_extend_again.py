@@ -103,6 +103,21 @@ def test_it_is_the_next_version_with_the_same_tasks(
     )
 
 
+def test_the_new_rows_stay_no_longer_than_they_may(
+    later: Learnt, more: Path, call: Call, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = ["--task", "animal", "--again", "--data", str(more), "retention.train_rows=statistics"]
+    ended = go_on(call, later.store, later.version, *given)
+    assert ended.code == 0, ended.out + ended.err
+    assert "later tasks are held on the new rows alone" in caplog.text  # other retention than that of the rows before
+    version = manifest(later.store, summary(later)["snapshot"])
+    assert version.carried is not None
+    first = version.carried[0]
+    assert first.retention is not None
+    assert (first.retention.train_rows, first.reflection.keys()) == ("statistics", {"statistics"})
+    assert not open_store(StoreConfig(uri=str(later.store))).has(first.again[0].data)
+
+
 def test_learnt_on_from_there_and_once_more(later: Learnt, more: Path, call: Call) -> None:
     animal = ["--task", "animal", "--again", "--data", str(more)]
     once = go_on(call, later.store, later.version, *animal)
