@@ -137,7 +137,8 @@ class Monitor:
         config = self.experiment.config
         return {
             "tasks": list(matrix.tasks),
-            "lessons": list(matrix.labels),
+            # Where a task was learnt again, what each row of scores comes after.
+            **({} if matrix.lessons is None else {"lessons": list(matrix.labels)}),
             "scores": [list(row) for row in matrix.rows],
             "single": None if matrix.single is None else list(matrix.single),
             "ap": matrix.ap(),
