@@ -8,7 +8,6 @@ tasks that the version knows is not needed. Submitted again after any interrupti
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from pipelines.console import cli
@@ -32,6 +31,14 @@ def main() -> None:
     source.add_argument("--snapshot", metavar="DIGEST", help="the version by its digest in store.uri, without MLflow")
     parser.add_argument("--task", action="append", required=True, metavar="NAME", help="a new task; once a task")
     parser.add_argument(
+        "--again",
+        action="store_true",
+        help="the task is one that the version knows: learn it further from these rows, its other tasks held as ever",
+    )
+    parser.add_argument(
+        "--anew", action="store_true", help="with --again: with a new block and key in the place of those it has"
+    )
+    parser.add_argument(
         "--data",
         action="append",
         required=True,
@@ -45,7 +52,9 @@ def main() -> None:
     parser.add_argument("--metric", help="of the scores (default: that of the version's newest task)")
     cli.add_run(parser)
     arguments = cli.parse(parser)
-    _check_pairs(parser, arguments)
+    cli.check_pairs(parser, arguments)
+    if arguments.anew and not arguments.again:
+        parser.error("--anew says how a task is learnt again: give --again too")
 
     from cluster.store import open_store
     from pipelines.console.versions import find_registered, snapshot
@@ -76,15 +85,9 @@ def main() -> None:
         places=Places(kept.model_dump(mode="json"), tracking),
         path=arguments.config,
         overrides=arguments.overrides,
+        again=None if not arguments.again else "anew" if arguments.anew else "further",
     )
     carry_out(experiment, arguments)
-
-
-def _check_pairs(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    tasks = len(arguments.task)
-    for option, given in (("--data", arguments.data), ("--definition", arguments.definition)):
-        if given is not None and len(given) != tasks:
-            parser.error(f"{option} is given {len(given)} times and --task {tasks}: give it once a task")
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def unreachable(store: ArtifactStore, *, grace: timedelta = GRACE, keep: Iterabl
     void, gone = _forgotten(records, held)
     left = {key: record for key, record in records.items() if key not in void}
     reached = held | reached_by(store, left, gone)
-    found = [Leftover(listed[key], FORGOTTEN) for key in void]
+    found = [Leftover(entry, FORGOTTEN) for key, entry in listed.items() if key in void]
     for blob in blobs:
         if last_part(blob.name) not in reached:
             found.append(Leftover(blob, FORGOTTEN if last_part(blob.name) in gone else NO_RECORD))
@@ -235,7 +235,8 @@ def reached_from(store: ArtifactStore, manifests: set[str], *, texts: bool = Fal
             manifest = json.loads(store.get(digest))
             before = [manifest["parent"], manifest.get("trained")]
             for task in () if texts else manifest.get("carried") or ():
-                del task["data"]
+                for lesson in (task, *task.get("again", ())):
+                    del lesson["data"]
         except (ValueError, KeyError, TypeError, AttributeError):
             raise StoreError(
                 f"{digest} in {store.uri} is named as a manifest and is none: nothing is removed."

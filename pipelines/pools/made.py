@@ -93,7 +93,7 @@ def register(
         resolved(store),
         lineage=lineage,
         digest=manifest.digest,
-        index=len(names),
+        index=len(lineage.names),
         run_id=run_id,
         description=description,
         tags={"task": names[-1], "tasks": ", ".join(names), **common},

@@ -152,7 +152,8 @@ class MLflowPublisher:
             **({} if sweep is None else {SWEEP: sweep}),
         }
         suite = f"{config.benchmark.suite} {len(experiment.every_task)} tasks"
-        name = name or f"{config.method.name} {suite} seed {config.seed}"
+        again = "".join(f", {task.name} again" for task in experiment.again)
+        name = name or f"{config.method.name} {suite}{again} seed {config.seed}"
         params = _flat(
             config.model_dump(
                 mode="json", exclude={"store", "tracking", "registry", "cluster", "diagnostics", "retention"}
@@ -229,7 +230,7 @@ class MLflowPublisher:
             run_id=self.run_id,
             description=describe(manifest, self._registry.config.model, metrics, self._scores_before()),
             tags={
-                "task": manifest.tasks[-1].name,
+                "task": manifest.tasks[manifest.taught].name,
                 "tasks": tasks,
                 **{name: f"{metrics[name]:.2f}" for name in ("ap", "f_ra")},
                 **self._tags,
@@ -302,7 +303,8 @@ def _datasets(experiment: Experiment) -> list[LoggedDataset]:
     folder = experiment.config.benchmark.data_dir
     return [
         LoggedDataset(
-            name=task.name,
+            # The rows that a task is scored on are those of its first time, by whose name they are compared.
+            name=f"{task.name} again" if task in experiment.again else task.name,
             digest=task.digest,
             folder=None if folder is None else str(folder.absolute() / task.name),
             rows=dict(task.rows),

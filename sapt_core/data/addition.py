@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sapt_core.data.cl_benchmark import read_task
-from sapt_core.data.task import Task
+from sapt_core.data.task import LearntTask, Task
 from sapt_core.errors import DataError
 from sapt_core.settings import BenchmarkConfig
 
@@ -29,9 +29,15 @@ class Addition:
     template: str | None = None
     metric: str | None = None
 
+    def like(self, known: LearntTask) -> Addition:
+        """The same rows, of a task that is known."""
+        return replace(self, definition=known.definition, template=known.template, metric=known.metric)
 
-def load_additions(additions: Sequence[Addition], config: BenchmarkConfig) -> tuple[Task, ...]:
-    """The tasks, in their order.
+
+def load_additions(
+    additions: Sequence[Addition], config: BenchmarkConfig, sealed: Collection[str] | None = None
+) -> tuple[Task, ...]:
+    """The tasks, in their order; ``sealed`` is as ``read_task`` takes it.
 
     Raises:
         DataError: with every fault of every task's files.
@@ -46,6 +52,7 @@ def load_additions(additions: Sequence[Addition], config: BenchmarkConfig) -> tu
             faults,
             name=addition.name,
             definition=addition.definition,
+            sealed=sealed,
         )
         for addition in additions
     ]

@@ -19,7 +19,7 @@ import json
 import logging
 import string
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -190,6 +190,7 @@ def read_task(
     *,
     name: str | None = None,
     definition: str | None = None,
+    sealed: Collection[str] | None = None,
 ) -> Task | None:
     """One task, or None with its faults added to ``faults``.
 
@@ -200,9 +201,21 @@ def read_task(
         faults: gets what is wrong.
         name: of the task; default: the folder's.
         definition: its instruction; default: what its rows or its train split say.
+        sealed: of a task that is known, inputs of the rows that it is scored on: it gets no other test rows, and none
+            of these is learnt from.
     """
     before = len(faults)
-    if path.is_file():
+    if sealed is not None:
+        said, every = _read_rows(path, "train", faults, definition)
+        train, test = [row for row in every if row.input not in sealed], []
+        if len(train) < len(every):
+            logger.warning(
+                "%s: %d of its %d rows are test or dev rows that the version is scored on, and are not learnt from",
+                name or path.name,
+                len(every) - len(train),
+                len(every),
+            )
+    elif path.is_file():
         said, rows = _read_rows(path, "train", faults, definition)
         held = dev_rows(len(rows), TEST_SHARE, config.split_seed) if len(rows) > 2 else set()
         train = [row for index, row in enumerate(rows) if index not in held]

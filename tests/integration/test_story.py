@@ -55,6 +55,7 @@ def table(out: str) -> dict[str, list[str]]:
     return {name: rest for name, *rest in cells}
 
 
+@pytest.mark.timeout(1800)
 def test_a_pool_lives(
     ray_cluster: Cluster, mlflow_on_postgres: str, s3_endpoint: str, aws_environment: None, tmp_path: Path
 ) -> None:
