@@ -43,7 +43,6 @@ class _Ground:
         store: that has its blobs.
         tracking: with the model that gets the next version; None: the store alone has it.
         line: the registered version's place in its lineage.
-        tags: that the next version inherits.
         usual: a task's template, metric and lengths, unless the command line has others.
     """
 
@@ -51,7 +50,6 @@ class _Ground:
     store: StoreConfig
     tracking: TrackingConfig | None
     line: str | None
-    tags: Mapping[str, str]
     usual: Mapping[str, Any]
 
 
@@ -158,19 +156,17 @@ def _ground(arguments: argparse.Namespace, config: ExperimentConfig | None) -> _
         }
         attention = config.attention if config.method.shared_attention else None
         kind = PoolKind(config.method, identify(config.backbone), config.pet, attention)
-        tags = {"config_hash": config.digest()}
-        return _Ground(kind, config.store, config.tracking, None, tags, usual)
+        return _Ground(kind, config.store, config.tracking, None, usual)
     said = [each for each in arguments.overrides if arguments.data is None or each.startswith(("store.", "tracking."))]
     places: PlacesConfig = load_places(said) if config is None else config
     fields = {"template", "metric", "max_source_tokens", "max_target_tokens"}
     if not arguments.onto.startswith("models:/"):
         manifest, _ = snapshot(arguments.onto, places)
-        return _Ground(manifest, places.store, None, None, {}, manifest.tasks[-1].model_dump(include=fields))
+        return _Ground(manifest, places.store, None, None, manifest.tasks[-1].model_dump(include=fields))
     found = find_registered(arguments.onto, places, arguments.overrides)
     tracking = places.tracking.model_copy(update={"model": found.version.model})
-    tags = {name: found.version.tags[name] for name in ("config_hash",) if name in found.version.tags}
     usual = found.manifest.tasks[-1].model_dump(include=fields)
-    return _Ground(found.manifest, found.store, tracking, found.version.tags.get(LINEAGE), tags, usual)
+    return _Ground(found.manifest, found.store, tracking, found.version.tags.get(LINEAGE), usual)
 
 
 @dataclass(frozen=True)
@@ -345,7 +341,6 @@ def _publish(manifest: Manifest, ground: _Ground, lineage: Lineage, rows: Sequen
         run=f"import {task}",
         description=f"{manifest.method.name} with {task} brought in as a PEFT adapter, not trained here and not "
         f"scored yet; its tasks: {tasks}.",
-        tags={"data_digest": canonical_hash(list(rows)), **ground.tags},
         parent=ground.onto.digest if isinstance(ground.onto, Manifest) else None,
-        params={"rows": len(rows)},
+        params={"rows": len(rows), "data_digest": canonical_hash(list(rows))},
     )

@@ -104,6 +104,5 @@ def _registered(
         run=f"refit {tasks}",
         description=f"Version {version.version} with what later tasks need of {tasks}, not trained; its tasks: "
         f"{', '.join(after.names)}.",
-        tags={name: version.tags[name] for name in ("config_hash", "data_digest") if name in version.tags},
         parent=before.digest,
     )

@@ -146,10 +146,13 @@ class MLflowPublisher:
         self._tags = {
             "method": config.method.name,
             "backbone": experiment.backbone.path,
+            **({} if sweep is None else {SWEEP: sweep}),
+        }
+        # Of the run alone: hashes are of no use to who chooses among versions.
+        made_from = {
             "config_hash": config.digest(),
             "data_digest": experiment.data_digest,
             "git_commit": experiment.commit,
-            **({} if sweep is None else {SWEEP: sweep}),
         }
         suite = f"{config.benchmark.suite} {len(experiment.every_task)} tasks"
         again = "".join(f", {task.name} again" for task in experiment.again)
@@ -169,7 +172,7 @@ class MLflowPublisher:
 
         def open_run() -> None:
             self._run = self._tracker.start_sequence(
-                name, key=experiment.key, params=params, tags=self._tags, parent=parent
+                name, key=experiment.key, params=params, tags={**self._tags, **made_from}, parent=parent
             )
             self._tracker.log_datasets(self.run_id, _datasets(experiment))
 
