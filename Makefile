@@ -4,7 +4,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-QUICKSTART := $(BIN)/python pipelines/continual.py --config pipelines/configs/quickstart.yaml
+SAPT := $(BIN)/sapt
+PLACES :=
+LATER := --task place --data pipelines/data/place.csv --definition 'Tell where this happened, in a single word.' \
+	evaluation.batch_size=50 cluster.train_workers=0
 
 .PHONY: env test run lint reference clean
 
@@ -24,11 +27,19 @@ test: env
 	@echo "test: with Ray, MLflow and S3, one after another"
 	@$(BIN)/python -m pytest -m integration
 
+# PLACES: store.uri and tracking.uri, if not below runs/.
 run: env
-	@echo "run: SAPT over the quickstart's tasks"
-	@$(QUICKSTART)
-	@echo "run: the same tasks with one LoRA trained on in sequence, for comparison"
-	@$(QUICKSTART) method.name=sequential tracking.model=quickstart-sequential
+	@echo "run: SAPT learns three generated tasks, one after another"
+	@$(SAPT) learn --config quickstart $(PLACES)
+	@echo "run: the pool becomes the champion"
+	@$(SAPT) pool promote latest --inline --config quickstart $(PLACES)
+	@echo "run: a fourth task comes later, as a file; the rows of the first three are not needed"
+	@$(SAPT) extend --from models:/quickstart@champion $(LATER) $(PLACES)
+	@echo "run: the gate: has a task lost by it?"
+	@$(SAPT) pool promote latest --inline --config quickstart $(PLACES)
+	@echo "run: the same with one LoRA that is trained on in sequence, for comparison"
+	@$(SAPT) learn --config quickstart method.name=sequential tracking.model=quickstart-sequential $(PLACES)
+	@$(SAPT) extend --from models:/quickstart-sequential@latest $(LATER) $(PLACES)
 
 lint: env
 	@$(BIN)/ruff check

@@ -37,6 +37,14 @@ def main() -> None:
     source.add_argument("--snapshot", metavar="DIGEST", help="the version by its digest in store.uri, without MLflow")
     parser.add_argument("--task", action="append", metavar="NAME", help="a new task; once a task")
     parser.add_argument(
+        "--again",
+        action="store_true",
+        help="the task is one that the version knows: learn it further from these rows, its other tasks held as ever",
+    )
+    parser.add_argument(
+        "--anew", action="store_true", help="with --again: with a new block and key in the place of those it has"
+    )
+    parser.add_argument(
         "--data",
         action="append",
         metavar="PATH",
@@ -49,7 +57,7 @@ def main() -> None:
     parser.add_argument("--metric", help="of the scores (default: that of the version's newest task)")
     cli.add_run(parser)
     arguments = cli.parse(parser)
-    _check_pairs(parser, arguments)
+    _check_tasks(parser, arguments)
 
     from cluster.store import open_store
     from pipelines.console.versions import find_registered, snapshot
@@ -74,6 +82,7 @@ def main() -> None:
         places=Places(kept.model_dump(mode="json"), tracking),
         path=arguments.config,
         overrides=arguments.overrides,
+        again=None if not arguments.again else "anew" if arguments.anew else "further",
     )
     carry_out(experiment, arguments)
 
@@ -97,17 +106,15 @@ def _additions(arguments: argparse.Namespace) -> list[TaskConfig]:
     return list(validated(TasksFile, [OmegaConf.create({**given, "defaults": shared})], what).tasks)
 
 
-def _check_pairs(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+def _check_tasks(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     if (arguments.tasks is None) == (arguments.task is None):
         parser.error("give the tasks by --task and --data, or by --tasks")
-    if arguments.tasks is not None:
-        if arguments.data is not None or arguments.definition is not None:
-            parser.error("--data and --definition go with --task; what --tasks names says so itself")
-        return
-    tasks = len(arguments.task)
-    for option, given in (("--data", arguments.data), ("--definition", arguments.definition)):
-        if (given is None and option == "--data") or (given is not None and len(given) != tasks):
-            parser.error(f"{option} is given {len(given or ())} times and --task {tasks}: give it once a task")
+    if arguments.tasks is None:
+        cli.check_pairs(parser, arguments)
+    elif arguments.data is not None or arguments.definition is not None:
+        parser.error("--data and --definition go with --task; what --tasks names says so itself")
+    if arguments.anew and not arguments.again:
+        parser.error("--anew says how a task is learnt again: give --again too")
 
 
 if __name__ == "__main__":

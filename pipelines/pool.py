@@ -20,6 +20,7 @@ ACTIONS = {
     "promote": "promoting",
     "rollback": "rolling_back",
     "forget": "forgetting",
+    "refit": "refitting",
     "export": "exporting",
     "import": "importing",
 }

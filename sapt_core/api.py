@@ -11,7 +11,7 @@ from sapt_core.backbones.loading import load_backbone, store_backbone
 from sapt_core.backbones.reference import BackboneRef, identify
 from sapt_core.config.experiment import ExperimentConfig
 from sapt_core.data.prepare import prepare_task
-from sapt_core.data.task import Example, LearntTask, Task, dev_rows
+from sapt_core.data.task import Example, LearntTask, Task, dev_rows, name_faults
 from sapt_core.errors import DataError, SaptError
 from sapt_core.io.blobs import BlobStore, NoCheckpoints
 from sapt_core.training.trainer import step_seed
@@ -97,8 +97,8 @@ class Pool:
         given = kept or {}
         if unknown := sorted(set(given) - set(self.tasks)):
             raise SaptError(f"kept names {', '.join(unknown)}; the version has learnt: {', '.join(self.tasks)}")
-        if task.name in self.tasks:
-            raise SaptError(f"the version has learnt {task.name} already: give the new task another name")
+        if faults := name_faults(task.name, self.tasks):
+            raise SaptError(f"{task.name}: {faults[0]}")
         inputs = [list(given.get(name, ())) for name in self.tasks] if given else []
         return _learn(task, config, self.store, ref=self.manifest.backbone, parent=self.manifest, kept=inputs)
 

@@ -74,11 +74,11 @@ def unreachable(store: ArtifactStore, *, grace: timedelta = GRACE, keep: Iterabl
     blobs = store._list("blobs")
     listed = {last_part(entry.name).removesuffix(".json"): entry for entry in store._list("records")}
     records = _read(store, listed)
-    held = reached_from(store, _present(store, keep))
+    held = reached_from(store, _present(store, keep), texts=True)
     void, gone = _forgotten(records, held)
     left = {key: record for key, record in records.items() if key not in void}
     reached = held | reached_by(store, left, gone)
-    found = [Leftover(listed[key], FORGOTTEN) for key in void]
+    found = [Leftover(entry, FORGOTTEN) for key, entry in listed.items() if key in void]
     for blob in blobs:
         if last_part(blob.name) not in reached:
             found.append(Leftover(blob, FORGOTTEN if last_part(blob.name) in gone else NO_RECORD))
@@ -213,8 +213,13 @@ def reached_by(store: ArtifactStore, records: Mapping[str, Record], gone: Collec
     return digests_in(named) | reached_from(store, manifests_of(records.values()) - set(gone))
 
 
-def reached_from(store: ArtifactStore, manifests: set[str]) -> set[str]:
+def reached_from(store: ArtifactStore, manifests: set[str], *, texts: bool = False) -> set[str]:
     """Digests that the manifests name, and their parents, and so on.
+
+    Args:
+        store: holds the manifests.
+        manifests: their digests.
+        texts: whether those of the tasks' text count, which later tasks do not need.
 
     Raises:
         StoreError: one of them is none, or the store cannot be read.
@@ -229,8 +234,9 @@ def reached_from(store: ArtifactStore, manifests: set[str]) -> set[str]:
         try:
             manifest = json.loads(store.get(digest))
             before = [manifest["parent"], manifest.get("trained")]
-            for task in manifest.get("carried") or ():
-                del task["data"]  # its text, which later tasks do not need
+            for task in () if texts else manifest.get("carried") or ():
+                for lesson in (task, *task.get("again", ())):
+                    del lesson["data"]
         except (ValueError, KeyError, TypeError, AttributeError):
             raise StoreError(
                 f"{digest} in {store.uri} is named as a manifest and is none: nothing is removed."

@@ -36,6 +36,7 @@ _SAVING = threading.Lock()
 # What the code imports to answer. Our own name is none of them: whoever had it in a public index would run there.
 _PACKAGES = (
     "accelerate",
+    "boto3",
     "datasets",
     "httpx2",
     "huggingface-hub",
@@ -51,12 +52,15 @@ _PACKAGES = (
 )
 
 
-def read_version(manifest_path: Path, pool_path: Path, endpoint: str | None) -> tuple[bytes, StoreConfig]:
+def read_version(
+    manifest_path: Path, pool_path: Path, endpoint: str | None, moved: str | None = None
+) -> tuple[bytes, StoreConfig]:
     """Manifest and store of a published pool, from the two files of its model version.
 
     Args:
         manifest_path, pool_path: the files.
         endpoint: S3 endpoint of the reader; None is the AWS environment's. It is the one that is used.
+        moved: where the reader says that the store lies now; None: where the version was published.
 
     Raises:
         SnapshotError: a file is missing or damaged, written by a newer release, or names another endpoint than the
@@ -87,6 +91,8 @@ def read_version(manifest_path: Path, pool_path: Path, endpoint: str | None) -> 
         stated = StoreConfig.model_validate(pool.get("store"))
     except ValidationError as error:
         raise SnapshotError(f"{POOL_FILE} names no usable store: {error.errors()[0]['msg']}") from error
+    if moved is not None:
+        return manifest, StoreConfig(uri=moved, endpoint_url=endpoint)
     store = stated.model_copy(update={"endpoint_url": endpoint})
     if stated.endpoint_url is not None and stated.uri.startswith("s3://"):
         own = _endpoint_in_use(store)
@@ -156,7 +162,7 @@ def save_version(folder: Path, manifest: bytes, store: StoreConfig, *, model_id:
             ),
             code_paths=[str(Path(room.__path__[0])) for room in (sapt_core, cluster)],
             # Stated, because MLflow would find them by loading the model in another process.
-            pip_requirements=_requirements(store),
+            pip_requirements=_requirements(),
             mlflow_model=Model(
                 model_id=model_id,
                 run_id=run_id,
@@ -186,7 +192,6 @@ def _public(store: StoreConfig) -> dict[str, Any]:
     return {"uri": store.uri, "endpoint_url": store.endpoint_url and without_user(store.endpoint_url)}
 
 
-def _requirements(store: StoreConfig) -> list[str]:
-    names = (*_PACKAGES, "boto3") if store.uri.startswith("s3://") else _PACKAGES
+def _requirements() -> list[str]:
     # Without a local label such as +cpu, which public indexes do not have.
-    return [f"{name}=={version(name).partition('+')[0]}" for name in names]
+    return [f"{name}=={version(name).partition('+')[0]}" for name in _PACKAGES]

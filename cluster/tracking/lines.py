@@ -59,7 +59,7 @@ class PoolVersion:
 
     @property
     def index(self) -> int:
-        """How many tasks it has learnt; 0 where it does not say so."""
+        """Its place among the versions that were learnt one on the other, from 1; 0 where it does not say so."""
         return int(self.tags.get("index", 0))
 
     @property

@@ -8,6 +8,7 @@ the version too.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,14 +27,24 @@ class PoolModel(PythonModel):
     predictor: Predictor
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Read the manifest and build the model from the store's verified blobs."""
+        """Read the manifest and build the model from the store's verified blobs.
+
+        That is the store that the version was published with, or ``SAPT_STORE`` of the environment: stores move.
+        """
         from cluster.store import open_store  # noqa: PLC0415
         from cluster.tracking.files import read_version  # noqa: PLC0415
+        from sapt_core.errors import StoreError  # noqa: PLC0415
         from sapt_core.versions.predictor import Predictor  # noqa: PLC0415
 
         files = Path(context.artifacts["manifest"]), Path(context.artifacts["pool"])
-        manifest, store = read_version(*files, endpoint=None)  # the server's own: AWS_ENDPOINT_URL_S3
-        self.predictor = Predictor.load(manifest, open_store(store))
+        moved = os.environ.get("SAPT_STORE") or None
+        # The endpoint is the server's own: AWS_ENDPOINT_URL_S3.
+        manifest, store = read_version(*files, endpoint=None, moved=moved)
+        try:
+            self.predictor = Predictor.load(manifest, open_store(store))
+        except StoreError as error:
+            error.add_note(f"It was looked for in {store.uri}; SAPT_STORE says where a store lies that has moved.")
+            raise
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None

@@ -103,7 +103,7 @@ class PoolRegistry:
             run_id: the sequence's run.
             description: of the version in the UI (Markdown), where a link to the run follows it; ``NUMBER`` in it
                 becomes the version's number as soon as that is known.
-            tags: task, method, backbone, config hash, data digest, git commit …
+            tags: task, tasks, method, backbone, ap, f_ra …
             metrics: scores so far by name, shown beside the version in the UI.
             parent: digest of the snapshot that it goes on from; None for a first task.
             learnt_in: the version's own run, by whose metrics MLflow compares versions, so that two of one sequence

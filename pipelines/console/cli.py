@@ -125,6 +125,15 @@ def add_version(made: argparse.ArgumentParser) -> None:
     which.add_argument("--snapshot", metavar="DIGEST", help="of a version in store.uri, without MLflow")
 
 
+def check_pairs(made: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """See that what goes with a ``--task`` is given once a task."""
+    tasks = len(arguments.task)
+    for option in ("data", "definition"):
+        given = getattr(arguments, option, None)
+        if len(given or ()) != tasks and (given is not None or option == "data"):
+            made.error(f"--{option} is given {len(given or ())} times and --task {tasks}: give it once a task")
+
+
 def _experiment(arguments: argparse.Namespace) -> str:
     from sapt_core.config.experiment import load_config, written
 

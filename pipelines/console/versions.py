@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from cluster.tracking.lines import PoolVersion
 
 
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
 def open_version(arguments: Namespace, places: PlacesConfig) -> tuple[Manifest, ArtifactStore]:
     """The version that ``--version`` or ``--snapshot`` names; errors as of ``registered`` and ``snapshot``."""
     if arguments.snapshot is not None:
@@ -34,7 +37,7 @@ def snapshot(digest: str, places: PlacesConfig) -> tuple[Manifest, ArtifactStore
         SnapshotError: the digest is none, or what it names is no pool, or was written by a newer release.
         StoreError: the store cannot be read or has no such snapshot.
     """
-    if not re.fullmatch(r"[0-9a-f]{64}", digest):
+    if not _DIGEST.fullmatch(digest):
         raise SnapshotError(f"snapshot {digest}: give the 64 hex digits that learning ended with")
     store = open_store(places.store)
     return Manifest.from_bytes(store.get(digest)), store
@@ -75,6 +78,19 @@ def find_registered(reference: str, places: PlacesConfig, overrides: Sequence[st
     registry = PoolRegistry(check_readable(places.tracking))
     data, kept, version = registry.load_manifest(reference, places.store.endpoint_url)
     return Registered(Manifest.from_bytes(data), _moved(kept, places.store, overrides), version)
+
+
+def find_version(
+    reference: str, places: PlacesConfig, overrides: Sequence[str] = ()
+) -> tuple[Manifest, StoreConfig, PoolVersion | None]:
+    """The version of a digest, or a registered one, its store, and what the registry says of the latter.
+
+    Raises:
+        SnapshotError, StoreError, TrackingError: as of ``snapshot`` and ``registered``.
+    """
+    if _DIGEST.fullmatch(reference):
+        return snapshot(reference, places)[0], places.store, None
+    return find_registered(reference, places, overrides)
 
 
 def _moved(kept: StoreConfig, asked: StoreConfig, overrides: Sequence[str]) -> StoreConfig:

@@ -108,7 +108,6 @@ def _registered(before: Manifest, after: Manifest, where: _Where, task: str, met
     version, names = where.version, [each.name for each in after.tasks]
     asked = f"method {after.method.name}, tasks {', '.join(names)}"
     lineage = ("", *("" for _ in names), version.tags.get(LINEAGE, ""), _lineage(before, task))[-len(names) :]
-    inherited = {name: version.tags[name] for name in ("config_hash", "data_digest") if name in version.tags}
     return register(
         after,
         where.kept,
@@ -117,7 +116,7 @@ def _registered(before: Manifest, after: Manifest, where: _Where, task: str, met
         run=f"forget {task}",
         description=f"{after.method.name} without {task}, which version {version.version} had learnt; its tasks: "
         f"{', '.join(names)}.",
-        tags={**inherited, FORGOTTEN: task},
+        tags={FORGOTTEN: task},
         parent=before.digest,
         metrics=metrics,
     )

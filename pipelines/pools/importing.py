@@ -2,9 +2,10 @@
 
     python pipelines/pool.py import adapters/colour --onto models:/quickstart@latest --task colour --rows colour.txt
     python pipelines/pool.py import adapters/colour --config quickstart --task colour --rows colour.jsonl
-    python pipelines/pool.py import adapters/colour --onto DIGEST --task colour --rows colour.csv store.uri=runs/store
+    python pipelines/pool.py import adapters/colour --onto DIGEST --task colour --data colour.csv store.uri=runs/store
 
-Rows are inputs of the adapter's task: they say when its block is meant. The next version goes on from the one that is
+Rows are inputs of the adapter's task: they say when its block is meant. With --data in their place, rows with answers,
+the task is scored and held in place by later ones like any other. The next version goes on from the one that is
 named, and is registered where that is; with --config a pool begins, and with a digest the store alone has it.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +26,7 @@ from sapt_core.errors import DataError
 if TYPE_CHECKING:
     from cluster.tracking.lines import Lineage
     from sapt_core.config.experiment import ExperimentConfig
-    from sapt_core.data.task import LearntTask
+    from sapt_core.data.task import LearntTask, Task
     from sapt_core.settings import PlacesConfig, StoreConfig, TrackingConfig
     from sapt_core.versions.importing import PoolKind
     from sapt_core.versions.manifest import Manifest
@@ -41,7 +43,6 @@ class _Ground:
         store: that has its blobs.
         tracking: with the model that gets the next version; None: the store alone has it.
         line: the registered version's place in its lineage.
-        tags: that the next version inherits.
         usual: a task's template, metric and lengths, unless the command line has others.
     """
 
@@ -49,7 +50,6 @@ class _Ground:
     store: StoreConfig
     tracking: TrackingConfig | None
     line: str | None
-    tags: Mapping[str, str]
     usual: Mapping[str, Any]
 
 
@@ -69,13 +69,19 @@ def main() -> None:
     from sapt_core.versions.importing import import_adapter
 
     folder = Path(arguments.folder)
-    rows, definition = read_rows(arguments.rows)
     config = None if arguments.config is None else load_config(arguments.config, arguments.overrides)
     ground = _ground(arguments, config)
-    given = {field: getattr(arguments, field) for field in ground.usual if getattr(arguments, field) is not None}
+    usual = {
+        **ground.usual,
+        **{name: value for name in ground.usual if (value := getattr(arguments, name)) is not None},
+    }
+    data = None if arguments.data is None else _read_data(arguments, ground, config, usual)
+    rows, definition = (
+        read_rows(arguments.rows) if data is None else ([row.input for row in data.train], data.definition)
+    )
     definition = definition if arguments.definition is None else arguments.definition
-    task = LearntTask(name=arguments.task, definition=definition, **{**ground.usual, **given})
-    lineage = _lineage(ground, folder, task, rows)
+    task = LearntTask(name=arguments.task, definition=definition, **usual)
+    lineage = _lineage(ground, folder, task, [*rows, *([] if data is None else [data.digest])])
     if ground.tracking is not None and is_there(ground.tracking):
         PoolRegistry(resolved(ground.tracking)).check_continuation(lineage)
     store = open_store(ground.store)
@@ -84,6 +90,7 @@ def main() -> None:
         from sapt_core.backbones.loading import store_backbone
 
         store_backbone(config.backbone, ground.onto.backbone, store)
+    manifest = _completed(manifest, ground, config, data, _Given(arguments, usual, rows, lineage.names[-1]))
     keep(store, manifest, IMPORT, task.name, {})
     if manifest.attention is not None:
         print(f"rows of {task.name} give its block {manifest.targets[-1][-1]:.2f} of their weight")
@@ -105,18 +112,25 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--onto", metavar="REF", help="models:/NAME@ALIAS, models:/NAME/NUMBER, or a snapshot's digest")
     parser.add_argument("--task", required=True, metavar="NAME", help="what the adapter was trained on")
     parser.add_argument("--definition", metavar="TEXT", help="put before every input; default: the rows' own, or none")
-    parser.add_argument(
+    known = parser.add_mutually_exclusive_group(required=True)
+    known.add_argument(
         "--rows",
         type=Path,
-        required=True,
         metavar="FILE",
         help="inputs of the task: text, one a line, or .json, .jsonl, .csv, .tsv or .parquet (docs/config.md)",
+    )
+    known.add_argument(
+        "--data",
+        type=Path,
+        metavar="PATH",
+        help="rows of the task with their answers, a folder or a file, as for extend: it can be scored and extended",
     )
     usual = "default: as of the version's newest task, or as benchmark in --config has it"
     parser.add_argument("--template", metavar="NAME", help=f"text around definition and input; {usual}")
     parser.add_argument("--metric", metavar="NAME", help="the task's score; default: likewise")
     parser.add_argument("--max-source-tokens", type=int, metavar="N", help="longest prompt; default: likewise")
     parser.add_argument("--max-target-tokens", type=int, metavar="N", help="longest answer; default: likewise")
+    cli.add_inline(parser, told="make what --data gives to later tasks on this machine alone, without Ray")
     return parser
 
 
@@ -142,18 +156,130 @@ def _ground(arguments: argparse.Namespace, config: ExperimentConfig | None) -> _
         }
         attention = config.attention if config.method.shared_attention else None
         kind = PoolKind(config.method, identify(config.backbone), config.pet, attention)
-        tags = {"config_hash": config.digest()}
-        return _Ground(kind, config.store, config.tracking, None, tags, usual)
-    places: PlacesConfig = load_places(arguments.overrides) if config is None else config
+        return _Ground(kind, config.store, config.tracking, None, usual)
+    said = [each for each in arguments.overrides if arguments.data is None or each.startswith(("store.", "tracking."))]
+    places: PlacesConfig = load_places(said) if config is None else config
     fields = {"template", "metric", "max_source_tokens", "max_target_tokens"}
     if not arguments.onto.startswith("models:/"):
         manifest, _ = snapshot(arguments.onto, places)
-        return _Ground(manifest, places.store, None, None, {}, manifest.tasks[-1].model_dump(include=fields))
+        return _Ground(manifest, places.store, None, None, manifest.tasks[-1].model_dump(include=fields))
     found = find_registered(arguments.onto, places, arguments.overrides)
     tracking = places.tracking.model_copy(update={"model": found.version.model})
-    tags = {name: found.version.tags[name] for name in ("config_hash",) if name in found.version.tags}
     usual = found.manifest.tasks[-1].model_dump(include=fields)
-    return _Ground(found.manifest, found.store, tracking, found.version.tags.get(LINEAGE), tags, usual)
+    return _Ground(found.manifest, found.store, tracking, found.version.tags.get(LINEAGE), usual)
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What the command line says of an import.
+
+    Attributes:
+        arguments: all of it.
+        usual: the task's template, metric and lengths.
+        rows: inputs of it.
+        lineage: name of the version that is known before it is made.
+    """
+
+    arguments: argparse.Namespace
+    usual: Mapping[str, Any]
+    rows: Sequence[str]
+    lineage: str
+
+
+def _settings(
+    arguments: argparse.Namespace, ground: _Ground, config: ExperimentConfig | None, usual: Mapping[str, Any]
+) -> ExperimentConfig:
+    """How the pool's tasks are learnt and what may stay of them, with the imported task's lengths.
+
+    Raises:
+        ConfigError: fields that the version decides.
+    """
+    from pipelines.sequence.extension import Places, own_settings, settled
+    from sapt_core.config.experiment import ExperimentConfig, load_places
+    from sapt_core.config.overrides import parsed
+    from sapt_core.versions.manifest import Manifest
+
+    lengths = {name: usual[name] for name in ("max_source_tokens", "max_target_tokens")}
+    if not isinstance(ground.onto, Manifest):
+        assert config is not None  # noqa: S101 - a pool begins with one
+        return config.model_copy(update={"benchmark": config.benchmark.model_copy(update=lengths)})
+    tracking = ground.tracking or load_places([]).tracking
+    places = Places(ground.store.model_dump(mode="json"), tracking.model_dump(mode="json"))
+    own = own_settings(ground.onto, ground.onto.recipe, [arguments.task], ".", places)
+    own["benchmark"] |= {**lengths, "template": usual["template"], "metric": usual["metric"]}
+    said = [each for each in arguments.overrides if not each.startswith(("store.", "tracking."))]
+    return settled(ground.onto, own, parsed(said, ExperimentConfig), "An import")
+
+
+def _read_data(
+    arguments: argparse.Namespace, ground: _Ground, config: ExperimentConfig | None, usual: Mapping[str, Any]
+) -> Task:
+    """The adapter's task with its rows.
+
+    Raises:
+        SnapshotError: the version lacks so much of its own tasks that none can come to them.
+        SaptError: with all faults of the files and the settings.
+    """
+    from cluster.store import open_store
+    from pipelines.sequence.base import read_base
+    from pipelines.sequence.completing import fitted
+    from sapt_core.config.preflight import check_backbone
+    from sapt_core.data.tasks import load_additions
+    from sapt_core.task_settings import TaskConfig
+    from sapt_core.versions.manifest import Manifest
+
+    store, settings = open_store(ground.store), _settings(arguments, ground, config, usual)
+    if isinstance(ground.onto, Manifest):
+        read_base(ground.onto, store)
+    told = {"definition": arguments.definition, "template": usual["template"], "metric": usual["metric"]}
+    addition = TaskConfig(name=arguments.task, path=str(arguments.data), **told)
+    tasks = load_additions([addition], settings.benchmark)
+    if isinstance(ground.onto, Manifest):
+        fitted(settings, ground.onto.backbone, store, tasks)
+    else:
+        check_backbone(settings, tasks)
+    return tasks[0]
+
+
+def _completed(
+    manifest: Manifest, ground: _Ground, config: ExperimentConfig | None, data: Task | None, given: _Given
+) -> Manifest:
+    """The version with what later tasks need of all its tasks, of the imported one as far as there is data.
+
+    As it is where the version before carries nothing, or a pool begins without data.
+    """
+    from cluster.stages import InlineExecutor
+    from cluster.store import open_store
+    from cluster.store.lookups import Lookups
+    from pipelines.pools.scoring import executor_of
+    from pipelines.sequence.completing import build_completion, fitted, given_samples, nothing_of
+    from sapt_core.io.hashing import canonical_hash
+    from sapt_core.versions.manifest import Manifest
+
+    before = ground.onto.carried if isinstance(ground.onto, Manifest) else () if data is not None else None
+    if before is None:
+        return manifest
+    store = open_store(ground.store)
+    tasks = {} if data is None else {len(before): data}
+    own = nothing_of(canonical_hash(list(given.rows)), {"train": len(given.rows)}) if data is None else None
+    settings, memory = fitted(
+        _settings(given.arguments, ground, config, given.usual), manifest.backbone, store, [*tasks.values()]
+    )
+    completion = build_completion(
+        settings,
+        manifest,
+        [*before, own],
+        tasks,
+        store,
+        lineage=given.lineage,
+        samples=given_samples(settings, [task.name for task in tasks.values()], store),
+        memory=memory,
+    )
+    known = Lookups(store)
+    with ExitStack() as stack:
+        if data is None:
+            return completion.run(known, InlineExecutor(store))
+        return completion.run(known, executor_of([completion.stage], known, settings, given.arguments, stack))
 
 
 def read_rows(path: Path) -> tuple[list[str], str]:
@@ -220,8 +346,7 @@ def _publish(manifest: Manifest, ground: _Ground, lineage: Lineage, rows: Sequen
         lineage,
         run=f"import {task}",
         description=f"{manifest.method.name} with {task} brought in as a PEFT adapter, not trained here and not "
-        f"scored; its tasks: {tasks}.",
-        tags={"data_digest": canonical_hash(list(rows)), **ground.tags},
+        f"scored yet; its tasks: {tasks}.",
         parent=ground.onto.digest if isinstance(ground.onto, Manifest) else None,
-        params={"rows": len(rows)},
+        params={"rows": len(rows), "data_digest": canonical_hash(list(rows))},
     )

@@ -50,7 +50,7 @@ def register(
     *,
     run: str,
     description: str,
-    tags: Mapping[str, str],
+    tags: Mapping[str, str] | None = None,
     parent: str | None,
     params: Mapping[str, Any] | None = None,
     metrics: Mapping[str, float] | None = None,
@@ -80,20 +80,16 @@ def register(
 
     checked = check(tracking)
     tracker = Tracker(checked)
-    common = {
-        "method": manifest.method.name,
-        "backbone": manifest.backbone.path,
-        "git_commit": git_commit(),
-        **tags,
-    }
-    run_id = tracker.start_sequence(run, key=lineage.names[-1], params=dict(params or {}), tags=common)
+    common = {"method": manifest.method.name, "backbone": manifest.backbone.path, **(tags or {})}
+    made_from = {"git_commit": git_commit()}
+    run_id = tracker.start_sequence(run, key=lineage.names[-1], params=dict(params or {}), tags={**common, **made_from})
     names = [task.name for task in manifest.tasks]
     number = PoolRegistry(checked).publish(
         manifest.to_bytes(),
         resolved(store),
         lineage=lineage,
         digest=manifest.digest,
-        index=len(names),
+        index=len(lineage.names),
         run_id=run_id,
         description=description,
         tags={"task": names[-1], "tasks": ", ".join(names), **common},

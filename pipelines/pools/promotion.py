@@ -67,7 +67,7 @@ class Promotion:
         registry.crown(self.version)
 
     def keep(self, registry: PoolRegistry) -> None:
-        """Keep the record: as tags of the version, and as a file of its run.
+        """Keep the record: as tags of the version but for its scores, and as a file of its run.
 
         Raises:
             TrackingError: MLflow cannot be used.
@@ -79,10 +79,9 @@ class Promotion:
             stamp = record["at"].replace(":", "").replace("+0000", "Z")
             name = f"promotions/version-{self.version.version}-{stamp}.json"
             Tracker(registry.config).log_artifacts(self.version.run_id, {name: json.dumps(record, indent=1)})
-        figures = {"over": str(record["over"] or "none"), "scores": json.dumps(record["scores"])}
         said = {name: record[name] for name in ("by", "at", "why")}
-        forced = {"against": "\n".join(record["against"]) or "nothing"}
-        registry.tag(self.version, {f"promoted.{name}": text for name, text in {**said, **figures, **forced}.items()})
+        said |= {"over": str(record["over"] or "none"), "against": "\n".join(record["against"]) or "nothing"}
+        registry.tag(self.version, {f"promoted.{name}": text for name, text in said.items()})
 
 
 def _user() -> str:

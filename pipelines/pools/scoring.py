@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sapt_core.errors import ConfigError, SnapshotError
 
@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
+    from cluster.stages import Executor, Stage
     from cluster.store import ArtifactStore
+    from cluster.store.lookups import Lookups
     from pipelines.sequence.gate import Gate, Row
     from sapt_core.config.experiment import ExperimentConfig
     from sapt_core.settings import PlacesConfig, StoreConfig
@@ -58,6 +60,7 @@ def scoring_config(
     """
     from omegaconf import DictConfig, OmegaConf
 
+    from pipelines.sequence.base import refit_command
     from pipelines.sequence.extension import Places, own_settings
     from sapt_core.config.experiment import ExperimentConfig, read_mapping, validated
     from sapt_core.config.overrides import parsed
@@ -65,8 +68,8 @@ def scoring_config(
     if candidate.recipe is None:
         raise SnapshotError(
             f"The version (schema {candidate.schema_version}) carries no sealed test rows, on which it could be held "
-            "against the champion: an earlier release published it. Publish it again with this release, from its "
-            "config and its data"
+            "against the champion: an earlier release published it, or its newest block was imported without data. "
+            f"Give them back once, from data: {refit_command(candidate.names)}"
         )
     here = Places(kept.model_dump(mode="json"), places.tracking.model_dump(mode="json"))
     own = own_settings(candidate, candidate.recipe, [task.name for task in candidate.tasks], ".", here)
@@ -80,20 +83,25 @@ def scoring_config(
 
 def scored(gate: Gate, store: ArtifactStore, config: ExperimentConfig, arguments: argparse.Namespace) -> list[Row]:
     """Run what is not in the store yet, with the options of ``cli.add_inline``."""
-    from cluster.stages import InlineExecutor, plan, run_graph
+    from cluster.stages import run_graph
     from cluster.store.lookups import Lookups
-    from pipelines.running.sequence import inline_executor, ray_executor
 
     known = Lookups(store)
-    left = [stage for stage, state in plan(gate.stages, known).items() if state != "done" and stage.kind != "carried"]
     with ExitStack() as stack:
-        if arguments.inline:
-            executor = inline_executor(arguments, config.store, store, stack)
-        elif left:
-            executor = ray_executor(config, stack)
-        else:
-            executor = InlineExecutor(store)
-        return gate.rows(run_graph(gate.stages, known, executor))
+        return gate.rows(run_graph(gate.stages, known, executor_of(gate.stages, known, config, arguments, stack)))
+
+
+def executor_of(
+    stages: Sequence[Stage], known: Lookups, config: ExperimentConfig, arguments: argparse.Namespace, stack: ExitStack
+) -> Executor[Any]:
+    """What runs stages with the options of ``cli.add_inline`` until ``stack`` is closed; Ray where it is needed."""
+    from cluster.stages import InlineExecutor, plan
+    from pipelines.running.sequence import inline_executor, ray_executor
+
+    if arguments.inline:
+        return inline_executor(arguments, config.store, known.store, stack)
+    left = [stage for stage, state in plan(stages, known).items() if state != "done" and stage.kind != "carried"]
+    return ray_executor(config, stack) if left else InlineExecutor(known.store)
 
 
 def score_table(rows: Sequence[Row], model: str, one: str, other: str) -> Table:

@@ -46,6 +46,10 @@ def main() -> None:
 
 
 def _told(task: CarriedTask) -> str:
-    """What is carried of a task: how many rows of which splits, and what there is to reflect on."""
+    """What is carried of a task: rows of each split, what there is to reflect on, and what it was learnt again from."""
     splits = [name.removesuffix(".arrow") for name in sorted(task.tokens) if name.endswith(".arrow")]
-    return ", ".join([*(f"{task.rows[split]} {split} rows" for split in splits), *task.reflection])
+    again = [
+        f"learnt again {'anew ' if each.anew else ''}from {each.rows['train']} rows ({each.data[:12]})"
+        for each in task.again
+    ]
+    return ", ".join([*(f"{task.rows[split]} {split} rows" for split in splits), *task.reflection, *again])

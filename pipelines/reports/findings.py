@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
-from itertools import takewhile
+from itertools import takewhile, zip_longest
 from typing import Any
 
 from cluster.stages import Stage, StageRecord, done
@@ -69,15 +69,16 @@ class SampleFindings:
 
 @dataclass(frozen=True)
 class Findings:
-    """A sequence after its first T tasks.
+    """A sequence after one of its versions, with T tasks.
 
     Attributes:
         experiment: the sequence.
-        manifest: version T.
+        manifest: the version.
         matrix: scores of these T tasks; single-task scores if all T are there.
-        curves: training curve of every task.
+        curves: training curve of every lesson: a task's, and another one whenever it was learnt again; None of a task
+            that was not trained here.
         attention: None for a method without shared attention.
-        reflected: for each task whether later ones reflect on anything of it.
+        reflected: for each task whether what was learnt after it reflected on anything of it.
         samples: of each task but the last; None where a task has none; empty where no text is made.
         answers: of each task some of its scored rows, drawn whatever was answered; none where rows may not stay.
         constant: for each task the score of giving always its commonest answer; None where no rows tell which that is.
@@ -89,7 +90,7 @@ class Findings:
     experiment: Experiment
     manifest: Manifest
     matrix: ScoreMatrix
-    curves: tuple[Curve, ...]
+    curves: tuple[Curve | None, ...]
     attention: AttentionFindings | None
     reflected: tuple[bool, ...]
     samples: tuple[SampleFindings | None, ...]
@@ -106,8 +107,8 @@ class Findings:
 
     @property
     def gates(self) -> tuple[tuple[float, float] | None, ...]:
-        """The new block's weight over the first and last steps of every task; None without attention."""
-        return tuple(None if self.attention is None else gate_ends(curve) for curve in self.curves)
+        """The new block's weight over the first and last steps of every lesson; None without attention."""
+        return tuple(None if self.attention is None or curve is None else gate_ends(curve) for curve in self.curves)
 
     @property
     def digest(self) -> str:
@@ -121,6 +122,8 @@ class Findings:
     def diagnoses(self) -> tuple[Diagnosis, ...]:
         """Figures beyond the limits of the config's ``diagnostics``, with their cures."""
         config, tasks = self.experiment.config, len(self.tasks)
+        last = [self.matrix.learnt(task) for task in range(tasks)]
+        curves, gates = [self.curves[lesson] for lesson in last], [self.gates[lesson] for lesson in last]
         kl = None if self.attention is None else self.attention.kl[-1]
         return diagnose(
             self.matrix,
@@ -129,8 +132,8 @@ class Findings:
                 shared=self.attention is not None,
                 reflected=self.reflected,
                 alignment=[None] * tasks if kl is None else kl,
-                gates=[None if ends is None else ends[1] for ends in self.gates],
-                trainings=[TrainingEnd.of(curve) for curve in self.curves],
+                gates=[None if ends is None else ends[1] for ends in gates],
+                trainings=[None if curve is None else TrainingEnd.of(curve) for curve in curves],
                 constant=self.constant,
                 bare=self.bare,
             ),
@@ -182,10 +185,12 @@ def collect(
         experiment: the sequence.
         records: of its finished stages, at least those that ``scored_versions`` counts for ``version``.
         store: holds their blobs.
-        version: T, tasks learnt, from 1.
+        version: from 1: lessons so far.
         bare: as ``bare_scores`` gives it.
     """
     graph, retention = experiment.graph, experiment.config.retention
+    tasks, base = graph.known_tasks(version), experiment.base
+    before = 0 if base is None else len(base.tasks)
     used: dict[Stage, StageRecord] = {}
 
     def take(stages: tuple[Stage, ...]) -> list[StageRecord | None]:
@@ -206,29 +211,38 @@ def collect(
             learnt=manifest.targets,
             test=tuple(tuple(tuple(record.metrics["weights"]) for record in row) for row in scored),
             dev=tuple(dev),
-            kl=tuple(None if rows is None else moved(manifest, rows) for rows in dev),
+            # What is to be held of a task is another thing once that was learnt again.
+            kl=tuple(
+                None if rows is None else moved(manifest if known is None else known, rows)
+                for rows, known in zip_longest(dev, () if base is None else base.trained[:version])
+            ),
         )
-    kept = take(graph.kept[: version - 1])
-    compared = take(graph.quality[: max(version - 1 - graph.known, 0)])
-    qualities = dict(enumerate(compared, start=graph.known))
-    before = [read_predictions(row[index], store) for index, row in enumerate(scored)]
-    after = [*(read_predictions(record, store) for record in scored[-1][:-1]), before[-1]]
-    commonest = _commonest(experiment, take(graph.prepare[:version]), store)
+    matrix = ScoreMatrix(
+        graph.tasks[:tasks],
+        tuple(tuple(record.metrics["score"] for record in row) for row in scored),
+        tuple(single) if len(single) == tasks else None,
+        graph.lessons[:version],
+    )
+    newest = matrix.taught()
+    kept = take(tuple(stage for place, stage in enumerate(graph.kept[:tasks]) if place != newest))
+    held = [bool(record and record.metrics["bytes"]) for record in kept]
+    held[newest:newest] = [False]
+    compared = take(graph.quality[: max(tasks - 1 - before, 0)])
+    qualities = dict(enumerate(compared, start=before))
+    first = [read_predictions(scored[matrix.learnt(task)][task], store) for task in range(tasks)]
+    now = [first[task] if task == newest else read_predictions(scored[-1][task], store) for task in range(tasks)]
+    commonest = _commonest(experiment, take(graph.prepare[:tasks]), store)
     return Findings(
         experiment=experiment,
         manifest=manifest,
-        matrix=ScoreMatrix(
-            graph.tasks[:version],
-            tuple(tuple(record.metrics["score"] for record in row) for row in scored),
-            tuple(single) if len(single) == version else None,
-        ),
-        curves=tuple(read_curve(record, store) for record in learnt),
+        matrix=matrix,
+        curves=tuple(None if "curve" not in record.metrics else read_curve(record, store) for record in learnt),
         attention=attention,
-        reflected=tuple(bool(record and record.metrics["bytes"]) for record in kept) + (False,) * (version - len(kept)),
+        reflected=(*held, *(False for _ in range(tasks - len(held)))),
         samples=tuple(_samples(record, qualities.get(index)) for index, record in enumerate(kept)) if compared else (),
         answers=tuple(
-            drawn(before[index], after[index], task.metric, manifest.blocks_for(task.name))
-            if before[index] and (index < graph.known or retention.sealed_rows)
+            drawn(first[index], now[index], task.metric, manifest.blocks_for(task.name))
+            if first[index] and (index < before or retention.sealed_rows)
             else ()
             for index, task in enumerate(manifest.tasks)
         ),
@@ -236,9 +250,9 @@ def collect(
             None
             if answer is None or not rows
             else constant_score(task.metric, answer, [row["references"] for row in rows])
-            for task, answer, rows in zip(manifest.tasks, commonest, after, strict=True)
+            for task, answer, rows in zip(manifest.tasks, commonest, now, strict=True)
         ),
-        bare=tuple(bare.get(name) for name in graph.tasks[:version]),
+        bare=tuple(bare.get(name) for name in graph.tasks[:tasks]),
         records=tuple(record.key for record in used.values()),
         finished_at=max(record.finished_at for record in used.values()),
     )
@@ -268,11 +282,12 @@ def _commonest(
     Args:
         prepared: a record a task; only those of tasks that were learnt before are read.
     """
+    before = 0 if experiment.base is None else len(experiment.base.tasks)
     rows: list[list[Sequence[str]]] = [
         [] if record is None else list(read_split(store.get(record.outputs["dev.arrow"]))["references"])
-        for record in prepared[: experiment.graph.known]
+        for record in prepared[:before]
     ]
-    rows += [[row.references for row in task.train] for task in experiment.tasks]
+    rows += [[row.references for row in task.train] for task in experiment.tasks if task not in experiment.again]
     return [commonest_answer(each) for each in rows[: len(prepared)]]
 
 

@@ -40,7 +40,7 @@ def find(experiment: Experiment, store: ArtifactStore, version: int | None) -> F
     Args:
         experiment: what was run.
         store: where.
-        version: tasks learnt, from 1; None for all there are.
+        version: from 1; None for the last there is.
 
     Raises:
         SaptError: no such version, naming those that are there.
@@ -55,10 +55,10 @@ def find(experiment: Experiment, store: ArtifactStore, version: int | None) -> F
             "train.precision=auto, give the precision that it ran with."
         )
     if version is not None and not 1 <= version <= there:
-        tasks = ", ".join(f"{number} ({name})" for number, name in enumerate(experiment.graph.tasks[:there], 1))
-        raise SaptError(
-            f"--version {version}: scored so far are {tasks} of {len(experiment.every_task)}; give one of them."
-        )
+        graph = experiment.graph
+        learnt = [graph.tasks[place] for place in graph.lessons[:there]]
+        tasks = ", ".join(f"{number} ({name})" for number, name in enumerate(learnt, 1))
+        raise SaptError(f"--version {version}: scored so far are {tasks} of {len(graph.train)}; give one of them.")
     return collect(experiment, records, store, there if version is None else version, bare_scores(experiment, known))
 
 

@@ -85,7 +85,8 @@ def scores(findings: Findings) -> Section:
     """The score matrix."""
     matrix, tasks, split = findings.matrix, findings.tasks, findings.experiment.config.evaluation.split
     rows = [
-        (f"after {name}", *_padded(map(_one, row), len(tasks))) for name, row in zip(tasks, matrix.rows, strict=True)
+        (f"after {name}", *_padded(map(_one, row), len(tasks)))
+        for name, row in zip(matrix.labels, matrix.rows, strict=True)
     ]
     if matrix.single is not None:
         rows.append(("alone", *map(_one, matrix.single)))
@@ -94,7 +95,7 @@ def scores(findings: Findings) -> Section:
         f"Heat map of the score on each of {len(tasks)} tasks after each was learnt; the table has its figures.",
         "Read a column downwards to see how a task fares while later ones are learnt; its first cell is the task just "
         "learnt.",
-        plots.score_map(tasks, matrix.rows),
+        plots.score_map(tasks, matrix.rows, matrix.labels),
     )
     table = Table(f"Scores, 0 to 100, on the {split} rows", ("", *tasks), tuple(rows), folded=True)
     return Section("scores", "Scores", (_held_against(findings), plot, table))
@@ -106,9 +107,13 @@ def _held_against(findings: Findings) -> Table:
     single: Sequence[float | None] = matrix.single or [None] * len(matrix.tasks)
     failed = {each.task for each in findings.diagnoses if each.kind == "not learnt"}
     rows = tuple(
-        (name, "no" if name in failed else "yes", *map(_one, (row[-1], constant, bare, alone, now)))
-        for name, row, constant, bare, alone, now in zip(
-            matrix.tasks, matrix.rows, findings.constant, findings.bare, single, matrix.rows[-1], strict=True
+        (
+            name,
+            "no" if name in failed else "yes",
+            *map(_one, (matrix.rows[matrix.learnt(place)][place], constant, bare, alone, now)),
+        )
+        for place, (name, constant, bare, alone, now) in enumerate(
+            zip(matrix.tasks, findings.constant, findings.bare, single, matrix.rows[-1], strict=True)
         )
     )
     head = ("task", "learnt", "score when just learnt", "always the commonest answer", "bare backbone", "alone", "now")
@@ -134,7 +139,7 @@ def answers(findings: Findings) -> Section | None:
         for name, found in zip(tasks, shown, strict=True)
         for each in found
     )
-    now = f"answer after {tasks[-1]}"
+    now = f"answer after {findings.matrix.labels[-1]}"
     head = ("task", "input", "right answer", "answer when just learnt", now, "made with", "score")
     text = (
         f"Some {split} rows of every task, drawn whatever was answered; texts over {MOST_CHARACTERS} characters cut. "
@@ -151,7 +156,7 @@ def attention(findings: Findings) -> Section | None:
     if found is None:
         return None
     blocks, split = findings.manifest.block_names, findings.experiment.config.evaluation.split
-    now = f"after {tasks[-1]}"
+    now = f"after {findings.matrix.labels[-1]}"
     maps = [("when learnt", found.learnt), (f"{now}, {split} rows", found.test[-1])]
     if found.dev[-1] is not None and split != "dev":
         maps.insert(1, (f"{now}, dev rows", found.dev[-1]))
@@ -172,7 +177,7 @@ def attention(findings: Findings) -> Section | None:
                 "attention-history",
                 f"{len(found.dev)} small heat maps, one a version, of the mean weight of the blocks on the dev rows.",
                 "The same on the dev rows after every task: tasks down, blocks across, both oldest first.",
-                plots.weight_history(tasks, found.dev),
+                plots.weight_history(tasks, found.dev, findings.matrix.labels),
             )
         )
     rows = [
@@ -197,11 +202,11 @@ def alignment(findings: Findings) -> Section | None:
         f"Heat map of the KL of each task's attention after each of {len(found.kl)} tasks; the table has its figures.",
         f"Read a column downwards. Bold, and above the line of the scale: beyond the limit of {limit:g} "
         "(diagnostics.misalignment).",
-        plots.alignment_map(tasks, found.kl, limit),
+        plots.alignment_map(tasks, found.kl, limit, findings.matrix.labels),
     )
     rows = tuple(
         (f"after {name}", *(_padded(map(_three, row), len(tasks)) if row is not None else ["not measured"]))
-        for name, row in zip(tasks, found.kl, strict=True)
+        for name, row in zip(findings.matrix.labels, found.kl, strict=True)
     )
     return Section(
         "alignment",
@@ -218,17 +223,22 @@ def alignment(findings: Findings) -> Section | None:
 
 def training(findings: Findings) -> Section:
     """Curves of every task."""
-    tasks = findings.tasks
+    trained = [
+        (name, curve, ends)
+        for name, curve, ends in zip(findings.matrix.labels, findings.curves, findings.gates, strict=True)
+        if curve is not None
+    ]
+    tasks, curves = [name for name, _, _ in trained], [curve for _, curve, _ in trained]
     plot = Plot(
         "curves",
         f"A panel for each of {len(tasks)} tasks: the loss and what the method adds to it against steps on the left "
         "axis, the new block's weight "
         "on the right one. The table has their ends.",
         "A new block whose weight stays low learns little: its key starts too far from the task's inputs.",
-        plots.curves(tasks, findings.curves),
+        plots.curves(tasks, curves),
     )
-    rows, terms = [], plots.terms(findings.curves)
-    for name, curve, ends in zip(tasks, findings.curves, findings.gates, strict=True):
+    rows, terms = [], plots.terms(curves)
+    for name, curve, ends in trained:
         gates = ("one block", "") if ends is None else tuple(map(_two, ends))
         first, last = curve[0], curve[-1]
         added = [_three(last[term]) if term in last else "" for term in terms]

@@ -97,7 +97,7 @@ def _learnt(findings: Findings) -> Line:
 
 def _kept(findings: Findings) -> Line:
     matrix, limit = findings.matrix, findings.experiment.config.diagnostics.forgetting
-    earlier = len(findings.tasks) - 1
+    earlier = len(matrix.forgotten())
     if earlier == 0:
         return Line("kept", "nothing to forget yet")
     lost = f"F.Ra {matrix.f_ra():.2f}"

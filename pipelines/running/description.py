@@ -22,8 +22,9 @@ def describe(manifest: Manifest, model: str, metrics: Mapping[str, float], befor
         before: those of the version that it goes on from; empty if it goes on from none.
     """
     tasks = [task.name for task in manifest.tasks]
+    again = "" if manifest.again is None else f", {manifest.again} learnt again"
     head = (
-        f"{manifest.method.name} after {len(tasks)} task{'s' if len(tasks) > 1 else ''}: "
+        f"{manifest.method.name} after {len(tasks)} task{'s' if len(tasks) > 1 else ''}{again}: "
         f"AP {metrics['ap']:.2f}, F.Ra {metrics['f_ra']:.2f}. Backbone {manifest.backbone.path}."
     )
     rows = []

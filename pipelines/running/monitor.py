@@ -113,7 +113,7 @@ class Monitor:
         complete_rows = graph.evaluate[: scored_versions(self.experiment, self.records)]
         rows = tuple(self._scores(row) for row in complete_rows)
         single = tuple(self.records[stage].metrics["score"] for stage in graph.single if stage in self.records)
-        return ScoreMatrix(graph.tasks, rows, single if len(single) == len(graph.tasks) else None)
+        return ScoreMatrix(graph.tasks, rows, single if len(single) == len(graph.tasks) else None, graph.lessons)
 
     def manifest(self, index: int) -> Manifest:
         """Version ``index`` (from 0): as it is published, where that is planned, else as training left it."""
@@ -124,7 +124,7 @@ class Monitor:
     @cached_property
     def findings(self) -> Findings:
         """All there is to say of the sequence; to be asked for once it has ended."""
-        return collect(self.experiment, self.records, self.store, len(self.experiment.every_task), self.bare)
+        return collect(self.experiment, self.records, self.store, len(self.experiment.graph.train), self.bare)
 
     @property
     def verdict(self) -> tuple[Line, ...]:
@@ -137,6 +137,8 @@ class Monitor:
         config = self.experiment.config
         return {
             "tasks": list(matrix.tasks),
+            # Where a task was learnt again, what each row of scores comes after.
+            **({} if matrix.lessons is None else {"lessons": list(matrix.labels)}),
             "scores": [list(row) for row in matrix.rows],
             "single": None if matrix.single is None else list(matrix.single),
             "ap": matrix.ap(),
@@ -146,7 +148,7 @@ class Monitor:
             "bwt_over_t": matrix.bwt_over_t(),
             "model": config.tracking.model if self._publisher is not None else None,
             "version": self.version,
-            "snapshot": self.manifest(len(matrix.tasks) - 1).digest,
+            "snapshot": self.manifest(len(matrix.rows) - 1).digest,
             "method": config.method.name,
             "seed": config.seed,
             "key": self.experiment.key,
@@ -202,7 +204,7 @@ class Monitor:
         for index, name in enumerate(matrix.tasks):
             table.add_column(f"{index} {short_name(name)}", justify="right")
         for index, row in enumerate(matrix.rows):
-            table.add_row(f"{index} {short_name(matrix.tasks[index])}", *(f"{score:.1f}" for score in row))
+            table.add_row(f"{index} {short_name(matrix.labels[index])}", *(f"{score:.1f}" for score in row))
         if matrix.single is not None:
             table.add_row("alone", *(f"{score:.1f}" for score in matrix.single))
         self.console.print(table)
@@ -225,7 +227,7 @@ class Monitor:
         table.add_column("after")
         for name in (*map(short_name, graph.unseen), "mean"):
             table.add_column(name, justify="right")
-        labels = [f"{index} {short_name(name)}" for index, name in enumerate(graph.tasks)]
+        labels = [f"{index} {short_name(name)}" for index, name in enumerate(self.matrix().labels)]
         for label, row in zip(["backbone", *labels], [graph.zero_shot, *graph.transfer], strict=True):
             scores = self._scores(row)
             table.add_row(label, *(f"{score:.1f}" for score in (*scores, fmean(scores))))
@@ -234,7 +236,7 @@ class Monitor:
     def _publish_rows(self) -> None:
         """Publish every version whose scores are complete, in the order of the tasks."""
         graph = self.experiment.graph
-        while self._told < len(graph.tasks):
+        while self._told < len(graph.train):
             index = self._told
             attend = graph.attend[index : index + 1]
             complete = [stage for stage in graph.completed(index) if stage in self._planned]
@@ -253,7 +255,7 @@ class Monitor:
                 self._publisher.version(manifest, index, {**scores, **unseen, **figures, **routing})
             self._told += 1
             self._say(
-                f"after {graph.tasks[index]}: AP {matrix.ap(index):.1f}, F.Ra {matrix.f_ra(index):.1f} | "
+                f"after {matrix.labels[index]}: AP {matrix.ap(index):.1f}, F.Ra {matrix.f_ra(index):.1f} | "
                 + " ".join(f"{score:.1f}" for score in row)
             )
 
@@ -263,7 +265,8 @@ class Monitor:
         weights = self.records[graph.attend[index]].metrics["weights"]
         start, end = gate_ends(read_curve(self.records[graph.train[index]], self.store))
         figures = {"gate/first_steps": start, "gate/end": end}
-        for name, row, kl, own in zip(graph.tasks, weights, moved(manifest, weights), range(index + 1), strict=False):
+        found = zip(graph.tasks, weights, moved(manifest, weights), strict=False)
+        for own, (name, row, kl) in enumerate(found):
             figures |= {f"own_weight/{name}": row[own], f"attention_kl/{name}": kl}
         return figures
 

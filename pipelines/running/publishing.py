@@ -147,13 +147,17 @@ class MLflowPublisher:
         self._tags = {
             "method": config.method.name,
             "backbone": experiment.backbone.path,
+            **({} if sweep is None else {SWEEP: sweep}),
+        }
+        # Of the run alone: hashes are of no use to who chooses among versions.
+        made_from = {
             "config_hash": config.digest(),
             "data_digest": experiment.data_digest,
             "git_commit": experiment.commit,
-            **({} if sweep is None else {SWEEP: sweep}),
         }
         suite = f"{config.benchmark.suite} {len(experiment.every_task)} tasks"
-        name = name or f"{config.method.name} {suite} seed {config.seed}"
+        again = "".join(f", {task.name} again" for task in experiment.again)
+        name = name or f"{config.method.name} {suite}{again} seed {config.seed}"
         params = _flat(
             config.model_dump(
                 mode="json", exclude={"store", "tracking", "registry", "cluster", "diagnostics", "retention"}
@@ -169,7 +173,7 @@ class MLflowPublisher:
 
         def open_run() -> None:
             self._run = self._tracker.start_sequence(
-                name, key=experiment.key, params=params, tags=self._tags, parent=parent
+                name, key=experiment.key, params=params, tags={**self._tags, **made_from}, parent=parent
             )
             self._tracker.log_datasets(self.run_id, _datasets(experiment))
 
@@ -230,7 +234,7 @@ class MLflowPublisher:
             run_id=self.run_id,
             description=describe(manifest, self._registry.config.model, metrics, self._scores_before()),
             tags={
-                "task": manifest.tasks[-1].name,
+                "task": manifest.tasks[manifest.taught].name,
                 "tasks": tasks,
                 **{name: f"{metrics[name]:.2f}" for name in ("ap", "f_ra")},
                 **self._tags,
@@ -310,7 +314,8 @@ def _datasets(experiment: Experiment) -> list[LoggedDataset]:
 
     return [
         LoggedDataset(
-            name=task.name,
+            # The rows that a task is scored on are those of its first time, by whose name they are compared.
+            name=f"{task.name} again" if task in experiment.again else task.name,
             digest=task.digest,
             folder=place(task.name),
             rows=dict(task.rows),

@@ -48,7 +48,7 @@ from sapt_core.training.generator import generate_pseudo_samples
 from sapt_core.training.reflection import GaussianQueries
 from sapt_core.versions.learning import LearningSettings, Workplace, learn_task
 from sapt_core.versions.loading import load_blocks, load_pool, load_version
-from sapt_core.versions.manifest import CarriedTask, Manifest, Recipe
+from sapt_core.versions.manifest import CarriedTask, LearntAgain, Manifest, Recipe
 from sapt_core.versions.size import trained_parameters
 
 Input = TypeVar("Input")
@@ -149,7 +149,26 @@ def statistics(context: StageContext) -> StageResult:
     task = prepared_task(context.store, context.inputs["task"])
     model, tokenizer = load_embeddings(_backbone(context), context.store)
     pooled = pooled_embeddings(pooling_model(model, AttentionConfig(**reads["attention"])), tokenizer, list(task.train))
-    kept = GaussianQueries.of(pooled, reads["rank"])
+    return _keep_statistics(context, GaussianQueries.of(pooled, reads["rank"]))
+
+
+def joined(context: StageContext) -> StageResult:
+    """What is kept of a task that was learnt again: of the rows of before, as far as it is there, and of the new ones.
+
+    Reads ``rows``, how many each is of, and ``rank``. Inputs: ``before``, ``kept``, both texts or both statistics.
+    """
+    reads = context.reads
+    parts = [kept_inputs(context.store, context.inputs[name]) for name in ("before", "kept")]
+    known = [part for part in parts if isinstance(part, GaussianQueries)]
+    texts = [text for part in parts if not isinstance(part, GaussianQueries) for text in part]
+    if known:
+        return _keep_statistics(
+            context, GaussianQueries.joined(list(zip(known, reads["rows"], strict=True)), reads["rank"])
+        )
+    return _keep_texts(context, list(dict.fromkeys(texts)))
+
+
+def _keep_statistics(context: StageContext, kept: GaussianQueries) -> StageResult:
     data = save_tensors({name: value.contiguous() for name, value in vars(kept).items()})
     return StageResult(outputs={"statistics": context.store.put(data)}, metrics={"bytes": len(data)})
 
@@ -165,8 +184,8 @@ def train(context: StageContext) -> StageResult:
     """Learn one task: the next version of the pool.
 
     Reads ``method``, ``pet``, ``attention``, ``reflection``, ``train``, ``evaluation``, ``seed``,
-    ``backbone``, ``learnt``. Inputs: ``task``; ``parent``, the train stage before; ``kept 00`` and
-    on, what there is to reflect on of the earlier tasks.
+    ``backbone``, ``learnt`` and, of a task that is known, ``again``: further or anew. Inputs: ``task``; ``parent``, the
+    train stage before; ``kept 00`` and on, what there is to reflect on of the other tasks that the parent knows.
     """
     reads, inputs = context.reads, context.inputs
     model, tokenizer = load_backbone(_backbone(context), context.store)
@@ -189,6 +208,7 @@ def train(context: StageContext) -> StageResult:
             LearntTask(**reads["learnt"]),
             parent=None if parent is None else Manifest.from_bytes(context.store.get(parent.outputs["manifest"])),
             kept=kept,
+            again=reads.get("again"),
         )
     return StageResult(
         outputs=training_outputs(manifest),
@@ -200,8 +220,9 @@ def complete(context: StageContext) -> StageResult:
     """A version with all that later tasks need: its manifest, in the store.
 
     Reads ``lineage``, ``recipe``, ``tasks`` (of each its text's ``data``, its ``rows``, the ``origin`` of what there is
-    to reflect on and, where not all may stay, its ``retention``). Inputs: ``version``, the train stage; for each task
-    ``task 00``, its ``prepare``, ``learnt 00``, its train stage, and where there is something to reflect on
+    to reflect on and, where not all may stay, its ``retention``; of one that was learnt again, each time under
+    ``again``, the last without a curve if that is the version's own). Inputs: ``version``, the train stage; for each
+    task ``task 00``, its ``prepare``, ``learnt 00``, its first train stage, and where there is something to reflect on
     ``kept 00``.
     """
     reads, inputs = context.reads, context.inputs
@@ -217,8 +238,11 @@ def complete(context: StageContext) -> StageResult:
             },
             reflection=inputs[f"kept {index:02d}"].outputs if f"kept {index:02d}" in inputs else {},
             origin=task["origin"],
-            curve=inputs[f"learnt {index:02d}"].metrics["curve"],
+            curve=inputs[f"learnt {index:02d}"].metrics.get("curve"),
             retention=task.get("retention"),
+            again=tuple(
+                LearntAgain(**{"curve": inputs["version"].metrics["curve"], **each}) for each in task.get("again", ())
+            ),
         )
         for index, task in enumerate(reads["tasks"])
     ]
@@ -251,7 +275,7 @@ def carried(context: StageContext) -> StageResult:
 
 
 def cost(context: StageContext) -> StageResult:
-    """What a version costs, counted on some train rows of its newest task.
+    """What a version costs, counted on some train rows of the task that it learnt.
 
     A stage of its own: what it needs memory for must not stand between a training and its record.
     Inputs: ``version``, the train stage; ``task``. Metrics: ``trained_parameters`` of the newest task and
@@ -260,7 +284,7 @@ def cost(context: StageContext) -> StageResult:
     manifest = Manifest.from_bytes(context.store.get(context.inputs["version"].outputs["manifest"]))
     rows = list(read_split(context.store.get(context.inputs["task"].outputs["train.arrow"])))[:COST_ROWS]
     model, tokenizer = load_backbone(manifest.backbone, context.store)
-    pool = load_pool(manifest, context.store, model, manifest.tasks[-1].name)
+    pool = load_pool(manifest, context.store, model, manifest.tasks[manifest.taught].name)
     versioned = SaptModel(model, pool).to(default_device())
     batch = versioned.collator(tokenizer.pad_token_id)(rows).to(default_device())
     return StageResult(

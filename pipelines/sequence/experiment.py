@@ -42,13 +42,14 @@ class Experiment:
 
     Attributes:
         config: as validated, with a number format in the place of ``train.precision`` auto.
-        tasks: those that are learnt, oldest first.
+        tasks: those that are learnt, oldest first; one that ``base`` knows is learnt again.
         base: the version that is gone on from, with the tasks that come before; None for a sequence from its start.
         unseen: those that are scored and never learnt.
         backbone: by content.
         graph: the stages.
         samples: inputs that reflection is given, by task.
         commit: of the code, as the experiment was put together; the checkout may move on while it runs.
+        anew: whether what is learnt again begins with a new block.
     """
 
     config: ExperimentConfig
@@ -59,11 +60,19 @@ class Experiment:
     samples: Mapping[str, bytes]
     commit: str
     base: Base | None = None
+    anew: bool = False
+
+    @property
+    def again(self) -> tuple[Task, ...]:
+        """Those of the tasks that are learnt again."""
+        known = set() if self.base is None else {task.name for task in self.base.tasks}
+        return tuple(task for task in self.tasks if task.name in known)
 
     @property
     def every_task(self) -> tuple[Task | KnownTask, ...]:
-        """The tasks of the pool once all are learnt, oldest first."""
-        return (*(() if self.base is None else self.base.tasks), *self.tasks)
+        """The tasks of the pool once all are learnt, oldest first; of one that is learnt again what it was before."""
+        before = () if self.base is None else self.base.tasks
+        return (*before, *(task for task in self.tasks if task not in self.again))
 
     @property
     def key(self) -> str:
@@ -73,7 +82,7 @@ class Experiment:
         versions = {stage.kind: stage.version for stage in self.graph.stages if stage.kind != "carried"}
         versions[f"train {self.config.method.name}"] = versions.pop("train")
         raised = {kind: version for kind, version in versions.items() if version != UNKEYED.get(kind, 1)}
-        before = [] if self.base is None else [self.base.manifest.digest]
+        before = [] if self.base is None else [self.base.manifest.digest, *(["anew"] if self.anew else [])]
         what = [self.config.digest(), self.data_digest, self.backbone.digest, *given, *unseen, *before]
         if self.backbone.joined:  # a backbone's digest is of earlier releases' too, which tokenised in two parts
             raised["joined"] = 1
@@ -82,7 +91,7 @@ class Experiment:
     @property
     def data_digest(self) -> str:
         """sha256 over the text of all tasks of the sequence."""
-        return canonical_hash([task.digest for task in self.every_task])
+        return canonical_hash([task.digest for task in (*self.every_task, *self.again)])
 
     def upload(self, known: Lookups, *, all_done: bool = False) -> None:
         """Put what the stages start from into the store: the tasks' text, given samples and the backbone's files.
@@ -119,6 +128,7 @@ class Experiment:
             "tasks": len(self.tasks),
             "unseen": len(self.unseen),
             **({} if self.base is None else {"base": self.base.manifest.digest}),
+            **({"anew": True} if self.anew else {}),
         }
         texts = [hashlib.sha256(data).hexdigest() for data in self.samples.values()]
         digests = [task.digest for task in (*self.tasks, *self.unseen)]
@@ -203,8 +213,9 @@ def _remembered(config: ExperimentConfig, store: ArtifactStore) -> Experiment | 
     version = values.get("base")
     base = None if version is None else read_base(Manifest.from_bytes(store.get(version)), store)
     memory = weight_bytes(config.backbone)
-    graph = build_graph(config, tasks, unseen, ref, samples=samples, base=base, memory=memory)
-    return Experiment(config, tasks, unseen, ref, graph, given, git_commit(), base)
+    anew = bool(values.get("anew"))
+    graph = build_graph(config, tasks, unseen, ref, samples=samples, base=base, memory=memory, anew=anew)
+    return Experiment(config, tasks, unseen, ref, graph, given, git_commit(), base, anew)
 
 
 def _described_under(config: ExperimentConfig) -> Iterator[str]:
@@ -224,6 +235,7 @@ def assemble(
     identified: Callable[[BackboneConfig], BackboneRef] = identify,
     folder: Path | None = None,
     base: Base | None = None,
+    anew: bool = False,
 ) -> Experiment:
     """Check a configured experiment without starting or writing anything.
 
@@ -233,6 +245,7 @@ def assemble(
         load, identified: for those who assemble many experiments on the same data and backbone.
         folder: where the backbone's files lie on this machine, if not where the config says.
         base: the version that is gone on from.
+        anew: whether what is learnt again begins with a new block.
 
     Raises:
         SaptError: with all faults of the task files and of the backbone.
@@ -262,8 +275,9 @@ def assemble(
         raise faults[0]
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in samples.items()}
     tasks, unseen = tasks[:learnt], tasks[learnt:]
-    graph = build_graph(config, tasks, unseen, ref, samples=digests, base=base, memory=weight_bytes(here.backbone))
-    return Experiment(config, tasks, unseen, ref, graph, samples, git_commit(), base)
+    memory = weight_bytes(here.backbone)
+    graph = build_graph(config, tasks, unseen, ref, samples=digests, base=base, memory=memory, anew=anew)
+    return Experiment(config, tasks, unseen, ref, graph, samples, git_commit(), base, anew)
 
 
 def _given_samples(config: ExperimentConfig, tasks: Sequence[Task]) -> dict[str, bytes]:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.stages import Stage, StageRecord
+from pipelines.sequence.base import refit_command
 from pipelines.sequence.making import StageMaker
 from sapt_core.backbones.reference import weight_bytes
 from sapt_core.config.experiment import ExperimentConfig
@@ -127,7 +128,8 @@ def build_gate(
     if not sealed:
         raise SnapshotError(
             "The version carries no sealed test rows of any task, on which it could be held against the champion "
-            "(it carries none where retention.sealed_rows is false)"
+            "(it carries none where retention.sealed_rows is false). To give them back once, from data: "
+            f"{refit_command(candidate.names)} retention.sealed_rows=true"
         )
     if champion is not None and not candidate.backbone.is_of(champion.backbone):
         raise SnapshotError(

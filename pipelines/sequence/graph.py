@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from cluster.stages import Stage
 from pipelines.sequence import bodies
@@ -15,25 +16,31 @@ from pipelines.sequence.base import Base
 from pipelines.sequence.making import ATTENDED_ON, KEPT_FROM, NAMED_BY, SAMPLED, VERSIONS, Chain, StageMaker
 from sapt_core.backbones.reference import BackboneRef
 from sapt_core.config.experiment import ExperimentConfig
-from sapt_core.data.task import KnownTask, Task
+from sapt_core.data.task import Task
 from sapt_core.io.hashing import canonical_hash
 from sapt_core.methods.sequential import Sequential
 from sapt_core.settings import RetentionConfig
+from sapt_core.versions.manifest import CarriedTask
 
 
 @dataclass(frozen=True)
 class SequenceGraph:
     """The stages of one sequence of T tasks, oldest first.
 
+    Where a task was learnt again there are more versions than tasks.
+
     Attributes:
         tasks: their names.
-        train: T stages, one version each.
-        evaluate: row i holds the scores of version i on tasks 0..i.
+        lessons: for each version the place of the task that it learnt.
+        train: a stage a lesson, one version each.
+        evaluate: row i holds the scores of version i on the tasks that it knows.
         single: each task learnt alone and scored; empty if not asked for.
         kept: what there is to reflect on of every task, of the newest as far as it is there; empty for a method without
             reflection. Later tasks need it, so that of the newest none of the other stages does.
-        quality: how the pseudo-samples of tasks ``known``..T-2 compare with the real rows; empty where there are none.
-        attend: version i's mean attention on the dev rows of tasks 0..i; empty for a method without attention.
+        quality: how the pseudo-samples of new tasks but the last compare with the real rows; empty where there are
+            none.
+        attend: version i's mean attention on the dev rows of the tasks that it knows; empty for a method without
+            attention.
         complete: the versions as they are published, with all that later tasks need, from version ``known`` on.
         lineage: names of these versions that are known before they are learnt: a hash of all that each is learnt from.
             Two sequences that begin with the same tasks, learnt alike, have the same first names.
@@ -45,6 +52,7 @@ class SequenceGraph:
     """
 
     tasks: tuple[str, ...]
+    lessons: tuple[int, ...]
     prepare: tuple[Stage, ...]
     kept: tuple[Stage, ...]
     train: tuple[Stage, ...]
@@ -61,8 +69,12 @@ class SequenceGraph:
 
     @property
     def known(self) -> int:
-        """How many of the tasks, the oldest, were learnt before: by the version that the sequence goes on from."""
+        """How many of the versions, the oldest, were there before; the sequence goes on from the last of them."""
         return len(self.train) - len(self.complete)
+
+    def known_tasks(self, versions: int) -> int:
+        """How many tasks the first so many versions have learnt."""
+        return max(self.lessons[:versions], default=-1) + 1
 
     def completed(self, index: int) -> tuple[Stage, ...]:
         """The stage that completes version ``index`` (from 0); none for one that was published before."""
@@ -82,7 +94,8 @@ class SequenceGraph:
     @property
     def stages(self) -> list[Stage]:
         """What the figures need, most urgent first: the chain, then task by task what it and the versions wait for."""
-        return self._stages(self.kept[: len(self.train) - 1], ())
+        last = self.lessons[-1]
+        return self._stages([stage for place, stage in enumerate(self.kept) if place != last], ())
 
     @property
     def published(self) -> list[Stage]:
@@ -92,9 +105,9 @@ class SequenceGraph:
     def _stages(self, kept: Sequence[Stage], complete: Sequence[Stage]) -> list[Stage]:
         found = list(self.train)
         for index, row in enumerate(self.evaluate):
-            found += [self.prepare[index], *kept[index : index + 1], *row, *self.transfer[index]]
+            found += [self.prepare[self.lessons[index]], *kept[index : index + 1], *row, *self.transfer[index]]
             found += self.attend[index : index + 1]
-        return [*found, *complete, *self.single, *self.quality, *self.zero_shot, self.cost]
+        return list(dict.fromkeys([*found, *complete, *self.single, *self.quality, *self.zero_shot, self.cost]))
 
 
 def build_graph(
@@ -106,6 +119,7 @@ def build_graph(
     samples: Mapping[str, str] | None = None,
     base: Base | None = None,
     memory: int = 0,
+    anew: bool = False,
 ) -> SequenceGraph:
     """The graph of a configured experiment; nothing is run.
 
@@ -114,21 +128,22 @@ def build_graph(
 
     Args:
         config: the experiment.
-        tasks: those that are learnt, as loaded for ``config.benchmark``.
+        tasks: those that are learnt, as loaded for ``config.benchmark``. One that ``base`` knows is learnt again.
         unseen: those that are scored only.
         ref: the configured backbone, by content.
         samples: for reflection source ``given``, the blob of every task's inputs by its name; the newest may lack.
         base: the version that is gone on from.
         memory: bytes that the backbone's weights take, as far as known.
+        anew: whether what is learnt again begins with a new block.
     """
     make = StageMaker(config, ref, samples or {}, memory)
     before = () if base is None else base.tasks
-    every: tuple[Task | KnownTask, ...] = (*before, *tasks)
+    chain, complete, newest = _chain(make, tasks, base, anew=anew)
+    prepare, train, every = chain.prepare, chain.train, chain.tasks
+    kept = [chain.kept[place] for place in takewhile(chain.kept.__contains__, range(len(every)))]
     labels = [f"{index:02d} {task.name}" for index, task in enumerate(every)]
-    chain = _chain(make, every, base)
-    prepare, kept, train = chain.prepare, chain.kept, chain.train
     evaluate = tuple(
-        tuple(make.evaluation(f"evaluate[v{i:02d} on {labels[j]}]", version, prepare[j]) for j in range(i + 1))
+        tuple(make.evaluation(f"evaluate[v{i:02d} on {labels[j]}]", version, prepare[j]) for j in range(chain.known(i)))
         for i, version in enumerate(train)
     )
     single: tuple[Stage, ...] = ()
@@ -167,8 +182,8 @@ def build_graph(
             kind="attend",
             version=VERSIONS["attend"],
             body=bodies.attend,
-            inputs={"version": version, **{f"task {j:02d}": prepare[j] for j in range(i + 1)}},
-            uses={"version": NAMED_BY, **{f"task {j:02d}": ATTENDED_ON for j in range(i + 1)}},
+            inputs={"version": version, **{f"task {j:02d}": prepare[j] for j in range(chain.known(i))}},
+            uses={"version": NAMED_BY, **{f"task {j:02d}": ATTENDED_ON for j in range(chain.known(i))}},
             cpus=config.cluster.cpus_per_worker,
         )
         for i, version in enumerate(train)
@@ -186,9 +201,9 @@ def build_graph(
         make.zero_shot(f"zero_shot[{task.name}]", prepared)
         for task, prepared in zip(unseen, prepared_unseen, strict=True)
     )
-    lineage = _lineage(chain, base)
     return SequenceGraph(
         tasks=tuple(task.name for task in every),
+        lessons=tuple(chain.lessons),
         prepare=tuple(prepare),
         kept=tuple(kept),
         train=tuple(train),
@@ -196,56 +211,93 @@ def build_graph(
         single=single,
         quality=quality,
         attend=attend,
-        complete=tuple(make.completion(chain, index, lineage[index]) for index in range(len(before), len(every))),
-        lineage=lineage,
-        cost=make.cost(train[-1], prepare[-1]),
+        complete=complete,
+        lineage=tuple(chain.lineage),
+        cost=make.cost(train[-1], newest),
         unseen=tuple(task.name for task in unseen),
         transfer=transfer,
         zero_shot=zero_shot,
     )
 
 
-def _chain(make: StageMaker, tasks: Sequence[Task | KnownTask], base: Base | None) -> Chain:
-    """Learning task by task; what ``base`` has learnt is taken from what it carries."""
-    prepare: list[Stage] = []
-    kept: list[Stage] = []
-    train: list[Stage] = []
-    origins: list[str] = []
-    retention: list[RetentionConfig | None] = []
-    own = make.config.retention
-    for index, task in enumerate(tasks):
-        label = f"{index:02d} {task.name}"
-        if isinstance(task, KnownTask):
-            assert base is not None  # noqa: S101 - whose tasks they are
-            carried = base.carried[index]
-            prepare.append(make.carried(f"prepare[{label}]", carried.tokens))
-            train.append(make.carried(f"train[{label}]", *base.training(index)))
-            if carried.reflection:
-                kept.append(make.carried(f"kept[{label}]", carried.reflection))
-            origins.append(carried.origin)
-            retention.append(carried.retention)
-            continue
-        prepare.append(make.preparation(f"prepare[{label}]", task))
-        earlier = {f"kept {number:02d}": stage for number, stage in enumerate(kept)}
-        parent = {"parent": train[-1]} if train else {}
-        train.append(
-            make.stage(f"train[{label}]", task, make.config.method, {"task": prepare[index], **parent, **earlier})
-        )
-        source = make.keeping(label, task, prepare[index]) if make.keeps(task) else None
-        kept += [] if source is None else [source]
-        origins.append(canonical_hash(source and [source.kind, source.version, dict(source.reads)]))
-        retention.append(None if own.keeps_all else own)
-    return Chain(tuple(tasks), tuple(prepare), tuple(kept), tuple(train), tuple(origins), tuple(retention))
+def _chain(
+    make: StageMaker, tasks: Sequence[Task], base: Base | None, *, anew: bool
+) -> tuple[Chain, tuple[Stage, ...], Stage]:
+    """Learning task by task; what ``base`` has learnt is taken from what it carries.
 
-
-def _lineage(chain: Chain, base: Base | None) -> tuple[str, ...]:
-    """Names of the versions; of those before the one that is gone on from none is known."""
-    names = [] if base is None else [*("" for _ in base.tasks[1:]), base.lineage]
-    for index in range(len(names), len(chain.tasks)):
-        task, stage = chain.tasks[index], chain.train[index]
-        assert isinstance(task, Task)  # noqa: S101 - known ones come first
-        reflected_on = chain.origins[: sum(name.startswith("kept ") for name in stage.inputs)]
+    Returns:
+        The chain, the stages that complete its new versions, and the one that prepared what the last is learnt from.
+    """
+    chain = Chain() if base is None else carried_chain(make, base)
+    complete: list[Stage] = []
+    own = None if make.config.retention.keeps_all else make.config.retention
+    for task in tasks:
+        lesson, names = len(chain.train), [each.name for each in chain.tasks]
+        again = task.name in names
+        place = names.index(task.name) if again else len(names)
+        label = f"{lesson:02d} {task.name}{' again' if again else ''}"
+        prepared = make.preparation(f"prepare[{label}]", task)
+        reflected = {number: stage for number, stage in chain.kept.items() if number != place and make.config.reflects}
+        inputs = {
+            "task": prepared,
+            **({"parent": chain.train[-1]} if chain.train else {}),
+            **{f"kept {number:02d}": stage for number, stage in reflected.items()},
+        }
+        times = chain.lessons.count(place)
+        stage = make.stage(f"train[{label}]", task, make.config.method, inputs, again=times, anew=anew)
+        chain.train.append(stage)
+        chain.lessons.append(place)
         learnt = [stage.kind, stage.version, dict(stage.reads)]
+        origins = [chain.origins[number] for number in reflected]
         # Other test rows make no other version.
-        names.append(canonical_hash([names[-1:], learnt, list(reflected_on), task.learnt_digest]))
-    return tuple(names)
+        chain.lineage.append(canonical_hash([chain.lineage[-1:], learnt, origins, task.learnt_digest]))
+        source = make.keeping(label, task, prepared) if make.keeps(task) else None
+        origin = canonical_hash(source and [source.kind, source.version, dict(source.reads)])
+        if not again:
+            chain.tasks.append(task)
+            chain.prepare.append(prepared)
+            chain.origins.append(origin)
+            chain.retention.append(own)
+            chain.again.append([])
+            chain.kept.update({} if source is None else {place: source})
+        else:
+            assert base is not None  # noqa: S101 - which knows the task
+            if source is not None:
+                if not anew and joinable(base.carried[place], make.config):
+                    counts = (base.carried[place].train_rows, len(task.train))
+                    source = make.joining(f"joined[{label}]", chain.kept[place], source, counts)
+                    origin = canonical_hash([source.kind, source.version, chain.origins[place], origin])
+                chain.kept[place], chain.origins[place] = source, origin
+            elif chain.retention[place] != own:  # which what is there of the rows of before may not go beyond
+                chain.kept.pop(place, None)
+            chain.retention[place] = own
+            chain.again[place].append({"data": task.digest, "rows": dict(task.rows), "anew": anew})
+        complete.append(make.completion(chain, lesson))
+    return chain, tuple(complete), prepared
+
+
+def carried_chain(make: StageMaker, base: Base) -> Chain:
+    """The chain up to a version, of what that carries."""
+    chain = Chain(lessons=[*base.lessons], lineage=[*("" for _ in base.lessons[1:]), base.lineage])
+    for index, (task, carried) in enumerate(zip(base.tasks, base.carried, strict=True)):
+        label = f"{index:02d} {task.name}"
+        chain.tasks.append(task)
+        chain.prepare.append(make.carried(f"prepare[{label}]", carried.tokens))
+        if carried.reflection:
+            chain.kept[index] = make.carried(f"kept[{label}]", carried.reflection)
+        chain.origins.append(carried.origin)
+        chain.retention.append(carried.retention)
+        chain.again.append([each.model_dump(mode="json") for each in carried.again])
+    for lesson, place in enumerate(base.lessons):
+        label = f"{lesson:02d} {base.tasks[place].name}"
+        chain.train.append(make.carried(f"train[{label}]", *base.training(lesson)))
+    return chain
+
+
+def joinable(carried: CarriedTask, config: ExperimentConfig) -> bool:
+    """Whether what is there to reflect on of a task goes together with what is kept of more rows of it.
+
+    It does if both are texts or both are statistics, and the same may stay of both.
+    """
+    kind = "statistics" if config.reflection.source == "statistics" else "samples"
+    return kind in carried.reflection and (carried.retention or RetentionConfig()) == config.retention

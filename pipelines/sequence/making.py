@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from cluster.stages import Stage, StageContext, StageResult
@@ -24,6 +24,7 @@ VERSIONS = {
     "given": 1,
     "memory": 1,
     "statistics": 1,
+    "joined": 1,
     "train": 1,
     "complete": 1,
     "carried": 1,
@@ -39,6 +40,7 @@ VERSIONS = {
 KEPT_FROM = frozenset({"train.arrow"})
 LEARNT_FROM = frozenset({"train.arrow", "dev.arrow"})
 SAMPLED = frozenset({"samples"})
+REFLECTED_ON = frozenset({"samples", "statistics"})
 ATTENDED_ON = frozenset({"dev.arrow"})
 NAMED_BY = frozenset({"manifest"})  # it names all blobs of a version
 NOTHING: frozenset[str] = frozenset()
@@ -52,18 +54,29 @@ class Chain:
 
     Attributes:
         tasks: what is learnt, and before it what was learnt before.
-        prepare, train: a stage a task.
-        kept: what there is to reflect on, of the first so many tasks.
+        prepare: a stage a task: what versions are scored on, and a new task is learnt from.
+        kept: what there is to reflect on, by the task's place.
         origins: of every task a hash of how that is made.
         retention: of every task what may stay of its data; None where all may.
+        again: of every task each more time that it was learnt, as ``bodies.complete`` reads it.
+        train: a stage a lesson: each task once, and once more whenever it was learnt again.
+        lessons: the place of each lesson's task.
+        lineage: names of the versions that are known before they are learnt; empty before the one that is gone on from.
     """
 
-    tasks: tuple[Task | KnownTask, ...]
-    prepare: tuple[Stage, ...]
-    kept: tuple[Stage, ...]
-    train: tuple[Stage, ...]
-    origins: tuple[str, ...]
-    retention: tuple[RetentionConfig | None, ...]
+    tasks: list[Task | KnownTask] = field(default_factory=list)
+    prepare: list[Stage] = field(default_factory=list)
+    kept: dict[int, Stage] = field(default_factory=dict)
+    origins: list[str] = field(default_factory=list)
+    retention: list[RetentionConfig | None] = field(default_factory=list)
+    again: list[list[dict[str, Any]]] = field(default_factory=list)
+    train: list[Stage] = field(default_factory=list)
+    lessons: list[int] = field(default_factory=list)
+    lineage: list[str] = field(default_factory=list)
+
+    def known(self, lesson: int) -> int:
+        """How many tasks are known after a lesson."""
+        return max(self.lessons[: lesson + 1]) + 1
 
 
 @dataclass(frozen=True)
@@ -95,7 +108,7 @@ class StageMaker:
         return {"workers": self.config.cluster.train_workers, **self.loading}
 
     @property
-    def recipe(self) -> dict[str, Any]:
+    def recipe(self) -> Recipe:
         """How a task is learnt, as a version says it: nothing of places and machines."""
         config = self.config
         benchmark = config.benchmark
@@ -108,33 +121,37 @@ class StageMaker:
             reflection=config.reflection.model_dump(mode="json", exclude={"data_dir"}),
             generator=config.generator,
             train=config.train.model_copy(update={"checkpoint_every_steps": TrainConfig().checkpoint_every_steps}),
-        ).model_dump(mode="json")
+        )
 
-    def completion(self, chain: Chain, index: int, lineage: str) -> Stage:
-        """The version that has learnt task ``index``, with all that later tasks need."""
-        tokens = {f"task {place:02d}": stage for place, stage in enumerate(chain.prepare[: index + 1])}
-        kept = {f"kept {place:02d}": stage for place, stage in enumerate(chain.kept[: index + 1])}
-        learnt = {f"learnt {place:02d}": stage for place, stage in enumerate(chain.train[: index + 1])}
+    def completion(self, chain: Chain, lesson: int) -> Stage:
+        """The version after a lesson, with all that later tasks need."""
+        known = chain.known(lesson)
+        tokens = {f"task {place:02d}": stage for place, stage in enumerate(chain.prepare[:known])}
+        kept = {f"kept {place:02d}": stage for place, stage in chain.kept.items() if place < known}
+        learnt = {f"learnt {place:02d}": chain.train[chain.lessons.index(place)] for place in range(known)}
         tasks = [
             {
                 "data": task.digest,
                 "rows": dict(task.rows),
                 "origin": origin,
                 **({} if retention is None else {"retention": retention.model_dump(mode="json")}),
+                **({"again": again} if again else {}),
             }
-            for task, origin, retention in zip(chain.tasks, chain.origins, chain.retention, strict=True)
-        ][: index + 1]
+            for task, origin, retention, again in zip(
+                chain.tasks, chain.origins, chain.retention, chain.again, strict=True
+            )
+        ][:known]
         return Stage(
-            name=f"complete[{index:02d} {chain.tasks[index].name}]",
+            name=f"complete[{lesson:02d} {chain.tasks[chain.lessons[lesson]].name}]",
             kind="complete",
             version=VERSIONS["complete"],
             body=bodies.complete,
             reads={
-                "lineage": lineage,
-                "recipe": self.recipe,
+                "lineage": chain.lineage[lesson],
+                "recipe": self.recipe.model_dump(mode="json"),
                 "tasks": tasks,
             },
-            inputs={"version": chain.train[index], **tokens, **kept, **learnt},
+            inputs={"version": chain.train[lesson], **tokens, **kept, **learnt},
             uses={
                 "version": NAMED_BY,
                 **dict.fromkeys(tokens, bodies.CARRIED),
@@ -175,7 +192,17 @@ class StageMaker:
             cpus=config.cluster.cpus_per_worker,
         )
 
-    def stage(self, name: str, task: Task, method: Method, inputs: dict[str, Stage]) -> Stage:
+    def stage(
+        self,
+        name: str,
+        task: Task,
+        method: Method,
+        inputs: dict[str, Stage],
+        *,
+        again: int = 0,
+        anew: bool = False,
+    ) -> Stage:
+        """Learning a task that was learnt ``again`` times before, further or ``anew``."""
         config = self.config
         shared = method.shared_attention
         # What a stage does not read stands at its default, so that changing it changes no key.
@@ -204,7 +231,7 @@ class StageMaker:
                 "reflection": reflection.model_dump(mode="json", exclude={"source", "data_dir", "share", "rank"}),
                 "train": config.train.model_dump(mode="json", exclude={"checkpoint_every_steps"}),
                 "evaluation": evaluation.model_dump(mode="json", exclude={"single_task", "split"}),
-                "seed": step_seed(config.seed, task.name),
+                "seed": step_seed(config.seed, task.name, *([again] if again else [])),
                 "backbone": self.backbone,
                 "learnt": LearntTask(
                     name=task.name,
@@ -216,6 +243,7 @@ class StageMaker:
                 ).model_dump(mode="json"),
                 # Dev is answered as test is; without that, how does not count.
                 **({"answers": VERSIONS["evaluate"]} if scores else {}),
+                **({"again": "anew" if anew else "further"} if again else {}),
             },
             inputs=inputs,
             uses={"task": LEARNT_FROM},  # other test rows retrain nothing
@@ -269,6 +297,19 @@ class StageMaker:
         reads = {"inputs": self.samples[task.name]}
         return Stage(
             name=f"given[{label}]", kind="given", version=VERSIONS["given"], body=bodies.given_samples, reads=reads
+        )
+
+    def joining(self, name: str, before: Stage, kept: Stage, rows: tuple[int, int]) -> Stage:
+        """The stage that keeps what reflection needs of the rows of before and of new ones, so many."""
+        return Stage(
+            name=name,
+            kind="joined",
+            version=VERSIONS["joined"],
+            body=bodies.joined,
+            reads={"rows": list(rows), "rank": self.config.reflection.rank},
+            inputs={"before": before, "kept": kept},
+            uses=dict.fromkeys(("before", "kept"), REFLECTED_ON),
+            cpus=self.config.cluster.cpus_per_worker,
         )
 
     def evaluation(self, name: str, version: Stage, task: Stage) -> Stage:

@@ -95,14 +95,14 @@ def enforce(finished: Sequence[tuple[Experiment, Mapping[Stage, StageRecord]]], 
                 claims |= dict.fromkeys(naming)
     for experiment, learnt in bound:
         for stage, record in learnt.items():
-            if names := _with_rows(stage, experiment.config.retention):
+            if names := with_rows(stage, experiment.config.retention):
                 prepared = stage if stage.kind == "prepare" else stage.inputs["task"]
                 if prepared.reads["task"] not in claimed:
                     wanted[record.key] |= names
     return Removal(erase(wanted, records, known), tuple(claimed.values()), tuple(claims))
 
 
-def _with_rows(stage: Stage, retention: RetentionConfig) -> frozenset[str]:
+def with_rows(stage: Stage, retention: RetentionConfig) -> frozenset[str]:
     """Outputs of a stage that hold rows which may not stay.
 
     What a version carries of tasks that it knew was allowed when it was learnt.

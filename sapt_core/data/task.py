@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
@@ -84,6 +84,20 @@ class KnownTask:
     metric: str
     digest: str
     rows: Mapping[str, int]
+
+
+def name_faults(name: str, known: Iterable[str]) -> list[str]:
+    """What is against a new task's name beside the names that are known."""
+    folded = {each.casefold(): each for each in known}
+    there = folded.get(name.casefold())
+    if not name.strip():
+        return ["the task's name is blank"]
+    if there is None:
+        return []
+    what = (
+        "the version has learnt it" if there == name else f"the version has learnt {there}, which differs in case alone"
+    )
+    return [f"{what}: give the new task a name of its own"]
 
 
 def dev_rows(rows: int, fraction: float, seed: int) -> set[int]:

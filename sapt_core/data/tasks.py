@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from sapt_core.data.cl_benchmark import METRICS, named_tasks
 from sapt_core.data.reading import SplitRows, read_split
 from sapt_core.data.sources import open_folder, open_source
-from sapt_core.data.task import Example, Task, are_labels, dev_rows, stratified_rows
+from sapt_core.data.task import Example, LearntTask, Task, are_labels, dev_rows, stratified_rows
 from sapt_core.errors import DataError
 from sapt_core.settings import BenchmarkConfig
 from sapt_core.task_settings import TaskConfig
@@ -43,30 +43,44 @@ def load_tasks(config: BenchmarkConfig) -> tuple[Task, ...]:
     return tasks
 
 
-def read_tasks(entries: Sequence[TaskConfig], config: BenchmarkConfig, faults: list[str]) -> tuple[Task, ...]:
+def read_tasks(
+    entries: Sequence[TaskConfig],
+    config: BenchmarkConfig,
+    faults: list[str],
+    sealed: Collection[str] | None = None,
+) -> tuple[Task, ...]:
     """The tasks in their order, less those with faults, which are added to ``faults``.
 
     Args:
         entries: each with its path.
         config: limits of rows, what is cut off, and what tasks have that do not say otherwise.
         faults: gets what is wrong.
+        sealed: of a task that is known, inputs of the rows that it is scored on: it gets no other test rows, and none
+            of these is learnt from.
     """
     template, metric = config.template or config.suite, config.metric or METRICS.get(config.suite)
     tasks = []
     for entry in entries:
         told = {"template": entry.template or template, "metric": entry.metric or metric}
-        tasks.append(_read_task(entry.model_copy(update=told), config, faults))
+        tasks.append(_read_task(entry.model_copy(update=told), config, faults, sealed))
     return tuple(task for task in tasks if task is not None)
 
 
-def load_additions(entries: Sequence[TaskConfig], config: BenchmarkConfig) -> tuple[Task, ...]:
-    """Tasks that come to a pool one by one, in their order.
+def like(entry: TaskConfig, known: LearntTask) -> TaskConfig:
+    """The same rows, of a task that is known."""
+    return entry.model_copy(update=known.model_dump(include={"definition", "template", "metric"}))
+
+
+def load_additions(
+    entries: Sequence[TaskConfig], config: BenchmarkConfig, sealed: Collection[str] | None = None
+) -> tuple[Task, ...]:
+    """Tasks that come to a pool one by one, in their order; ``sealed`` is as ``read_tasks`` takes it.
 
     Raises:
         DataError: with every fault of every task.
     """
     faults: list[str] = []
-    tasks = read_tasks(entries, config, faults)
+    tasks = read_tasks(entries, config, faults, sealed)
     if faults:
         raise DataError("The tasks cannot be learnt:", faults)
     check_parted(tasks)
@@ -105,7 +119,9 @@ def load_inputs(data_dir: Path, names: Sequence[str]) -> dict[str, tuple[str, ..
     return found
 
 
-def _read_task(entry: TaskConfig, config: BenchmarkConfig, faults: list[str]) -> Task | None:
+def _read_task(
+    entry: TaskConfig, config: BenchmarkConfig, faults: list[str], sealed: Collection[str] | None
+) -> Task | None:
     """One task, or None with its faults added to ``faults``."""
     if entry.path is None or entry.template is None or entry.metric is None:
         raise ValueError(f"task {entry.name} was validated without path, template or metric")
@@ -122,20 +138,21 @@ def _read_task(entry: TaskConfig, config: BenchmarkConfig, faults: list[str]) ->
 
     # The published suites are scored on their own test rows or not at all.
     own_test = names.test is not None or "test" in source.splits or config.suite != "folder"
+    cut_test = sealed is None and not own_test
     # No further than it takes for as many rows to be left; of a smaller split that is all of it.
-    wanted = None if config.train_rows is None else math.ceil(config.train_rows / (1 if own_test else 1 - TEST_SHARE))
-    learnt = read(names.train, wanted)
-    train = learnt.usable
-    test = read(names.test or "test", config.test_rows).usable if own_test else []
+    wanted = None if config.train_rows is None else math.ceil(config.train_rows / (1 - TEST_SHARE if cut_test else 1))
+    learnt = read(names.train, None if wanted is None else wanted + len(sealed or ()))
+    train = _unsealed(learnt.usable, sealed or (), entry.name)
+    test = read(names.test or "test", config.test_rows).usable if own_test and sealed is None else []
     few = None if config.train_rows is None else max(1, round(config.train_rows * config.dev_fraction))
     dev = [] if names.dev is None else read(names.dev, few).usable
     if len(faults) > before:
         return None
     by_answer = not (source.by_seed and own_test)
-    if not own_test and len(train) > 2:
+    if cut_test and len(train) > 2:
         train, test = _parted(train, TEST_SHARE, seed, by_answer=by_answer)
     train, test = train[: config.train_rows], test[: config.test_rows]
-    if not test:
+    if not test and sealed is None:
         faults.append(f"{source.name}: {len(train)} usable rows; dev and test rows are split off, so give at least 3")
     elif names.dev is None and len(train) < 2:
         faults.append(f"{source.name}, train: one usable row; a dev row is split off, so give at least 2")
@@ -146,13 +163,26 @@ def _read_task(entry: TaskConfig, config: BenchmarkConfig, faults: list[str]) ->
         train, dev = _parted(train, config.dev_fraction, seed, by_answer=by_answer)
     splits = {"train": tuple(train), "dev": tuple(dev), "test": tuple(test)}
     task = Task(name=entry.name, definition=learnt.definition, template=entry.template, metric=entry.metric, **splits)
-    if by_answer and (cut := [split for split, given in (("test", own_test), ("dev", names.dev)) if not given]):
+    if by_answer and (cut := [split for split, is_cut in (("test", cut_test), ("dev", names.dev is None)) if is_cut]):
         _tell_of_cut(task, cut, seed)
     _warn_of_rows(task, inputs)
     answers = {row.references for row in (*task.train, *task.dev)}
     if config.train_rows is not None and len(answers) == 1:
         logger.warning("%s: all of its first %d rows have the same answer; is it sorted?", task.name, len(inputs))
     return task
+
+
+def _unsealed(rows: Sequence[Example], sealed: Collection[str], name: str) -> list[Example]:
+    """The rows but those that the task is scored on."""
+    left = [row for row in rows if row.input not in sealed]
+    if len(left) < len(rows):
+        logger.warning(
+            "%s: %d of its %d rows are test or dev rows that the version is scored on, and are not learnt from",
+            name,
+            len(rows) - len(left),
+            len(rows),
+        )
+    return left
 
 
 def _parted(

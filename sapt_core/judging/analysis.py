@@ -25,6 +25,10 @@ QUARTER_STEPS = 4  # fewer in a quarter of a training tell nothing of where its 
 STARVED = 0.5
 HIGHEST = 100.0  # score there is
 
+_LEARNT_WORSE = (
+    "It was learnt again from rows that lead away from those it is scored on: give some like those of before too, or "
+    "fewer steps (train.epochs) at a lower rate (train.learning_rate)."
+)
 _TINY = float(np.finfo(np.float32).tiny)
 
 
@@ -208,7 +212,7 @@ class Circumstances:
         reflected: for each task whether reflection held it: λ is not 0 and it has pseudo-samples.
         alignment: KL of each task at the version looked at; None where it was not measured.
         gates: for each task the new block's mean weight at the end of its training; None without attention.
-        trainings: how each task's training ended.
+        trainings: how each task's training ended, the last one; None of a task that was not trained here.
         constant: for each task the score of giving always its commonest answer; None where that is not known.
         bare: for each task the score of the bare backbone; None where it was not measured.
     """
@@ -217,7 +221,7 @@ class Circumstances:
     reflected: Sequence[bool]
     alignment: Sequence[float | None]
     gates: Sequence[float | None]
-    trainings: Sequence[TrainingEnd]
+    trainings: Sequence[TrainingEnd | None]
     constant: Sequence[float | None]
     bare: Sequence[float | None]
 
@@ -231,24 +235,25 @@ def diagnose(matrix: ScoreMatrix, limits: DiagnosticsConfig, seen: Circumstances
         seen: what the cures depend on.
     """
     found: list[Diagnosis] = []
-    last = len(matrix.rows) - 1
-    for j, (name, row) in enumerate(zip(matrix.tasks, matrix.rows, strict=False)):
+    last = matrix.taught()
+    learnt = [matrix.rows[matrix.learnt(j)][j] for j in range(len(matrix.rows[-1]))]
+    for j, (name, own) in enumerate(zip(matrix.tasks, learnt, strict=False)):
         named = {"always its commonest answer": seen.constant[j], "the bare backbone": seen.bare[j]}
-        above = {text: score for text, score in named.items() if score is not None and row[-1] <= score}
+        above = {text: score for text, score in named.items() if score is not None and own <= score}
         if above:
             held = " and ".join(f"{text} ({score:.1f})" for text, score in above.items())
-            evidence = f"scored {row[-1]:.1f} when just learnt, no better than {held}"
+            evidence = f"scored {own:.1f} when just learnt, no better than {held}"
             found.append(
-                Diagnosis("not learnt", name, max(above.values()) - row[-1], 0.0, _cure_unlearnt(seen, j), evidence)
+                Diagnosis("not learnt", name, max(above.values()) - own, 0.0, _cure_unlearnt(seen, j), evidence)
             )
-    for name, row, training in zip(matrix.tasks, matrix.rows, seen.trainings, strict=False):
-        evidence = _undertrained(training, row[-1], limits.falling)
-        if evidence:
+    for name, own, training in zip(matrix.tasks, learnt, seen.trainings, strict=False):
+        evidence = "" if training is None else _undertrained(training, own, limits.falling)
+        if training is not None and evidence:
             cure = "Train longer (train.epochs), or at another rate (train.learning_rate)."
             found.append(Diagnosis("undertrained", name, training.falling or 0.0, limits.falling, cure, evidence))
     for j, fallen in enumerate(matrix.forgotten()):
         if fallen > limits.forgetting:
-            cure = _cure_forgetting(limits, seen, j)
+            cure = _LEARNT_WORSE if j == last else _cure_forgetting(limits, seen, j)
             found.append(Diagnosis("forgetting", matrix.tasks[j], fallen, limits.forgetting, cure))
     for j, gained in enumerate(matrix.transferred() or ()):
         if -gained > limits.transfer:

@@ -28,11 +28,11 @@ LINES = {"loss": (INK, "-", "loss (nats a token)"), "gate": (ACCENT, "-", "weigh
 TERM_COLOURS = (WARN, "#6b21a8", "#166534")
 
 
-def score_map(tasks: Sequence[str], rows: Ragged) -> bytes:
-    """Heat map of a score matrix, 0 to 100: row i after task i, column j on task j."""
+def score_map(tasks: Sequence[str], rows: Ragged, lessons: Sequence[str]) -> bytes:
+    """Heat map of a score matrix, 0 to 100: row i after lesson i, column j on task j."""
     figure = _figure(0.62 * len(tasks) + 3.2, 0.45 * len(rows) + 1.9)
     axes = figure.add_subplot()
-    image = _map(axes, _square(rows, len(tasks)), tasks, [f"after {name}" for name in tasks], top=100, digits=0)
+    image = _map(axes, _square(rows, len(tasks)), tasks, [f"after {name}" for name in lessons], top=100, digits=0)
     axes.set_xlabel("score on")
     figure.colorbar(image, ax=axes, label="score", shrink=0.9)
     return _png(figure)
@@ -53,23 +53,25 @@ def weight_maps(tasks: Sequence[str], blocks: Sequence[str], maps: Sequence[tupl
     return _png(figure)
 
 
-def weight_history(tasks: Sequence[str], versions: Sequence[Ragged | None]) -> bytes:
+def weight_history(tasks: Sequence[str], versions: Sequence[Ragged | None], lessons: Sequence[str]) -> bytes:
     """A small heat map a version, tasks down and blocks across, all with the axes of the last one."""
     figure, grid = _grid(len(versions), 1.4, 1.5, columns=min(8, len(versions)), gaps=(0.12, 0.3))
     for index, (axes, rows) in enumerate(zip(grid, versions, strict=True)):
-        axes.set_title(f"after {_short(tasks[index])}", fontsize=8)
+        axes.set_title(f"after {_short(lessons[index])}", fontsize=8)
         if rows is None:
             axes.text(0.5, 0.5, "not measured", ha="center", va="center", fontsize=8, transform=axes.transAxes)
         _map(axes, _square(rows or [], len(tasks), len(tasks)), (), (), top=1, digits=None)
     return _png(figure)
 
 
-def alignment_map(tasks: Sequence[str], versions: Sequence[Sequence[float] | None], limit: float) -> bytes:
-    """Heat map of the KL of every task's attention: row i after task i; bold where it is beyond ``limit``."""
+def alignment_map(
+    tasks: Sequence[str], versions: Sequence[Sequence[float] | None], limit: float, lessons: Sequence[str]
+) -> bytes:
+    """Heat map of the KL of every task's attention: row i after lesson i; bold where it is beyond ``limit``."""
     figure = _figure(0.62 * len(tasks) + 3.2, 0.45 * len(versions) + 1.9)
     axes = figure.add_subplot()
     values = _square([row or () for row in versions], len(tasks))
-    image = _map(axes, values, tasks, [f"after {name}" for name in tasks], top=2 * limit, digits=2, bold=limit)
+    image = _map(axes, values, tasks, [f"after {name}" for name in lessons], top=2 * limit, digits=2, bold=limit)
     image.set_cmap("Oranges")
     axes.set_xlabel("attention of")
     bar = figure.colorbar(image, ax=axes, label="KL, nats", shrink=0.9, extend="max")

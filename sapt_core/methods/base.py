@@ -51,7 +51,8 @@ class Lesson:
         tokenizer: of the backbone.
         task: tokenised rows.
         learnt: what the next version keeps of the task.
-        earlier: tasks that the version before has learnt, oldest first; empty for the first task.
+        earlier: tasks that the version before has learnt, oldest first, but for the one that is learnt again; empty
+            where there is no other.
         targets: mean weights of the blocks there were, on each of them after it was learnt.
         saved: sha256 of what the method saved at the end of earlier tasks, by name.
         routers: reads the shared attention as it was right after each earlier task, oldest first.
@@ -59,6 +60,9 @@ class Lesson:
         attention: settings of shared attention; None for a method without it.
         reflection, train: settings.
         seed: of this task in this sequence.
+        order: for each of the version's blocks, oldest first, its place in the pool, where the one that is learnt
+            stands last; None where it is the newest.
+        further: whether the task is learnt further: block and key stand where it left them.
         store: holds the version's blobs.
         notes: what a method's ``begin`` leaves for its ``end``.
         until_end: puts back what the method changes of the backbone, which others share, however the lesson ends.
@@ -78,12 +82,14 @@ class Lesson:
     train: TrainConfig
     seed: int
     store: BlobStore
+    order: Sequence[int] | None = None
+    further: bool = False
     notes: dict[str, Any] = field(default_factory=dict)
     until_end: ExitStack = field(default_factory=ExitStack)
 
     @property
     def index(self) -> int:
-        """The task's place in the sequence, from 0."""
+        """The task's place in the sequence, from 0; of one that is learnt again, how many others there are."""
         return len(self.earlier)
 
     @cached_property
@@ -143,6 +149,8 @@ class Method(Section):
             task, or one that every task starts afresh.
         shared_attention: whether SAPT's attention mixes the blocks (sections ``attention`` and
             ``reflection``); without it every block has weight 1.
+        again: whether a task can be learnt again from more rows, as honestly as a new one is: nothing that is kept
+            goes by the task's place, and no block was learnt on top of one that changes.
         pet_types: kinds of PET block it works with.
         attention_defaults: what it sets in ``attention`` unless the config does.
     """
@@ -153,6 +161,7 @@ class Method(Section):
     summary: ClassVar[str] = ""
     pool: ClassVar[Literal["block per task", "one block", "fresh block"]] = "one block"
     shared_attention: ClassVar[bool] = False
+    again: ClassVar[bool] = False
     pet_types: ClassVar[tuple[str, ...]] = ("lora", "prompt")
     attention_defaults: ClassVar[Mapping[str, Any]] = {}
 

@@ -34,6 +34,7 @@ class EWC(Method):
 
     summary: ClassVar[str] = "one block trained on, its parameters held by their Fisher information (arXiv 1612.00796)"
     pet_types: ClassVar[tuple[str, ...]] = ("lora", "prompt", "full")
+    again: ClassVar[bool] = True
 
     penalty: float = Field(1000.0, gt=0, description="λ, the springs' common strength.")
     fisher_rows: int = Field(200, ge=1, description="Train rows that a task's Fisher information is averaged over.")

@@ -15,6 +15,7 @@ class PerTask(Method):
 
     summary: ClassVar[str] = "a block a task, chosen by the task's name: an oracle, no selection is learnt"
     pool: ClassVar[Literal["block per task"]] = "block per task"
+    again: ClassVar[bool] = True
     pet_types: ClassVar[tuple[str, ...]] = ("lora", "prompt", "full")
 
     @property

@@ -20,6 +20,7 @@ class SharedAttentiveLearning(Method):
 
     pool: ClassVar[Literal["block per task"]] = "block per task"
     shared_attention: ClassVar[bool] = True
+    again: ClassVar[bool] = True
 
     def begin(self, lesson: Lesson) -> Plan:
         """Start centre and key; train block, key and query projection, reflecting on earlier tasks."""
@@ -29,7 +30,15 @@ class SharedAttentiveLearning(Method):
             return Plan(lesson.rows)
         memories, settings = _memories(lesson), lesson.reflection
         terms = (
-            (Reflection(memories, settings.batch_size, settings.weight, per_micro_batch=settings.per_micro_batch),)
+            (
+                Reflection(
+                    memories,
+                    settings.batch_size,
+                    settings.weight,
+                    per_micro_batch=settings.per_micro_batch,
+                    order=lesson.order,
+                ),
+            )
             if memories
             else ()
         )
@@ -77,7 +86,7 @@ def _start_routing(lesson: Lesson) -> None:
     with torch.no_grad():
         if not lesson.earlier:
             pool.attention.start(embedding_matrix(lesson.model.backbone))
-        if pool.attention.config.key_init == "task_mean":
+        if pool.attention.config.key_init == "task_mean" and not lesson.further:
             pool.key.copy_(pool.attention.task_key(lesson.pooled))
 
 

@@ -14,3 +14,4 @@ class Sequential(Method):
 
     pet_types: ClassVar[tuple[str, ...]] = ("lora", "prompt", "full")
     summary: ClassVar[str] = "one block trained on from task to task: what forgetting costs"
+    again: ClassVar[bool] = True

@@ -82,6 +82,27 @@ class GaussianQueries:
         left = centred.square().sum(dim=0) / freedom - directions.square().sum(dim=0)
         return cls(mean, directions, left.clamp_min(0).sqrt())
 
+    @classmethod
+    def joined(cls, parts: Sequence[tuple[GaussianQueries, int]], rank: int) -> GaussianQueries:
+        """Moments of all rows that several were made of, as far as these tell, with at most ``rank`` directions.
+
+        Args:
+            parts: each with the number of its rows.
+            rank: of the result.
+        """
+        total = sum(rows for _, rows in parts)
+        shares = [(part, rows / total) for part, rows in parts]
+        mean = torch.stack([share * part.mean for part, share in shares]).sum(dim=0)
+        # Σ w (C + (m - m̄)(m - m̄)ᵀ), of which the parts' own directions and the distances of their means are rows.
+        spread = torch.cat(
+            [share**0.5 * torch.cat([part.directions, (part.mean - mean).unsqueeze(0)]) for part, share in shares]
+        )
+        beside = torch.stack([share * part.rest.square() for part, share in shares]).sum(dim=0)
+        _, singular, rows = torch.linalg.svd(spread, full_matrices=False)
+        directions = singular[:rank, None] * rows[:rank]
+        left = spread.square().sum(dim=0) - directions.square().sum(dim=0) + beside
+        return cls(mean, directions, left.clamp_min(0).sqrt())
+
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """Draws from the normal distribution of these moments."""
         along, beside = (
@@ -178,7 +199,13 @@ class Reflection:
     runs_rows = False
 
     def __init__(
-        self, memories: Sequence[Memory], batch_size: int, weight: float, *, per_micro_batch: bool = False
+        self,
+        memories: Sequence[Memory],
+        batch_size: int,
+        weight: float,
+        *,
+        per_micro_batch: bool = False,
+        order: Sequence[int] | None = None,
     ) -> None:
         """
         Args:
@@ -186,6 +213,7 @@ class Reflection:
             batch_size: inputs drawn of every task for one evaluation of the term.
             weight: λ.
             per_micro_batch: whether the term is added in every micro-batch instead of once a step.
+            order: for each block that targets are over its place in the pool; None where both have one order.
         """
         stored = [memory.queries for memory in memories if isinstance(memory.queries, StoredQueries)]
         self._stacked = StackedQueries(stored) if len(stored) == len(memories) else None
@@ -199,6 +227,7 @@ class Reflection:
         self.batch_size = batch_size
         self.weight = weight
         self.per_micro_batch = per_micro_batch
+        self.order = None if order is None else list(order)
 
     def draw(self, generator: torch.Generator) -> list[Drawn]:
         """At most ``batch_size`` inputs of every earlier task."""
@@ -226,6 +255,8 @@ class Reflection:
             drawn: inputs of every earlier task.
         """
         log_weights = torch.log_softmax(pool.logits(torch.cat([task.pooled for task in drawn])), dim=-1)
+        if self.order is not None:
+            log_weights = log_weights[:, self.order]
         blocks = log_weights.shape[1]
         targets = torch.cat([F.pad(task.target, (0, blocks - task.target.shape[1])) for task in drawn])
         # Mean over the rows of a task, sum over tasks.
@@ -237,4 +268,4 @@ class Reflection:
     def to(self, device: torch.device) -> Reflection:
         """The same term with its tensors on ``device``."""
         moved = [memory.to(device) for memory in self.memories]
-        return Reflection(moved, self.batch_size, self.weight, per_micro_batch=self.per_micro_batch)
+        return Reflection(moved, self.batch_size, self.weight, per_micro_batch=self.per_micro_batch, order=self.order)

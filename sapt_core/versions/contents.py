@@ -23,7 +23,8 @@ def blobs_of(manifest: Manifest, *, backbone: bool = True) -> dict[str, str]:
         found[manifest.router] = "keys and query projection"
     found |= {digest: f"{name} of the method" for name, digest in manifest.state.items()}
     for task, carried in zip(manifest.tasks, manifest.carried or (), strict=manifest.carried is not None):
-        kept = {**carried.tokens, **carried.reflection, "curve": carried.curve}
+        curves = {"curve": carried.curve, **{f"curve {number}": e.curve for number, e in enumerate(carried.again, 2)}}
+        kept = {**carried.tokens, **carried.reflection, **{name: each for name, each in curves.items() if each}}
         found |= {digest: f"{name} of {task.name}" for name, digest in kept.items()}
     if manifest.trained is not None:
         found[manifest.trained] = "manifest as training wrote it"

@@ -45,7 +45,7 @@ def forget(manifest: Manifest, task: str, store: BlobStore, *, lineage: str) -> 
     The block goes, with shared attention the key, and of a complete version what is carried of the task. The softmax
     evens out what is left of the attention; targets are the earlier ones over the blocks that are left, made to sum to
     1. Versions before are made anew so far as they know the task, so that the new ``parent`` leads to none of its
-    bytes.
+    bytes; those in which the task itself was learnt, or learnt again, drop out.
 
     Args:
         manifest: the version; ``forgetting_faults`` has found nothing against it.
@@ -57,18 +57,21 @@ def forget(manifest: Manifest, task: str, store: BlobStore, *, lineage: str) -> 
         The new version, complete if ``manifest`` is.
 
     Raises:
-        SnapshotError: a router is damaged, or a version before is not of one task less.
+        SnapshotError: a router is damaged, or a version before has tasks that this one has not.
         StoreError: a manifest or router of the version's line is missing or damaged.
     """
     index = [learnt.name for learnt in manifest.tasks].index(task)
     line = list(line_of(manifest, store))[::-1]
-    if [len(version.tasks) for version in line] != list(range(1, len(manifest.tasks) + 1)):
-        raise SnapshotError(f"The versions before {manifest.digest[:12]} do not lead up to it task by task")
+    known = 0
+    for version in line:
+        known += version.again is None
+        if version.names != manifest.names[:known]:
+            raise SnapshotError(f"The versions before {manifest.digest[:12]} do not lead up to it task by task")
     newest: Manifest | None = None
     for version in line:
         if len(version.tasks) <= index:
             newest = version
-        elif len(version.tasks) > index + 1:
+        elif version.taught != index:
             newest = _without(version, index, store, None if newest is None else newest.digest)
             store.put(newest.to_bytes())
     assert newest is not None  # noqa: S101 - of the only task there are faults
@@ -86,7 +89,8 @@ def forgotten(before: Manifest, after: Manifest, task: str, store: BlobStore) ->
         StoreError: a manifest of their lines is missing or damaged.
     """
     index = [learnt.name for learnt in before.tasks].index(task)
-    text = set() if before.carried is None else {before.carried[index].data}
+    carried = None if before.carried is None else before.carried[index]
+    text = set() if carried is None else {carried.data, *(each.data for each in carried.again)}
     return (_named(before, store) | text) - _named(after, store)
 
 
@@ -104,7 +108,7 @@ def _without(version: Manifest, index: int, store: BlobStore, parent: str | None
         router = store.put(save_tensors(tensors))
     shared = version.method.shared_attention
     changed = {
-        "schema_version": TRAINED,
+        "schema_version": max(TRAINED, version.schema_version),
         "tasks": _dropped(version.tasks, index),
         "blocks": _dropped(version.blocks, index),
         "router": router,

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sapt_core.backbones.loading import load_embeddings
 from sapt_core.backbones.reference import BackboneRef, skeleton
 from sapt_core.data.prepare import PromptEncoder
-from sapt_core.data.task import LearntTask
+from sapt_core.data.task import LearntTask, name_faults
 from sapt_core.data.templates import TEMPLATES
 from sapt_core.errors import FaultsError
 from sapt_core.io.blobs import BlobStore
@@ -123,12 +123,7 @@ def kind_faults(kind: PoolKind) -> list[str]:
 
 def task_faults(task: LearntTask, parent: Manifest | None) -> list[str]:
     """What is against a task's name and settings."""
-    faults = []
-    known = {learnt.name.casefold(): learnt.name for learnt in (parent.tasks if parent else ())}
-    if not task.name.strip():
-        faults.append("the task's name is blank")
-    elif (there := known.get(task.name.casefold())) is not None:
-        faults.append(f"the version has learnt {there} already: give the task another name than {task.name}")
+    faults = [f"--task {task.name}: {fault}" for fault in name_faults(task.name, parent.names if parent else ())]
     for what, given, allowed in (("template", task.template, TEMPLATES), ("metric", task.metric, METRICS)):
         if given not in allowed:
             faults.append(f"there is no {what} {given!r}; there are: {', '.join(allowed)}")

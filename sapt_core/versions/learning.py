@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,7 +26,9 @@ from sapt_core.training.reflection import RecordedAttention
 from sapt_core.training.trainer import step_seed, train
 from sapt_core.training.workers import gathered, place
 from sapt_core.versions.loading import empty_pool, load_blob, load_blocks, load_router, store_block, store_router
-from sapt_core.versions.manifest import Manifest, require_backbone
+from sapt_core.versions.manifest import SCHEMA_VERSION, TRAINED, Manifest, require_backbone
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,13 @@ def learn_task(
     *,
     parent: Manifest | None,
     kept: Sequence[Kept],
+    again: Literal["further", "anew"] | None = None,
 ) -> tuple[Manifest, list[dict[str, float]]]:
     """Learn ``task`` on top of ``parent``, as the method says, and store the next version.
+
+    A task that ``parent`` knows is learnt again as if it were the newest: its block, and with shared attention its key,
+    are trained beside all others, which stay, and the attention of the other tasks is reflected on. Its place among the
+    tasks and blocks is as before.
 
     Args:
         place: backbone and store.
@@ -89,14 +96,17 @@ def learn_task(
         task: tokenised rows.
         learnt: what the manifest keeps of the task.
         parent: the version before; None for the first task.
-        kept: what there is to reflect on of every earlier task, oldest first: inputs as text (none: the
-            task is not reflected on) or the statistics of their pooled embeddings. Empty: no reflection.
+        kept: what there is to reflect on of every task of ``parent`` but the one that is learnt again, oldest first:
+            inputs as text (none: the task is not reflected on) or the statistics of their pooled embeddings. Empty: no
+            reflection.
+        again: whether a task that ``parent`` knows is learnt further, from where its block and key stand, or anew,
+            with a new block and key in their place; None for a task that it does not know.
 
     Returns:
         The new version and the training curve (see ``sapt_core.training.trainer.train``).
 
     Raises:
-        SnapshotError: ``parent`` belongs to another backbone, method or kind of pool.
+        SnapshotError: ``parent`` belongs to another backbone, method or kind of pool, or cannot learn the task again.
         DivergenceError: a figure of the training, or of what it made, is no finite number.
     """
     method, pet, store, tokenizer = settings.method, settings.pet, place.store, place.tokenizer
@@ -109,26 +119,31 @@ def learn_task(
                 "decoder-only backbone apart: start the sequence anew"
             )
         require_same_kind(parent, method, pet, shared_attention)
+    spot = None if again is None else _spot(parent, learnt, anew=again == "anew")
+    grows = method.pool == "block per task"
+    order = None if spot is None or parent is None or not grows else _last(spot, len(parent.blocks))
     index = 0 if parent is None else len(parent.tasks)
     seed = step_seed(settings.seed, "task", index)
     torch.manual_seed(step_seed(seed, "init"))
-    pool = _start(place, settings, parent)
+    pool = _start(place, settings, parent, spot, further=again == "further")
     model = SaptModel(place.backbone, pool)
     lesson = Lesson(
         model=model,
         tokenizer=tokenizer,
         task=task,
         learnt=learnt,
-        earlier=parent.tasks if parent else (),
-        targets=parent.targets if parent else (),
+        earlier=_but(parent.tasks if parent else (), spot),
+        targets=_but(parent.targets if parent else (), spot),
         saved=parent.state if parent else {},
-        routers=lambda: _routers(parent, store),
+        routers=lambda: _but(_routers(parent, store), spot),
         kept=kept,
         attention=shared_attention,
         reflection=settings.reflection,
         train=settings.train,
         seed=seed,
         store=store,
+        order=order,
+        further=again == "further",
     )
     with lesson.until_end:
         plan = method.begin(lesson)
@@ -158,31 +173,99 @@ def learn_task(
                 f"After {task.name} the attention over the blocks is no number any more: {target}. Nothing of it is "
                 "recorded: lower train.learning_rate or attention.learning_rate_ratio, and run again."
             )
+        if order is not None and shared_attention is not None:
+            target = tuple(target[each] for each in order)
         block = store_block(pool, store)
-        grows = method.pool == "block per task"
+        tasks, blocks, targets = (parent.tasks, parent.blocks, parent.targets) if parent else ((), (), ())
+        if spot is None:
+            tasks, targets = (*tasks, learnt), (*targets, target)
+            blocks = (*blocks, block) if grows else (block,)
+        else:
+            blocks = _with(blocks, spot, block) if grows else (block,)
+            targets = _with(targets, spot, target) if shared_attention is not None else targets
+        plain = not grows or all(len(weights) == count for count, weights in enumerate(targets, start=1))
         manifest = Manifest(
+            schema_version=TRAINED if spot is None and plain else SCHEMA_VERSION,
             method=method,
             backbone=place.ref,
             pet=pet,
             attention=shared_attention,
-            tasks=(*(parent.tasks if parent else ()), learnt),
-            blocks=(*(parent.blocks if parent and grows else ()), block),
-            router=store_router(pool, store),
-            targets=(*(parent.targets if parent else ()), target),
+            tasks=tasks,
+            blocks=blocks,
+            router=store_router(pool, store, order),
+            targets=targets,
             state={**(parent.state if parent else {}), **saved},
             parent=parent.as_parent if parent else None,
+            again=None if spot is None else learnt.name,
         )
         store.put(manifest.to_bytes())
     return manifest, curve
 
 
+def again_faults(manifest: Manifest, task: str, *, anew: bool) -> list[str]:
+    """Why a version cannot learn a task again; empty if it can.
+
+    Args:
+        manifest: the version.
+        task: its name.
+        anew: whether with a new block.
+    """
+    method = manifest.method
+    if task not in manifest.names:
+        return [f"the version has not learnt {task}; it knows: {', '.join(manifest.names)}"]
+    if not method.again and method.pool == "block per task":
+        return [
+            f"with method {method.name} other tasks are answered with the block of {task} too, and nothing would hold "
+            "their answers where they are: give its new rows a task name of their own, or learn all tasks anew"
+        ]
+    if not method.again:
+        return [
+            f"what method {method.name} keeps of a task is of one learning of it: give the new rows a task name of "
+            "their own, or learn all tasks anew"
+        ]
+    if anew and method.pool != "block per task":
+        return [
+            f"method {method.name} has one block for all tasks, which cannot begin anew for {task}: learn it further"
+        ]
+    return []
+
+
+def _spot(parent: Manifest | None, learnt: LearntTask, *, anew: bool) -> int:
+    """The place of a task that is learnt again."""
+    if parent is None:
+        raise SnapshotError(f"No version knows {learnt.name}, so it cannot be learnt again")
+    faults = again_faults(parent, learnt.name, anew=anew)
+    if faults:
+        raise SnapshotError(f"{learnt.name} cannot be learnt again: {'; '.join(faults)}")
+    spot = parent.names.index(learnt.name)
+    if parent.tasks[spot] != learnt:
+        raise SnapshotError(
+            f"{learnt.name} can be learnt again only with the definition, metric and lengths that it has"
+        )
+    return spot
+
+
+def _last(spot: int, blocks: int) -> tuple[int, ...]:
+    """For each block its place once the one at ``spot`` is put behind the others."""
+    return (*range(spot), blocks - 1, *range(spot, blocks - 1))
+
+
+def _but(items: Sequence[Item], spot: int | None) -> Sequence[Item]:
+    return items if spot is None else (*items[:spot], *items[spot + 1 :])
+
+
+def _with(items: tuple[Item, ...], spot: int, item: Item) -> tuple[Item, ...]:
+    return (*items[:spot], item, *items[spot + 1 :])
+
+
 def _routers(version: Manifest | None, store: BlobStore) -> list[RecordedAttention]:
-    """The shared attention right after each task that a version has learnt, oldest first."""
-    recorded = []
+    """The shared attention right after each task that a version has learnt, the last time, oldest task first."""
+    recorded: dict[int, RecordedAttention] = {}
     while version is not None:
-        recorded.append(RecordedAttention(*load_router(version, store)))
+        if version.taught not in recorded:
+            recorded[version.taught] = RecordedAttention(*load_router(version, store))
         version = None if version.parent is None else Manifest.from_bytes(store.get(version.parent))
-    return recorded[::-1]
+    return [recorded[task] for task in sorted(recorded)]
 
 
 def require_same_kind(parent: Manifest, method: Method, pet: PETConfig, attention: AttentionConfig | None) -> None:
@@ -211,18 +294,35 @@ def _kind(method: Method, pet: PETConfig, attention: AttentionConfig | None) -> 
     return kind
 
 
-def _start(place: Workplace, settings: LearningSettings, parent: Manifest | None) -> PETPool:
-    """The pool with the block that is to be learnt, and the finished ones that take part."""
+def _start(
+    place: Workplace, settings: LearningSettings, parent: Manifest | None, spot: int | None, *, further: bool
+) -> PETPool:
+    """The pool with the block that is to be learnt, and the finished ones that take part.
+
+    Args:
+        place, settings, parent: as of ``learn_task``.
+        spot: place of the task that is learnt again.
+        further: whether its block goes on from where it stands.
+    """
     method = settings.method
     if parent is not None and method.pool == "block per task":
-        index = len(parent.tasks)
-        pool = load_blocks(parent, place.store, place.backbone, [i for i in method.active(index) if i != index])
+        index = len(parent.tasks) if spot is None else spot
+        taking_part = range(len(parent.blocks)) if method.shared_attention else method.active(index)
+        pool = load_blocks(parent, place.store, place.backbone, [i for i in taking_part if i != index])
     else:
         attention = settings.attention if method.shared_attention else None
         pool = empty_pool(place.backbone, method, settings.pet, attention)
     pool.add()
     if parent is not None and method.pool == "one block":
         pool.blocks.load_current(load_blob(parent.blocks[-1], place.store))
+    elif parent is not None and spot is not None:
+        if further:
+            pool.blocks.load_current(load_blob(parent.blocks[spot], place.store))
+        if pool.key is not None:
+            if further:
+                with torch.no_grad():
+                    pool.key.copy_(pool.frozen_keys[spot])
+            pool.frozen_keys = torch.cat([pool.frozen_keys[:spot], pool.frozen_keys[spot + 1 :]])
     return pool
 
 

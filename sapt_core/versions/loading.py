@@ -154,11 +154,19 @@ def store_block(pool: PETPool, store: BlobStore) -> str:
         return store.put_file(path)
 
 
-def store_router(pool: PETPool, store: BlobStore) -> str | None:
-    """Put all keys and the query projection into the store; None without attention."""
+def store_router(pool: PETPool, store: BlobStore, order: Sequence[int] | None = None) -> str | None:
+    """Put all keys and the query projection into the store; None without attention.
+
+    Args:
+        pool: has them.
+        store: gets them.
+        order: for each of the version's blocks its place in the pool; None where both have one order.
+    """
     if pool.attention is None:
         return None
-    return store.put(save_tensors(_on_cpu({"keys": pool.keys.detach(), **pool.attention.state_dict()})))
+    keys = pool.keys.detach()
+    tensors = {"keys": keys if order is None else keys[list(order)], **pool.attention.state_dict()}
+    return store.put(save_tensors(_on_cpu(tensors)))
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from sapt_core.settings import (
 )
 
 SCHEMA_VERSION = 4
-TRAINED = 3  # what training writes; schema 4 adds what later tasks need
+TRAINED = 3  # what training writes; schema 4 adds what later tasks need, and tasks that were learnt again
 
 
 class Recipe(BaseModel):
@@ -58,6 +58,28 @@ def _is_none(value: object) -> bool:
     return value is None
 
 
+def _is_empty(value: Sequence[object]) -> bool:
+    return not value
+
+
+class LearntAgain(BaseModel):
+    """One more time that a task was learnt, from rows of their own.
+
+    Attributes:
+        data: sha256 of the text of these rows, which need not be kept.
+        rows: how many each split had; those of test are not scored, as scores stay those on the rows of before.
+        anew: whether a new block took the place of the task's; else that one was learnt further.
+        curve: sha256 of the training curve.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data: Digest
+    rows: dict[str, int]
+    anew: bool
+    curve: Digest
+
+
 class CarriedTask(BaseModel):
     """What a version carries of a task for those that come after it: its data folder is not needed again.
 
@@ -67,8 +89,9 @@ class CarriedTask(BaseModel):
         tokens: sha256 of the tokenised splits that are kept, and of what goes with them, by the file's name.
         reflection: sha256 of what attention is held on, by name; empty where there is nothing.
         origin: hash of how ``reflection`` was made.
-        curve: sha256 of the training curve.
+        curve: sha256 of the training curve; None where none was kept, or nothing trained here.
         retention: what may stay of its data; None where all may.
+        again: how often, and from what, it was learnt again, oldest first.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -78,15 +101,22 @@ class CarriedTask(BaseModel):
     tokens: dict[str, Digest]
     reflection: dict[str, Digest]
     origin: Digest
-    curve: Digest
+    curve: Digest | None
     retention: RetentionConfig | None = Field(None, exclude_if=_is_none)
+    again: tuple[LearntAgain, ...] = Field((), exclude_if=_is_empty)
+
+    @property
+    def train_rows(self) -> int:
+        """How many train rows it was learnt from, all times."""
+        return sum(rows["train"] for rows in (self.rows, *(each.rows for each in self.again)))
 
 
 class Manifest(BaseModel):
     """A version of a pool.
 
     Attributes:
-        schema_version: of this format: 3 as training writes it, 4 with all that later tasks need.
+        schema_version: of this format: 3 as training writes it, 4 with all that later tasks need, or where a task of
+            its line was learnt again.
         method: the method that learnt it, with its options.
         backbone: the backbone it belongs to.
         pet: settings of its blocks.
@@ -94,9 +124,10 @@ class Manifest(BaseModel):
         tasks: tasks learnt so far, oldest first.
         blocks: sha256 of every block, oldest first; each is a PEFT ``adapter_model.safetensors``.
         router: sha256 of keys (T, D) and query projection; None without attention.
-        targets: mean weights of the blocks there were, on every task after it was learnt.
+        targets: mean weights of the blocks there were, on every task after it was learnt, the last time.
         state: sha256 of what the method keeps beside the blocks, by name.
         parent: sha256 of the manifest of the version before, as training wrote it.
+        again: the task that this version learnt again; None where it learnt the newest of its tasks.
         trained: sha256 of this version's manifest as training wrote it, which the next version's ``parent`` is; from
             here on None in schema 3.
         lineage: name of the version that is known before it is learnt, as the registry compares it.
@@ -117,6 +148,7 @@ class Manifest(BaseModel):
     targets: tuple[tuple[FiniteFloat, ...], ...]
     state: dict[str, Digest] = {}
     parent: Digest | None
+    again: str | None = Field(None, exclude_if=_is_none)
     trained: Digest | None = Field(None, exclude_if=_is_none)
     lineage: Digest | None = Field(None, exclude_if=_is_none)
     recipe: Recipe | None = Field(None, exclude_if=_is_none)
@@ -129,7 +161,13 @@ class Manifest(BaseModel):
     def _consistent(self) -> Manifest:
         grows = self.method.pool == "block per task"
         blocks = list(range(1, len(self.tasks) + 1)) if grows else [1] * len(self.tasks)
-        if not self.tasks or len(self.blocks) != blocks[-1] or [len(row) for row in self.targets] != blocks:
+        weights = [len(row) for row in self.targets]
+        if self.schema_version > TRAINED and len(weights) == len(blocks):
+            # A task that was learnt again has a target over all the blocks there were by then.
+            weights = [
+                least if least <= given <= blocks[-1] else given for given, least in zip(weights, blocks, strict=True)
+            ]
+        if not self.tasks or len(self.blocks) != blocks[-1] or weights != blocks:
             raise ValueError(
                 f"{len(self.tasks)} tasks, {len(self.blocks)} blocks and targets over "
                 f"{[len(row) for row in self.targets]} blocks do not belong together"
@@ -140,8 +178,10 @@ class Manifest(BaseModel):
             has = "has no" if self.attention is None else "has an"
             raise ValueError(f"method {self.method.name} does not go with a version that {has} attention")
         whole = [each is not None for each in (self.trained, self.lineage, self.recipe, self.carried)]
-        if whole != [self.schema_version > TRAINED] * len(whole):
+        if any(whole) != all(whole) or (any(whole) and self.schema_version <= TRAINED):
             raise ValueError("trained, lineage, recipe and carried belong to schema 4, all of them")
+        if self.again is not None and (self.schema_version <= TRAINED or self.again not in self.names):
+            raise ValueError("again is of schema 4, and names one of the tasks")
         if self.carried is not None and len(self.carried) != len(self.tasks):
             raise ValueError(f"{len(self.tasks)} tasks, and of {len(self.carried)} something is carried")
         return self
@@ -174,6 +214,21 @@ class Manifest(BaseModel):
     def as_parent(self) -> str:
         """What the next version names as its parent: the manifest as training wrote it, be this one it or complete."""
         return self.trained or self.digest
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tasks' names, oldest first."""
+        return tuple(task.name for task in self.tasks)
+
+    @property
+    def taught(self) -> int:
+        """The place of the task that this version learnt, for the first time or again."""
+        return len(self.tasks) - 1 if self.again is None else self.names.index(self.again)
+
+    @property
+    def taught_block(self) -> Digest:
+        """The block that this version learnt."""
+        return self.blocks[self.taught if len(self.blocks) == len(self.tasks) else -1]
 
     @property
     def block_names(self) -> tuple[str, ...]:

@@ -8,8 +8,8 @@ from sapt_core.versions.manifest import Manifest
 
 
 def trained_parameters(manifest: Manifest, store: BlobStore) -> int:
-    """How many numbers were trained for the newest task: its block and, with shared attention, router and key."""
-    block = sum(value.numel() for value in load_blob(manifest.blocks[-1], store).values())
+    """How many numbers were trained for the version's task: its block and, with shared attention, router and key."""
+    block = sum(value.numel() for value in load_blob(manifest.taught_block, store).values())
     if manifest.attention is None:
         return block
     attention, keys = load_router(manifest, store)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from sapt_core.methods.base import Kept, Lesson, find_method
 from sapt_core.pool.model import SaptModel
@@ -37,12 +37,14 @@ def learn(
     method: str | dict[str, Any] = "sapt",
     attention: AttentionConfig | None = None,
     train: dict[str, Any] | None = None,
+    again: Literal["further", "anew"] | None = None,
     **changes: Any,
 ) -> tuple[Manifest, list[dict[str, float]]]:
     options = {"name": method} if isinstance(method, str) else method
     task = tiny_task(number, is_encoder_decoder=name in T5_NAMES)
     if kept is None:
-        kept = [[f"w{index} w7", "w9", f"w{index}"] for index in range(len(parent.tasks) if parent else 0)]
+        others = [index for index in range(len(parent.tasks) if parent else 0) if again is None or index != number]
+        kept = [[f"w{index} w7", "w9", f"w{index}"] for index in others]
     place = {"ref": tiny_ref(), "store": store, "checkpoints": KeptCheckpoints(), "on_step": None}
     settings = {
         "method": find_method(options["name"]).model_validate(options),
@@ -63,6 +65,7 @@ def learn(
         learnt_task(task),
         parent=parent,
         kept=kept,
+        again=again,
     )
 
 

@@ -14,15 +14,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import boto3
 import mlflow
 import pandas as pd
 import pytest
 import requests
 
-from cluster.tracking.registry import PoolRegistry
 from cluster.tracking.service import client_of
-from sapt_core.settings import TrackingConfig
 from tests.conftest import free_port
 from tests.sequences import ROOT, TASKS, Cluster, Outcome, command, environment, read_summary, records, run
 
@@ -101,13 +98,13 @@ def test_local_ray_with_sqlite(finished: Finished, predicting: None) -> None:
     assert [(each["index"], each["task"]) for each in versions] == [("1", "animal"), ("2", "ticket")]
     for tags in versions:
         assert (tags["method"], tags["backbone"].rpartition("/")[2]) == ("sapt", "tiny")
-        assert tags["git_commit"] == head.stdout.strip()
-        assert all(re.fullmatch("[0-9a-f]{64}", tags[name]) for name in ("config_hash", "data_digest"))
     assert versions[-1]["sapt.snapshot"] == summary["snapshot"]
 
     parent, *others = [each for each in runs(finished.tracking) if "mlflow.parentRunId" not in each.data.tags]
     children = [each for each in runs(finished.tracking) if "mlflow.parentRunId" in each.data.tags]
     assert others == []
+    assert parent.data.tags["git_commit"] == head.stdout.strip()
+    assert all(re.fullmatch("[0-9a-f]{64}", parent.data.tags[name]) for name in ("config_hash", "data_digest"))
     assert (parent.info.status, parent.data.metrics["ap"]) == ("FINISHED", pytest.approx(summary["ap"]))
     assert {each.data.tags["mlflow.parentRunId"] for each in children} == {parent.info.run_id}
     trained = {each.info.run_name: each for each in children}["train[01 ticket]"]
@@ -244,7 +241,8 @@ def test_submitted_job(
         check=True,
     )
     assert "SUCCEEDED" in (asked.stdout + asked.stderr).upper()
-    assert [tags["git_commit"] for tags in published(mlflow_on_sqlite, "job")] == ["of the job"] * 2
+    assert len(published(mlflow_on_sqlite, "job")) == 2
+    assert "of the job" in {each.data.tags.get("git_commit") for each in runs(mlflow_on_sqlite)}
     without = {name: value for name, value in ray_cluster.environment.items() if name != "RAY_AUTH_TOKEN"}
     refused = subprocess.run(
         [RAY, "job", "status", "--address", ray_cluster.dashboard, "tiny"],
@@ -270,38 +268,3 @@ def test_a_job_whose_results_would_go_with_the_cluster_is_refused(ray_cluster: C
         assert fault in said
     assert "failed with exit code 2" in said
     assert "Plan:" not in said
-
-
-def test_two_nodes_with_s3_and_postgresql(
-    ray_cluster: Cluster, mlflow_on_postgres: str, s3_endpoint: str, aws_environment: None, tmp_path: Path
-) -> None:
-    client = boto3.client("s3", endpoint_url=s3_endpoint)
-    client.create_bucket(Bucket="two-nodes")
-    summary = tmp_path / "summary.json"
-    arguments = command(
-        "s3://two-nodes/sapt",
-        mlflow_on_postgres,
-        f"store.endpoint_url={s3_endpoint}",
-        "cluster.train_workers=2",
-        "evaluation.single_task=false",
-        "--summary",
-        str(summary),
-    )
-    outcome = run(arguments, ray_cluster.environment)
-    assert outcome.code == 0, outcome.out + outcome.err
-    assert outcome.err == ""  # what Ray Train and the libraries say of themselves stays in the workers' logs
-    assert "not-a-secret-of-anyone" not in outcome.out
-    assert not NOISE.search(outcome.out), outcome.out
-    kinds = {key.split("/")[1] for key in names(client) if not key.endswith("/")}
-    assert kinds == {"blobs", "records", "packs"}  # no checkpoint stays behind
-    trained = {each.info.run_name: each for each in runs(mlflow_on_postgres)}["train[01 ticket]"]
-    assert trained.data.tags["world_size"] == "2"  # of one CPU each, so one on each node
-    registry = PoolRegistry(TrackingConfig(uri=mlflow_on_postgres, experiment="quickstart", model="quickstart"))
-    _, store, version = registry.load_manifest("latest", s3_endpoint)
-    assert (store.uri, store.endpoint_url, version.version) == ("s3://two-nodes/sapt", s3_endpoint, 2)
-    assert version.tags["sapt.snapshot"] == read_summary(summary)["snapshot"]
-
-
-def names(client: object) -> list[str]:
-    pages = client.get_paginator("list_objects_v2").paginate(Bucket="two-nodes")  # type: ignore[attr-defined]
-    return [item["Key"] for page in pages for item in page.get("Contents", [])]

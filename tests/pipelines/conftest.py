@@ -15,8 +15,12 @@ import pytest
 import torch
 
 from pipelines.console import cli
+from sapt_core.config.experiment import load_config
+from sapt_core.data import load_sequence
+from sapt_core.data.task import Task
 from sapt_core.settings import TrackingConfig
-from tests.pipelines.commands import ROOT, Finished, Outcome, command, publish
+from tests.pipelines.commands import QUICKSTART, ROOT, TINY, Finished, Outcome, command, publish, write_task
+from tests.pipelines.extensions import FOLDERS, NAMES, Learnt
 
 # As if they were not installed: accelerate asks for boto3 and uses it where it is there.
 BLOCKER = """
@@ -103,3 +107,33 @@ def at_work(copied: Finished, sqlite_tracking: TrackingConfig, tmp_path: Path, m
     tracking = sqlite_tracking.model_copy(update={"experiment": "quickstart", "model": "quickstart"})
     publish(replace(copied, store=tmp_path / "runs/store"), tracking)
     shutil.copy(tracking.uri.removeprefix("sqlite:///"), "runs/mlflow.db")
+
+
+@pytest.fixture(scope="session")
+def tasks() -> dict[str, Task]:
+    rows = [override for override in TINY if not override.startswith("benchmark.tasks")]
+    config = load_config(QUICKSTART, [*rows, f"benchmark.tasks={','.join(NAMES)}"])
+    return {task.name: task for task in load_sequence(config.benchmark)}
+
+
+@pytest.fixture(scope="session")
+def learnt(tasks: dict[str, Task], tmp_path_factory: pytest.TempPathFactory) -> Learnt:
+    """Two tasks learnt, and their data gone."""
+    folder = tmp_path_factory.mktemp("learnt")
+    for task in tasks.values():
+        write_task(folder / "data", task)
+    overrides = ["reflection.source=statistics", "evaluation.single_task=false"]
+    given = [*TINY, *FOLDERS, f"benchmark.data_dir={folder / 'data'}", "benchmark.tasks=animal,basket", *overrides]
+    summary = folder / "store/summary.json"
+    command = [sys.executable, "-m", "pipelines.continual", "--config", QUICKSTART, "--inline", *given]
+    subprocess.run([*command, f"store.uri={folder / 'store'}", "--summary", str(summary)], cwd=ROOT, check=True)
+    for name in ("animal", "basket"):
+        shutil.rmtree(folder / "data" / name)
+    return Learnt(folder / "store", json.loads(summary.read_text())["snapshot"], folder / "data" / "ticket")
+
+
+@pytest.fixture
+def later(learnt: Learnt, tmp_path: Path) -> Learnt:
+    """With a store of the test's own."""
+    shutil.copytree(learnt.store, tmp_path / "store")
+    return learnt._replace(store=tmp_path / "store")

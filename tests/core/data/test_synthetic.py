@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +14,8 @@ from sapt_core.data.synthetic import ORDERS, TASKS, is_test_input, synthetic_seq
 from sapt_core.data.task import Example, Task
 from sapt_core.errors import DataError
 from sapt_core.settings import BenchmarkConfig
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def sequence(**fields: object) -> tuple[Task, ...]:
@@ -81,6 +85,13 @@ def test_fewer_rows_are_the_first_of_more() -> None:
     for few, many in zip(sequence(train_rows=20, test_rows=5), sequence(train_rows=90, test_rows=40), strict=True):
         assert set(few.train + few.dev) <= set(many.train + many.dev)
         assert few.test == many.test[:5]
+
+
+def test_the_task_that_ships_as_a_file_is_what_is_generated() -> None:
+    with open(ROOT / "pipelines/data/place.csv", newline="") as file:
+        rows = [(row["input"], row["output"]) for row in csv.DictReader(file)]
+    (task,) = synthetic_sequence(BenchmarkConfig(suite="synthetic", tasks=("place",), train_rows=200, test_rows=50))
+    assert sorted(rows) == sorted((row.input, *row.references) for row in (*task.train, *task.dev, *task.test))
 
 
 def test_defaults() -> None:

@@ -213,3 +213,27 @@ def test_a_constant_matrix_forgets_and_transfers_nothing(size: int, value: float
     matrix = ScoreMatrix(flat.tasks, flat.rows, (value,) * size)
     assert (matrix.f_ra(), matrix.bwt(), matrix.fwt()) == (0.0, 0.0, 0.0)
     assert matrix.ap() == pytest.approx(value)
+
+
+def test_a_task_that_is_learnt_again_has_a_row_of_its_own() -> None:
+    rows = ((80.0,), (60.0, 50.0), (90.0, 45.0), (70.0, 40.0, 30.0), (75.0, 20.0, 35.0))
+    matrix = ScoreMatrix(("a", "b", "c"), rows, (70.0, 60.0, 20.0), (0, 1, 0, 2, 1))
+    assert matrix.labels == ("a", "b", "a again", "c", "b again")
+    assert matrix.ap() == pytest.approx(130 / 3)
+    # All tasks were known before, the one that is learnt again among them.
+    assert matrix.forgotten() == (15.0, 30.0, -5.0)
+    assert matrix.f_ra(2) == pytest.approx((-10 + 5) / 2)
+    assert matrix.bwt() == pytest.approx((-5 - 30 + 5) / 3)
+    assert matrix.bwt_over_t() == pytest.approx(matrix.bwt())
+    assert matrix.transferred() == (20.0, -40.0, 10.0)
+    assert (matrix.learnt(0), matrix.learnt(1), matrix.learnt(1, 3), matrix.taught()) == (2, 4, 1, 1)
+    assert ScoreMatrix.from_json(matrix.to_json()) == matrix
+    with pytest.raises(ValueError, match="lesson 1 learns task 2, and 1 are known"):
+        ScoreMatrix(("a", "b", "c"), ((1.0,), (1.0, 2.0)), None, (0, 2))
+
+
+def test_with_each_lesson_the_next_task_nothing_is_otherwise() -> None:
+    told = ScoreMatrix(MATRIX.tasks, MATRIX.rows, MATRIX.single, (0, 1, 2))
+    for name in ("ap", "f_ra", "forgotten", "fwt", "transferred", "bwt", "bwt_over_t"):
+        for stage in range(3):
+            assert getattr(told, name)(stage) == getattr(MATRIX, name)(stage)

@@ -22,10 +22,12 @@ def names(size: int) -> list[str]:
 
 
 DRAWN: dict[str, Callable[[int], bytes]] = {
-    "scores": lambda size: plots.score_map(names(size), triangle(size, 50.0)),
+    "scores": lambda size: plots.score_map(names(size), triangle(size, 50.0), names(size)),
     "attention": lambda size: plots.weight_maps(names(size), names(size), [("then", triangle(size, 0.5))] * 2),
-    "history": lambda size: plots.weight_history(names(size), [None, *(triangle(i + 1, 0.5) for i in range(1, size))]),
-    "alignment": lambda size: plots.alignment_map(names(size), [None, *triangle(size, 2.0)[1:]], 0.5),
+    "history": lambda size: plots.weight_history(
+        names(size), [None, *(triangle(i + 1, 0.5) for i in range(1, size))], names(size)
+    ),
+    "alignment": lambda size: plots.alignment_map(names(size), [None, *triangle(size, 2.0)[1:]], 0.5, names(size)),
     "grid": lambda size: plots.grid_map(
         ("λ", names(size)), ("τ", ["1", "2"]), [[50.0] * size, [float("nan")] * size], "AP"
     ),

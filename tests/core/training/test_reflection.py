@@ -221,3 +221,17 @@ def test_the_term_takes_statistics_and_inputs_side_by_side() -> None:
     found = Reflection(memories, 4, 1.0).draw(torch.Generator().manual_seed(0))
     assert [task.pooled.shape for task in found] == [(4, 16), (4, 16)]
     assert Reflection(memories, 4, 1.0).loss(pool, found).item() == pytest.approx(naive(pool, found), rel=1e-4)
+
+
+@pytest.mark.parametrize("rank", [2, 8])
+def test_moments_of_two_lots_of_rows_are_those_of_all_rows(rank: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    first, second = torch.randn(40, 8, generator=generator), 2 + 0.5 * torch.randn(120, 8, generator=generator)
+    parts = [(GaussianQueries.of(rows, 8), len(rows)) for rows in (first, second)]
+    found = GaussianQueries.joined(parts, rank)
+    every = GaussianQueries.of(torch.cat([first, second]), rank)
+    torch.testing.assert_close(found.mean, every.mean)
+    variances = [queries.directions.square().sum(dim=0) + queries.rest.square() for queries in (found, every)]
+    torch.testing.assert_close(*variances, rtol=0.02, atol=0.02)  # by n in the place of n - 1
+    covariances = [queries.directions.T @ queries.directions for queries in (found, every)]
+    torch.testing.assert_close(*covariances, rtol=0.02, atol=0.04)

@@ -134,6 +134,28 @@ def test_forgetting_all_but_one_ends_where_that_one_began() -> None:
     assert (names(alone), alone.parent, alone.targets) == ([second], None, ((1.0,),))
 
 
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_line_in_which_tasks_were_learnt_again(index: int) -> None:
+    """A task's own versions drop out, those of others are made anew without it."""
+    store = DictStore()
+    first, second = sequence(store)[:2]
+    again, _ = learn(store, index, second, again="further")
+    third, _ = learn(store, 2, again)
+    other, _ = learn(store, 1 - index, third, again="further")
+    for each in (first, second, again, third, other):
+        store.put(each.to_bytes())
+    task, left = names(other)[index], names(other)[1 - index]
+    made = forget(other, task, store, lineage=LINEAGE)
+    line = list(line_of(made, store))[::-1]
+    assert [(names(each), each.again) for each in line] == [
+        ([left], None),
+        ([left, "task2"], None),
+        (names(made), left),
+    ]
+    assert made.blocks == tuple(block for place, block in enumerate(other.blocks) if place != index)
+    assert [sum(row) for row in made.targets] == pytest.approx([1, 1])
+
+
 def test_what_cannot_be_forgotten() -> None:
     store = DictStore()
     versions = sequence(store)

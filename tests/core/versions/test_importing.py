@@ -254,7 +254,7 @@ def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
         f"{names[1]} is 16x1 and on this backbone, in this rank, it would be 16x2",
         f"{names[2]} holds numbers that are not finite",
         f"{names[3]} holds int8",
-        "has learnt qa already",
+        "--task QA: the version has learnt qa, which differs in case alone",
         "there is no metric 'bleu'",
         "row 1 is blank",
         task=learnt("QA", metric="bleu"),

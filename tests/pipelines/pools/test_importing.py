@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -18,11 +17,10 @@ from sapt_core.errors import DataError
 from sapt_core.settings import StoreConfig, TrackingConfig
 from sapt_core.versions.loading import load_blob
 from sapt_core.versions.manifest import Manifest
-from tests.pipelines.commands import QUICKSTART, TINY, Finished, Outcome, publish
+from tests.pipelines.commands import QUICKSTART, TINY, Finished, publish
+from tests.pipelines.extensions import Call, Learnt, go_on, manifest
 
 pytest_plugins = ["tests.mlflow_servers"]
-
-Call = Callable[[Callable[[], None], list[str]], Outcome]
 
 
 @pytest.fixture
@@ -115,7 +113,7 @@ def test_what_is_refused_changes_nothing(copied: Finished, adapter: Path, call: 
     refused = call(pool.main, bringing(adapter, "--onto", copied.snapshot, where, task="Animal"))
     assert refused.code == 2
     assert "use_dora true: DoRA scales" in refused.err
-    assert "has learnt animal already" in refused.err
+    assert "--task Animal: the version has learnt animal, which differs in case alone" in refused.err
     assert "Traceback" not in refused.err
     assert call(pool.main, bringing(adapter)).code == 2
     assert sorted(copied.store.rglob("*")) == objects
@@ -146,3 +144,69 @@ def test_rows_that_are_none(text: str, told: str, tmp_path: Path) -> None:
         read_rows(tmp_path / "rows.json")
     with pytest.raises(DataError, match="No such file"):
         read_rows(tmp_path / "nosuch.txt")
+
+
+def test_with_its_data_it_is_a_task_like_any_other(
+    later: Learnt, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scored, reflected on and learnt again; without it the other tasks are carried all the same."""
+    monkeypatch.chdir(tmp_path)
+    where = f"store.uri={later.store}"
+    exported = ["export", "--snapshot", later.version, "--task", "animal", "--out", "adapter", where]
+    assert call(pool.main, exported).code == 0
+    bring = ["import", "adapter", "--onto", later.version, "--task", "ticket", where, "--inline"]
+    brought = call(pool.main, [*bring, "--data", str(later.ticket)])
+    assert brought.code == 0, brought.out + brought.err
+    before, after = (manifest(later.store, each) for each in (later.version, brought.out.split()[-1]))
+    assert before.carried is not None
+    assert after.carried is not None
+    assert after.carried[:2] == before.carried
+    assert after.parent == before.trained
+    ticket = after.carried[2]
+    assert (ticket.tokens.keys(), ticket.curve) == ({"dev.arrow", "test.arrow", "meta.json"}, None)
+    assert ticket.reflection.keys() == {"statistics"}
+    assert after.tasks[2].definition
+    assert call(pool.main, [*bring, "--data", str(later.ticket)]).out == brought.out
+    (tmp_path / "more.csv").write_text("input,output\n" + "".join(f"the ticket {i},late\n" for i in range(12)))
+    again = go_on(call, later.store, after.digest, "--task", "ticket", "--again", "--data", "more.csv")
+    assert again.code == 0, again.out + again.err
+    told = json.loads((later.store / "summary.json").read_text())
+    assert told["lessons"] == ["animal", "basket", "ticket", "ticket again"]
+    assert [len(row) for row in told["scores"]] == [1, 2, 3, 3]
+    # Of inputs alone it lacks what refit gives it, and nothing of the others is lost.
+    (tmp_path / "rows.txt").write_text("the first ticket\nthe second ticket\n")
+    bare = call(pool.main, [*bring, "--rows", "rows.txt"])
+    assert bare.code == 0, bare.err
+    version = manifest(later.store, bare.out.split()[-1])
+    assert version.carried is not None
+    assert version.carried[:2] == before.carried
+    refused = go_on(call, later.store, version.digest, "--task", "colour", "--data", "more.csv")
+    assert "sapt pool refit VERSION --task ticket --data PATH" in refused.err
+    refitted = call(
+        pool.main, ["refit", version.digest, "--task", "ticket", "--data", str(later.ticket), where, "--inline"]
+    )
+    assert refitted.code == 0, refitted.err
+    extended = go_on(call, later.store, refitted.out.split()[-1], "--task", "colour", "--data", "more.csv", "--dry-run")
+    assert extended.code == 0, extended.err
+
+
+def test_data_that_is_none_changes_nothing(later: Learnt, call: Call, tmp_path: Path) -> None:
+    where = f"store.uri={later.store}"
+    folder = str(tmp_path / "adapter")
+    assert (
+        call(pool.main, ["export", "--snapshot", later.version, "--task", "animal", "--out", folder, where]).code == 0
+    )
+    objects = sorted(later.store.rglob("*"))
+    bring = ["import", folder, "--onto", later.version, "--inline", where]
+    missing = call(pool.main, [*bring, "--task", "ticket", "--data", "none.csv"])
+    assert (missing.code, "none.csv" in missing.err) == (2, True)
+    named = call(pool.main, [*bring, "--task", "Basket", "--data", str(later.ticket)])
+    assert (named.code, "which differs in case alone" in named.err) == (2, True)
+    kind = call(pool.main, [*bring, "--task", "ticket", "--data", str(later.ticket), "pet.r=4"])
+    assert (kind.code, "pet.r 4 (was 8)" in kind.err) == (2, True)
+    trained = manifest(later.store, later.version).trained
+    poor = call(
+        pool.main, ["import", folder, "--onto", str(trained), "--task", "ticket", "--data", str(later.ticket), where]
+    )
+    assert (poor.code, "sapt pool refit VERSION --task animal" in poor.err) == (2, True)
+    assert sorted(later.store.rglob("*")) == objects

@@ -109,7 +109,7 @@ def test_a_version_is_whole_or_all_that_is_not_is_told(two: Pool) -> None:
     assert said.count("\n  - ") == 2
 
 
-def test_a_champion_is_made_and_taken_back(two: Pool) -> None:
+def test_a_champion_is_made_and_taken_back(two: Pool, tmp_path: Path) -> None:
     assert "sapt has no champion" in two.refused("rollback").err
     assert two("promote", "1", "--inline").code == 0
     assert "no version that was champion before version 1" in two.refused("rollback").err
@@ -119,11 +119,13 @@ def test_a_champion_is_made_and_taken_back(two: Pool) -> None:
     first, second = two.registry.versions()
     assert (second.tags["promoted.why"], second.tags["promoted.over"]) == ("knows baskets", "1")
     assert second.tags["promoted.by"]
-    scores = {row["task"]: row for row in json.loads(second.tags["promoted.scores"])}
-    assert (scores["animal"]["candidate"], scores["animal"]["champion"]) == (50.0, 50.0)
     assert first.run_id is not None
-    kept = client_of(two.registry.config.uri).list_artifacts(first.run_id, "promotions")
-    assert [each.path.split("-")[1] for each in kept] == ["1", "2"]
+    client = client_of(two.registry.config.uri)
+    kept = [each.path for each in client.list_artifacts(first.run_id, "promotions")]
+    assert [path.split("-")[1] for path in kept] == ["1", "2"]
+    told = json.loads(Path(client.download_artifacts(first.run_id, kept[1], str(tmp_path))).read_text())
+    scores = {row["task"]: row for row in told["scores"]}
+    assert (scores["animal"]["candidate"], scores["animal"]["champion"]) == (50.0, 50.0)
     assert two("rollback").code == 0
     assert two.aliases() == [("champion",), ("previous",)]
     assert two.registry.versions()[0].tags["promoted.why"] == "rolled back from version 2"

@@ -17,6 +17,7 @@ def test_all_tasks_or_as_many_as_there_is_room_for(tasks: int) -> None:
         tasks=[SimpleNamespace(name=name) for name in names],
         method=SimpleNamespace(name="sapt"),
         backbone=SimpleNamespace(path="t5"),
+        again=None,
     )
     metrics = {"ap": 50.0, "f_ra": 1.0, **{f"score/{name}": 50.0 for name in names}}
     text = describe(manifest, "quickstart", metrics, {f"score/{name}": 52.0 for name in names[:-1]})

@@ -6,44 +6,16 @@ import csv
 import json
 import re
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
-from pipelines import continual, extend
-from sapt_core.config.experiment import load_config
-from sapt_core.data import load_sequence
+from pipelines import continual
 from sapt_core.data.task import Task
-from sapt_core.versions.manifest import Manifest
-from tests.pipelines.commands import QUICKSTART, ROOT, TINY, Outcome, write_task
-
-Call = Callable[[Callable[[], None], list[str]], Outcome]
-NAMES = ("animal", "basket", "ticket")
-FOLDERS = (
-    "benchmark.suite=folder",
-    "benchmark.template=superni",
-    "benchmark.train_rows=null",
-    "benchmark.test_rows=null",
-)
-
-
-class Learnt(NamedTuple):
-    """A store with a version of two tasks, its digest, and the folder of a third."""
-
-    store: Path
-    version: str
-    ticket: Path
-
-
-@pytest.fixture(scope="module")
-def tasks() -> dict[str, Task]:
-    rows = [override for override in TINY if not override.startswith("benchmark.tasks")]
-    config = load_config(QUICKSTART, [*rows, f"benchmark.tasks={','.join(NAMES)}"])
-    return {task.name: task for task in load_sequence(config.benchmark)}
+from tests.pipelines.commands import QUICKSTART, TINY, write_task
+from tests.pipelines.extensions import FOLDERS, NAMES, Call, Learnt, go_on, manifest
 
 
 @pytest.fixture
@@ -60,11 +32,6 @@ def learn(call: Call, store: Path, data: Path, names: Sequence[str], *overrides:
     assert ended.code == 0, ended.out + ended.err
     summary: dict[str, Any] = json.loads((store / "summary.json").read_text())
     return summary
-
-
-def go_on(call: Call, store: Path, version: str, *given: str) -> Outcome:
-    summary = ["--summary", str(store / "summary.json")]
-    return call(extend.main, ["--snapshot", version, *given, "--inline", *summary, f"store.uri={store}"])
 
 
 def test_a_task_that_comes_later_ends_in_the_version_of_one_run(
@@ -84,34 +51,6 @@ def test_a_task_that_comes_later_ends_in_the_version_of_one_run(
     page = next(line for line in ended.out.splitlines() if line.startswith("report: ")).removeprefix("report: ")
     assert "All 3" in Path(page).read_text()
     assert "train[00" not in ended.out
-
-
-@pytest.fixture(scope="module")
-def learnt(tasks: dict[str, Task], tmp_path_factory: pytest.TempPathFactory) -> Learnt:
-    """Two tasks learnt, and their data gone."""
-    folder = tmp_path_factory.mktemp("learnt")
-    for task in tasks.values():
-        write_task(folder / "data", task)
-    overrides = ["reflection.source=statistics", "evaluation.single_task=false"]
-    given = [*TINY, *FOLDERS, f"benchmark.data_dir={folder / 'data'}", "benchmark.tasks=animal,basket", *overrides]
-    summary = folder / "store/summary.json"
-    command = [sys.executable, "-m", "pipelines.continual", "--config", QUICKSTART, "--inline", *given]
-    subprocess.run([*command, f"store.uri={folder / 'store'}", "--summary", str(summary)], cwd=ROOT, check=True)
-    for name in ("animal", "basket"):
-        shutil.rmtree(folder / "data" / name)
-    return Learnt(folder / "store", json.loads(summary.read_text())["snapshot"], folder / "data" / "ticket")
-
-
-@pytest.fixture
-def later(learnt: Learnt, tmp_path: Path) -> Learnt:
-    """With a store of the test's own."""
-    shutil.copytree(learnt.store, tmp_path / "store")
-    return learnt._replace(store=tmp_path / "store")
-
-
-def manifest(store: Path, digest: str) -> Manifest:
-    (path,) = (path for path in store.rglob(digest) if path.is_file())
-    return Manifest.from_bytes(path.read_bytes())
 
 
 def test_a_file_of_rows(

@@ -170,7 +170,7 @@ def test_exactly_what_may_stay_is_found(
     assert found(Path()) == {**shown, **stays}
 
 
-@pytest.mark.parametrize(("given", "shown"), [([], {"test": 6}), (NOTHING, {})], ids=["all", "nothing"])
+@pytest.mark.parametrize(("given", "shown"), [([], {"test": 8}), (NOTHING, {})], ids=["all", "nothing"])
 def test_mlflow_is_told_of_no_row_that_may_not_stay(
     given: list[str], shown: dict[str, int], learn: Learn, sqlite_tracking: TrackingConfig, tmp_path: Path
 ) -> None:

@@ -41,6 +41,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "given": (),
     "memory": (),
     "statistics": (*POOLED, "training/reflection"),
+    "joined": ("training/reflection",),
     "train": (*TOKENS, *TRAINING, "training/reflection", "training/rehearsal"),
     "complete": ("versions/manifest",),
     "carried": (),

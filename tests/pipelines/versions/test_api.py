@@ -63,7 +63,7 @@ def test_what_is_refused(finished: Finished, tmp_path: Path) -> None:
         pool.generate("x")
     with pytest.raises(SaptError, match="kept names ticket"):
         pool.learn(task, config, kept={"ticket": ["x"]})
-    with pytest.raises(SaptError, match="has learnt animal already"):
+    with pytest.raises(SaptError, match="the version has learnt it: give"):
         pool.learn(sapt_core.make_task("animal", [("a", "b")] * 4), config)
     with pytest.raises(SnapshotError, match="other settings"):
         pool.learn(task, sapt_core.load_config(QUICKSTART, [*TINY, "pet.r=4"]))

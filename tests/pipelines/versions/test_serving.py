@@ -25,6 +25,7 @@ from mlflow.pyfunc.scoring_server import invocations
 from cluster.store import LocalStore
 from pipelines import sapt
 from sapt_core.data.templates import TEMPLATES
+from sapt_core.errors import StoreError
 from sapt_core.methods.base import find_method
 from sapt_core.settings import TrackingConfig
 from sapt_core.versions.manifest import Manifest
@@ -97,6 +98,16 @@ def test_the_task_puts_its_prompt_around_an_input(model: PyFuncModel) -> None:
     prompt = "".join(TEMPLATES[task.template].pieces(task.definition, "ada met a grey fox."))
     told = model.predict(pd.DataFrame({"input": ["ada met a grey fox."], "task": ["animal"]}))
     assert told.equals(model.predict(pd.DataFrame({"prompt": [prompt]})))
+
+
+def test_a_store_that_has_moved(model: PyFuncModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = model.predict({"prompt": "a fox"})
+    Path("runs/store").rename(tmp_path / "elsewhere")
+    with pytest.raises(StoreError) as refused:
+        mlflow.pyfunc.load_model("models:/quickstart@latest")
+    assert "SAPT_STORE says where" in "".join(refused.value.__notes__)
+    monkeypatch.setenv("SAPT_STORE", str(tmp_path / "elsewhere"))
+    assert mlflow.pyfunc.load_model("models:/quickstart@latest").predict({"prompt": "a fox"}).equals(told)
 
 
 BAD = ["good", None, 3, "", "  ", "b " * 2000]
