@@ -136,7 +136,7 @@ def _ground(arguments: argparse.Namespace, config: ExperimentConfig | None) -> _
         suite = read.suite if read.suite in TEMPLATES else "superni"
         usual = {
             "template": read.template or suite,
-            "metric": read.metric or METRICS.get(read.suite, "exact_match"),
+            "metric": next(iter(read.metrics), METRICS.get(read.suite, "exact_match")),
             "max_source_tokens": read.max_source_tokens,
             "max_target_tokens": read.max_target_tokens,
         }

@@ -16,6 +16,7 @@ from cluster.store.lookups import Lookups
 from pipelines.reports.answers import Answer, drawn, read_predictions
 from pipelines.sequence.experiment import Experiment
 from pipelines.sequence.making import StageMaker
+from pipelines.sequence.scored import Scored, read_scored
 from sapt_core.data.prepare import read_split
 from sapt_core.io.hashing import canonical_hash
 from sapt_core.judging.analysis import (
@@ -75,6 +76,7 @@ class Findings:
         experiment: the sequence.
         manifest: version T.
         matrix: scores of these T tasks; single-task scores if all T are there.
+        scored: the same of the T versions with their confidence intervals, and metrics beside the leading one.
         curves: training curve of every task.
         attention: None for a method without shared attention.
         reflected: for each task whether later ones reflect on anything of it.
@@ -89,6 +91,7 @@ class Findings:
     experiment: Experiment
     manifest: Manifest
     matrix: ScoreMatrix
+    scored: tuple[tuple[Scored, ...], ...]
     curves: tuple[Curve, ...]
     attention: AttentionFindings | None
     reflected: tuple[bool, ...]
@@ -162,8 +165,8 @@ def bare_scores(experiment: Experiment, known: Lookups) -> dict[str, float]:
     graph = experiment.graph
     make = StageMaker(experiment.config, experiment.backbone, {}, 0)
     stages = {
-        name: make.zero_shot(f"zero_shot[{name}]", prepared)
-        for name, prepared in zip(graph.tasks, graph.prepare, strict=True)
+        task.name: make.zero_shot(f"zero_shot[{task.name}]", prepared, task.metrics)
+        for task, prepared in zip(experiment.every_task, graph.prepare, strict=True)
     }
     there = done(list(stages.values()), known)
     return {name: there[stage].metrics["score"] for name, stage in stages.items() if stage in there}
@@ -222,6 +225,7 @@ def collect(
             tuple(tuple(record.metrics["score"] for record in row) for row in scored),
             tuple(single) if len(single) == version else None,
         ),
+        scored=tuple(tuple(map(read_scored, row)) for row in scored),
         curves=tuple(read_curve(record, store) for record in learnt),
         attention=attention,
         reflected=tuple(bool(record and record.metrics["bytes"]) for record in kept) + (False,) * (version - len(kept)),
@@ -235,7 +239,9 @@ def collect(
         constant=tuple(
             None
             if answer is None or not rows
-            else constant_score(task.metric, answer, [row["references"] for row in rows])
+            else constant_score(
+                task.metric, answer, [row["references"] for row in rows], [row["input"] for row in rows]
+            )
             for task, answer, rows in zip(manifest.tasks, commonest, after, strict=True)
         ),
         bare=tuple(bare.get(name) for name in graph.tasks[:version]),

@@ -134,6 +134,7 @@ def own_settings(
             "tasks": list(tasks),
             "template": newest.template,
             "metric": newest.metric,
+            "answers": "labels" if newest.labels else "free",
             "max_source_tokens": recipe.max_source_tokens,
             "max_target_tokens": recipe.max_target_tokens,
             "dev_fraction": recipe.dev_fraction,

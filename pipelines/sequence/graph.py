@@ -128,7 +128,10 @@ def build_graph(
     chain = _chain(make, every, base)
     prepare, kept, train = chain.prepare, chain.kept, chain.train
     evaluate = tuple(
-        tuple(make.evaluation(f"evaluate[v{i:02d} on {labels[j]}]", version, prepare[j]) for j in range(i + 1))
+        tuple(
+            make.evaluation(f"evaluate[v{i:02d} on {labels[j]}]", version, prepare[j], every[j].metrics)
+            for j in range(i + 1)
+        )
         for i, version in enumerate(train)
     )
     single: tuple[Stage, ...] = ()
@@ -138,8 +141,8 @@ def build_graph(
             for label, task, prepared in zip(labels, tasks, prepare, strict=True)
         ]
         single = tuple(
-            make.evaluation(f"evaluate[single {label}]", version, prepared)
-            for label, version, prepared in zip(labels, alone, prepare, strict=True)
+            make.evaluation(f"evaluate[single {label}]", version, prepared, task.metrics)
+            for label, version, prepared, task in zip(labels, alone, prepare, tasks, strict=True)
         )
     quality = tuple(
         Stage(
@@ -177,13 +180,13 @@ def build_graph(
     prepared_unseen = [make.preparation(f"prepare[unseen {task.name}]", task) for task in unseen]
     transfer = tuple(
         tuple(
-            make.evaluation(f"evaluate[v{i:02d} on unseen {task.name}]", version, prepared)
+            make.evaluation(f"evaluate[v{i:02d} on unseen {task.name}]", version, prepared, task.metrics)
             for task, prepared in zip(unseen, prepared_unseen, strict=True)
         )
         for i, version in enumerate(train)
     )
     zero_shot = tuple(
-        make.zero_shot(f"zero_shot[{task.name}]", prepared)
+        make.zero_shot(f"zero_shot[{task.name}]", prepared, task.metrics)
         for task, prepared in zip(unseen, prepared_unseen, strict=True)
     )
     lineage = _lineage(chain, base)

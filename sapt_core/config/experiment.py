@@ -164,7 +164,19 @@ class ExperimentConfig(PlacesConfig):
             "train": {"checkpoint_every_steps"},
             "reflection": {"data_dir"},
         }
-        return canonical_hash(self.model_dump(mode="json", exclude=unread))
+        return canonical_hash(self.hashed(unread))
+
+    def hashed(self, unread: Any) -> dict[str, Any]:
+        """The fields that a hash is taken of.
+
+        Args:
+            unread: those that are left out, as pydantic has it; so are those that say nothing where they stand at their
+                default, which earlier releases lack.
+        """
+        fields = self.model_dump(mode="json", exclude=unread)
+        if self.benchmark.answers == "free":
+            del fields["benchmark"]["answers"]
+        return fields
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> ExperimentConfig:

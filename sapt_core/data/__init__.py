@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from sapt_core.data.cl_benchmark import load_folders, load_inputs
 from sapt_core.data.task import Task
 from sapt_core.errors import DataError
@@ -27,4 +29,4 @@ def load_sequence(config: BenchmarkConfig) -> tuple[Task, ...]:
     if torn:
         fault = f"{', '.join(torn)}: nothing would part definition and input; give superni or long_sequence"
         raise DataError("benchmark.template=none is for inputs that are whole prompts:", [fault])
-    return tasks
+    return tuple(replace(task, other_metrics=config.metrics[1:], answers=config.answers) for task in tasks)

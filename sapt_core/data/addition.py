@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sapt_core.data.cl_benchmark import read_task
@@ -20,7 +20,8 @@ class Addition:
         name: what the pool calls it.
         path: a folder of the CL_Benchmark layout, or one file of rows, of which test rows are split off.
         definition: the instruction; default: what the rows or the folder say.
-        template, metric: default: those of the benchmark section.
+        template, metric: default: those of the benchmark section. Of several metrics, with commas between them, the
+            first leads.
     """
 
     name: str
@@ -37,19 +38,21 @@ def load_additions(additions: Sequence[Addition], config: BenchmarkConfig) -> tu
         DataError: with every fault of every task's files.
     """
     faults: list[str] = []
-    tasks = [
-        read_task(
+    found: list[Task] = []
+    for addition in additions:
+        given = [part.strip() for part in (addition.metric or "").split(",") if part.strip()]
+        leading, *others = given or config.metrics or ("rouge_l",)
+        task = read_task(
             addition.path,
             config,
             addition.template or config.template or "none",
-            addition.metric or config.metric or "rouge_l",
+            leading,
             faults,
             name=addition.name,
             definition=addition.definition,
         )
-        for addition in additions
-    ]
-    found = tuple(task for task in tasks if task is not None)
+        if task is not None:
+            found.append(replace(task, other_metrics=tuple(others), answers=config.answers))
     if faults:
         raise DataError("The tasks cannot be learnt:", faults)
-    return found
+    return tuple(found)

@@ -129,7 +129,7 @@ def load_folders(config: BenchmarkConfig) -> tuple[Task, ...]:
         raise DataError("The task data cannot be read:", [f"benchmark.data_dir: {data_dir} is not a folder"])
     faults: list[str] = []
     folders = _folders(config, data_dir, faults)
-    template, metric = config.template or config.suite, config.metric or METRICS.get(config.suite)
+    template, metric = config.template or config.suite, next(iter(config.metrics), METRICS.get(config.suite))
     if metric is None:
         raise ValueError("suite folder was validated without a metric")
     tasks = [task for name in folders if (task := read_task(data_dir / name, config, template, metric, faults))]

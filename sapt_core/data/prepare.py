@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 NO_ROOM = "Prompts do not fit the model's input:"
 SPLITS = ("train", "dev", "test")
 TOLD = ("name", "definition", "template", "metric")  # of a task, in a blob beside its splits
+TOLD_OF_SOME = ("other_metrics", "labels")  # there only where a task has any
 SCHEMA = pa.schema(
     {
         "prompt_ids": pa.list_(pa.int32()),
@@ -165,6 +166,11 @@ class PromptEncoder:
             for prompt, ids in zip(located, whole, strict=True)
         ]
 
+    def ends(self, template: str, definition: str, inputs: Sequence[str]) -> list[str]:
+        """What prompts end in, all that the ids of answers behind them can depend on: the last letter, and blanks."""
+        prompts, blanks = self._prompts(template, definition, inputs)
+        return ["".join(prompt)[-1:] + blank for prompt, blank in zip(prompts, blanks, strict=True)]
+
     def text(self, text: str) -> list[int]:
         """Ids of a text that is no prompt of a task, with the special tokens that a prompt has."""
         return [*self._prefix, *self._ids([text])[0], *self._suffix]
@@ -286,7 +292,7 @@ class PreparedTask:
     """One task as token ids.
 
     Attributes:
-        name, definition, template, metric: as in ``Task``.
+        name, definition, template, metric, other_metrics, labels: as in ``Task``.
         train, dev, test: columns ``prompt_ids``, ``answer_ids`` (of the first reference; ends with EOS),
             ``query_start`` (see ``EncodedPrompt``), ``input`` and ``references``.
         truncated: for each split how many ``prompts`` and ``answers`` were too long and cut; in no blob.
@@ -300,6 +306,13 @@ class PreparedTask:
     dev: datasets.Dataset
     test: datasets.Dataset
     truncated: dict[str, dict[str, int]] = field(default_factory=dict)
+    other_metrics: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """All metrics, the leading one first."""
+        return (self.metric, *self.other_metrics)
 
     def to_blobs(self) -> dict[str, bytes]:
         """``train.arrow``, ``dev.arrow``, ``test.arrow`` (Arrow IPC streams) and ``meta.json``.
@@ -308,6 +321,7 @@ class PreparedTask:
         them does not depend on the others. ``meta.json`` of earlier releases counted the rows of all.
         """
         meta = {name: getattr(self, name) for name in TOLD}
+        meta |= {name: list(told) for name in TOLD_OF_SOME if (told := getattr(self, name))}
         blobs = {f"{split}.arrow": _stream(getattr(self, split)) for split in SPLITS}
         return {**blobs, "meta.json": json.dumps(meta, indent=1, sort_keys=True).encode()}
 
@@ -317,7 +331,8 @@ class PreparedTask:
         meta = json.loads(blobs["meta.json"])
         names = {split: f"{split}.arrow" for split in SPLITS}
         splits = {split: read_split(blobs[name]) if name in blobs else _no_rows() for split, name in names.items()}
-        return cls(**{name: meta[name] for name in TOLD}, **splits)
+        some: dict[str, Any] = {name: tuple(meta.get(name, ())) for name in TOLD_OF_SOME}
+        return cls(**{name: meta[name] for name in TOLD}, **some, **splits)
 
 
 def _no_rows() -> datasets.Dataset:
@@ -367,7 +382,16 @@ def prepare_task(
             "prompts": sum(row.prompt.truncated for row in encoded),
             "answers": sum(row.answer_cut for row in encoded),
         }
-    return PreparedTask(task.name, task.definition, task.template, task.metric, **tables, truncated=truncated)
+    return PreparedTask(
+        task.name,
+        task.definition,
+        task.template,
+        task.metric,
+        **tables,
+        truncated=truncated,
+        other_metrics=task.other_metrics,
+        labels=task.labels,
+    )
 
 
 def check_fits(

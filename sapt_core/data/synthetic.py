@@ -205,7 +205,7 @@ def _task(name: str, train_rows: int, test_rows: int, config: BenchmarkConfig) -
         dev=tuple(row for index, row in enumerate(rows) if index in dev),
         test=_rows(name, test_rows, test=True),
         template=config.template or "superni",
-        metric=config.metric or "exact_match",
+        metric=next(iter(config.metrics), "exact_match"),
     )
 
 

@@ -20,7 +20,7 @@ from sapt_core.data.templates import TEMPLATES
 from sapt_core.errors import FaultsError
 from sapt_core.io.blobs import BlobStore
 from sapt_core.judging.decoding import pooled_embeddings
-from sapt_core.judging.metrics import METRICS
+from sapt_core.judging.scoring.named import metric_faults
 from sapt_core.methods.base import Kept, Method
 from sapt_core.pool.blocks.base import embedding_matrix
 from sapt_core.pool.model import SaptModel
@@ -129,9 +129,9 @@ def task_faults(task: LearntTask, parent: Manifest | None) -> list[str]:
         faults.append("the task's name is blank")
     elif (there := known.get(task.name.casefold())) is not None:
         faults.append(f"the version has learnt {there} already: give the task another name than {task.name}")
-    for what, given, allowed in (("template", task.template, TEMPLATES), ("metric", task.metric, METRICS)):
-        if given not in allowed:
-            faults.append(f"there is no {what} {given!r}; there are: {', '.join(allowed)}")
+    if task.template not in TEMPLATES:
+        faults.append(f"there is no template {task.template!r}; there are: {', '.join(TEMPLATES)}")
+    faults += metric_faults([task.metric])
     if task.template == "none" and task.definition:
         faults.append("with template none inputs are whole prompts: leave the definition empty")
     return faults
