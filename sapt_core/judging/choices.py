@@ -71,8 +71,8 @@ class Choices:
         faults = []
         if self.cut:
             faults.append(
-                f"{_listed(self.cut)} {_be(self.cut)} longer than the {max_target_tokens} tokens that an answer may "
-                f"have: raise benchmark.max_target_tokens"
+                f"{_listed(self.cut)}: longer, with their end, than benchmark.max_target_tokens={max_target_tokens}: "
+                "raise it"
             )
         alike: dict[tuple[int, ...], list[str]] = {}
         for label, path in zip(self.labels, self.ids, strict=True):
@@ -149,7 +149,3 @@ def task_choices(
 def _listed(labels: Sequence[str], most: int = 5) -> str:
     shown = ", ".join(map(repr, labels[:most]))
     return shown if len(labels) <= most else f"{shown} and {len(labels) - most} more"
-
-
-def _be(labels: Sequence[str]) -> str:
-    return "is" if len(labels) == 1 else "are"
