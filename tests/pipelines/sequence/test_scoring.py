@@ -28,7 +28,8 @@ Call = Callable[[Callable[[], None], list[str]], Outcome]
 DOCS = (ROOT / "docs/metrics.md").read_text()
 (SOURCE,) = re.findall(r"```python\n(.*?)```", DOCS, flags=re.DOTALL)
 ((_, _, *COMMAND),) = [
-    shlex.split(block.replace("\\\n", " ")) for block in re.findall(r"(?:^    .*\n)+", DOCS, flags=re.MULTILINE)
+    shlex.split(block.replace("\\\n", " "))
+    for block in re.findall(r"^    sapt (?:.*\n    )*.*\n", DOCS, flags=re.MULTILINE)
 ]
 OTHERS = ["chrf", "macro_f1", "scores:first_word"]  # as records have them: by name
 
@@ -92,13 +93,16 @@ def test_metrics_and_labels_from_the_config_to_answers(call: Call, folder: Path)
     # Another task goes on with the labels of its own, and known ones are scored by all of their metrics.
     (third,) = synthetic_sequence(BenchmarkConfig(suite="synthetic", tasks=("loan",), train_rows=12, test_rows=6))
     write_task(folder / "data", third)
-    grown = ["--snapshot", summary["snapshot"], "--task", "loan", "--data", "data/loan", "--metric", "accuracy,bleu"]
+    grown = ["--snapshot", summary["snapshot"], "--task", "loan", "--data", "data/loan", "--metric"]
     shorter = ["store.uri=store", "train.epochs=1", "generator.steps=2", "--inline", "--summary", "grown.json"]
-    went_on = call(extend.main, [*grown, *shorter])
+    refused = call(extend.main, [*grown, "accuracy,bleu", *shorter])
+    assert refused.code == 2
+    assert "loan: metric bleu is 0 of the right answers themselves" in refused.err
+    went_on = call(extend.main, [*grown, "accuracy,edit_similarity", *shorter])
     assert went_on.code == 0, went_on.err
     others = json.loads(Path("grown.json").read_text())["other_scores"]
     assert set(others["chrf"]) == {"review", "ticket"}
-    assert set(others["bleu"]) == {"loan"}
+    assert set(others["edit_similarity"]) == {"loan"}
 
 
 def test_another_function_scores_anew_and_learns_nothing(call: Call, folder: Path) -> None:
