@@ -48,6 +48,8 @@ def main() -> None:
 def evaluate(manifest: Manifest, store: BlobStore, tasks: Sequence[Task], config: ExperimentConfig) -> dict[str, Any]:
     """Scores (0 to 100) and mean mixture weights of a version on the rows of ``tasks`` that are scored.
 
+    Every score has its confidence interval (95 %), and metrics beside the leading one stand under ``others``.
+
     Args:
         manifest: the version.
         store: holds its blobs and those of its backbone.
@@ -70,7 +72,7 @@ def evaluate(manifest: Manifest, store: BlobStore, tasks: Sequence[Task], config
             is_encoder_decoder=bool(model.config.is_encoder_decoder),
             joined=manifest.backbone.joined,
         )
-        score, weights, predictions = score_version(
+        found, weights, predictions = score_version(
             manifest,
             prepared,
             store,
@@ -84,7 +86,9 @@ def evaluate(manifest: Manifest, store: BlobStore, tasks: Sequence[Task], config
                 "learnt": task.name in learnt,
                 "rows": len(predictions),
                 "metric": task.metric,
-                "score": score,
+                "score": found[task.metric].score,
+                "interval": [found[task.metric].low, found[task.metric].high],
+                "others": {name: found[name]._asdict() for name in task.other_metrics},
                 "weights": dict(zip(manifest.blocks_for(task.name), weights.mean(dim=0).tolist(), strict=True)),
             }
         )
@@ -94,12 +98,12 @@ def evaluate(manifest: Manifest, store: BlobStore, tasks: Sequence[Task], config
 def _show(figures: dict[str, Any]) -> None:
     from rich.table import Table
 
-    from pipelines.console.tables import wide_console
+    from pipelines.console.tables import interval, wide_console
 
     title = f"Version {figures['snapshot'][:12]} of {figures['method']}, {len(figures['learnt'])} tasks learnt"
     table = Table(title=title, title_justify="left")
-    for column in ("task", "learnt", "rows", "metric", "score", "mean weight of blocks"):
-        table.add_column(column, justify="right" if column in {"rows", "score"} else "left")
+    for column in ("task", "learnt", "rows", "metric", "score", "95 %", "mean weight of blocks"):
+        table.add_column(column, justify="right" if column in {"rows", "score", "95 %"} else "left")
     for row in figures["tasks"]:
         heaviest = sorted(row["weights"].items(), key=lambda item: -item[1])[:BLOCKS_SHOWN]
         table.add_row(
@@ -108,8 +112,11 @@ def _show(figures: dict[str, Any]) -> None:
             str(row["rows"]),
             row["metric"],
             f"{row['score']:.1f}",
+            interval(row["interval"]),
             ", ".join(f"{block} {weight:.0%}" for block, weight in heaviest),
         )
+        for name, other in row["others"].items():
+            table.add_row("", "", "", name, f"{other['score']:.1f}", interval((other["low"], other["high"])), "")
     wide_console().print(table)
 
 

@@ -54,7 +54,11 @@ def main() -> None:
     parser.add_argument("--tasks", type=Path, metavar="FILE", help="the new tasks as a YAML file (docs/data.md)")
     parser.add_argument("--definition", action="append", metavar="TEXT", help="its instruction, if the rows have none")
     parser.add_argument("--template", help="of the prompts (default: that of the version's newest task)")
-    parser.add_argument("--metric", help="of the scores (default: that of the version's newest task)")
+    parser.add_argument(
+        "--metric",
+        help="of the scores, or several with commas between them, the leading one first (default: that of the "
+        "version's newest task)",
+    )
     cli.add_run(parser)
     arguments = cli.parse(parser)
     _check_tasks(parser, arguments)

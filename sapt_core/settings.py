@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
+from sapt_core.metric_settings import METRIC_NAMES, MetricList, metric_names
 from sapt_core.task_settings import (
     HUB_REVISION,
-    MetricName,
     NameList,
     Section,
     TaskDefaults,
@@ -52,10 +52,17 @@ class BenchmarkConfig(Section):
     template: TemplateName | None = Field(
         None, description="Prompt; default: the suite's. none: inputs are whole prompts, as TRACE's are."
     )
-    metric: MetricName | None = Field(
+    metric: MetricList | None = Field(
         None,
-        description="Score; default: the suite's. rouge_l sees a-z and 0-9 alone, as published, and exact_match "
-        "leaves out ASCII punctuation; the unicode ones take words and punctuation of any script.",
+        description="Score, or several with the leading one first; default: the suite's. There are "
+        f"{', '.join(METRIC_NAMES)} and package.module:function of your own (docs/metrics.md). rouge_l sees a-z and "
+        "0-9 alone, as published, and exact_match leaves out ASCII punctuation; the unicode ones take words and "
+        "punctuation of any script.",
+    )
+    answers: Literal["free", "labels"] = Field(
+        "free",
+        description="What may be answered: anything, or one of the task's labels: its label_names or, where it has "
+        "none, the answers of its train rows.",
     )
     max_source_tokens: int = Field(
         512, ge=8, description="Longest prompt; a longer one loses tokens from the middle of its input."
@@ -65,6 +72,11 @@ class BenchmarkConfig(Section):
     test_rows: int | None = Field(None, ge=1, description="First so many test rows; default: all.")
     dev_fraction: float = Field(0.1, gt=0, lt=1, description="Share of the train rows that is split off as dev.")
     split_seed: int = Field(0, ge=0, description="Seed of the dev split; apart from `seed`, so that seeds share it.")
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The metrics, the leading one first; none where the suite says which."""
+        return metric_names(self.metric)
 
     @model_validator(mode="before")
     @classmethod

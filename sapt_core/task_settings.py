@@ -20,6 +20,8 @@ from pydantic import (
     model_validator,
 )
 
+from sapt_core.metric_settings import MetricList
+
 HUB_REVISION = r"^[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)*$"
 
 
@@ -40,7 +42,6 @@ NameList = Annotated[tuple[str, ...], BeforeValidator(_names, json_schema_input_
 
 HUB_ID = r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)?"
 TemplateName: TypeAlias = Literal["superni", "long_sequence", "none"]
-MetricName: TypeAlias = Literal["rouge_l", "exact_match", "rouge_l_unicode", "exact_match_unicode"]
 
 
 class Section(BaseModel):
@@ -105,7 +106,9 @@ class TaskDefaults(Section):
     columns: ColumnsConfig = Field(ColumnsConfig(), description="What is read, and what answered.")
     definition: str | None = Field(None, description="Instruction before every input; default: the data's own.")
     template: TemplateName | None = Field(None, description="Prompt; default: benchmark.template.")
-    metric: MetricName | None = Field(None, description="Score; default: benchmark.metric.")
+    metric: MetricList | None = Field(
+        None, description="Score, or several with the leading one first; default: benchmark.metric."
+    )
     label_names: LabelNames | None = Field(
         None,
         min_length=1,

@@ -58,6 +58,10 @@ class Record(_Frozen):
         trained_parameters: for the last task; None in records of earlier releases, as the two below.
         stored_bytes: of the last version and its method's state, without the backbone and what reflection keeps.
         forward_cost: operations of a forward of the last version, as a multiple of the backbone's.
+        intervals: row i holds the ends of the confidence intervals of row i of ``scores``, None where an earlier
+            release scored.
+        other_scores: by metric beside the leading one, and by task, what the last version scores, with the ends of the
+            confidence interval.
     """
 
     schema_version: Literal[1] = 1
@@ -86,6 +90,8 @@ class Record(_Frozen):
     stored_bytes: int | None = None
     forward_cost: float | None = None
     config: dict[str, Any] | None = None
+    intervals: tuple[tuple[tuple[float, float] | None, ...], ...] = ()
+    other_scores: dict[str, dict[str, tuple[float, float, float]]] = {}
 
     @property
     def place(self) -> Place:
@@ -140,6 +146,8 @@ def record_of(cell: Cell, monitor: Monitor) -> Record:
         stored_bytes=stored_bytes(monitor.manifest(len(experiment.tasks) - 1), monitor.store),
         forward_cost=_rounded(cost["forward_cost"]),
         config=_config(cell),
+        intervals=_rounded(summary["intervals"]),
+        other_scores=_rounded(summary["other_scores"]),
     )
 
 

@@ -70,13 +70,16 @@ def results(comparison: Comparison, records: Sequence[Record]) -> Results:
     }
     used = [record for group in groups.values() for record in group]
     transfer = any(record.unseen for record in used)
-    header = ["row", "cells", "AP", "alone", "F.Ra", "FWT", "BWT", *(["unseen"] if transfer else [])]
+    others = list(dict.fromkeys(name for record in used for name in record.other_scores))
+    header = ["row", "cells", "AP", *(f"AP {name}" for name in others)]
+    header += ["alone", "F.Ra", "FWT", "BWT", *(["unseen"] if transfer else [])]
     header += ["trained", "stored", "forward", "train s", "source s", "kept", "note"]
     rows = []
     for row in comparison.config.rows:
         group = groups[row.name]
         figures: list[list[float | None]] = [
             [record.figures.ap for record in group],
+            *([_other(record, name) for record in group] for name in others),
             [fmean(record.single) if record.single else None for record in group],
             [record.figures.f_ra for record in group],
             [record.figures.fwt for record in group],
@@ -103,7 +106,10 @@ def results(comparison: Comparison, records: Sequence[Record]) -> Results:
     shown = [
         index
         for index, name in enumerate(header)
-        if chosen is None or name in chosen or name in {"row", "cells", "note"}
+        if chosen is None
+        or name in chosen
+        or name in {"row", "cells", "note"}
+        or (name.startswith("AP ") and "AP" in chosen)
     ]
     header, rows = [header[i] for i in shown], [tuple(row[i] for i in shown) for row in rows]
     attention = _attention(used) if comparison.config.attention else ()
@@ -169,6 +175,12 @@ def _progress(records: Sequence[Record]) -> tuple[float, ...]:
 
 def _transfer(record: Record) -> float | None:
     return fmean(scores[-1] for scores in record.unseen.values()) if record.unseen else None
+
+
+def _other(record: Record, name: str) -> float | None:
+    """Mean over the tasks that have a metric beside their leading one."""
+    scores = record.other_scores.get(name)
+    return fmean(score for score, _, _ in scores.values()) if scores else None
 
 
 def _spread(values: Sequence[float | None]) -> str:

@@ -40,6 +40,11 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def interval(ends: Sequence[float] | None) -> str:
+    """The ends of a confidence interval of a score; nothing where there is none."""
+    return "" if ends is None else f"{ends[0]:.1f}–{ends[1]:.1f}"
+
+
 def _markdown(text: str) -> str:
     """Text for a cell: nothing in it ends the cell, begins a tag or is taken for a code's or a link's mark."""
     return re.sub(r"([\\|`*\[\]<])", r"\\\1", " ".join(text.splitlines()))

@@ -80,7 +80,8 @@ def main() -> None:
         read_rows(arguments.rows) if data is None else ([row.input for row in data.train], data.definition)
     )
     definition = definition if arguments.definition is None else arguments.definition
-    task = LearntTask(name=arguments.task, definition=definition, **usual)
+    labels = () if data is None else data.labels
+    task = LearntTask(name=arguments.task, definition=definition, labels=labels, **usual)
     lineage = _lineage(ground, folder, task, [*rows, *([] if data is None else [data.digest])])
     if ground.tracking is not None and is_there(ground.tracking):
         PoolRegistry(resolved(ground.tracking)).check_continuation(lineage)
@@ -150,7 +151,7 @@ def _ground(arguments: argparse.Namespace, config: ExperimentConfig | None) -> _
         suite = read.suite if read.suite in TEMPLATES else "superni"
         usual = {
             "template": read.template or suite,
-            "metric": read.metric or METRICS.get(read.suite, "exact_match"),
+            "metric": next(iter(read.metrics), METRICS.get(read.suite, "exact_match")),
             "max_source_tokens": read.max_source_tokens,
             "max_target_tokens": read.max_target_tokens,
         }

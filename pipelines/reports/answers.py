@@ -13,7 +13,8 @@ from typing import Any
 from cluster.stages import StageRecord
 from cluster.store import ArtifactStore
 from sapt_core.judging.analysis import draw
-from sapt_core.judging.metrics import METRICS
+from sapt_core.judging.scoring.base import Row
+from sapt_core.judging.scoring.named import find_metric
 
 SHOWN_ROWS = 3  # of a task, on the page
 TABLE_ROWS = 50  # of a task, in MLflow's table
@@ -59,16 +60,17 @@ def drawn(
     Args:
         before: of the version that had just learnt the task.
         after: the same rows, of the newest version.
-        metric: of ``METRICS``.
+        metric: its name.
         blocks: those that answer the task, by the task that made each.
     """
+    found = find_metric(metric)
     return tuple(
         Answer(
             prompt=row["input"],
             right=tuple(row["references"]),
             learnt=before[index]["prediction"],
             now=row["prediction"],
-            score=METRICS[metric].score(row["prediction"], row["references"]),
+            score=found.of_row(Row(row["prediction"], row["references"], row["input"])),
             weights=dict(zip(blocks, row["weights"], strict=True)) if "weights" in row else {},
         )
         for index in draw(len(after), TABLE_ROWS)

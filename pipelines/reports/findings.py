@@ -16,6 +16,7 @@ from cluster.store.lookups import Lookups
 from pipelines.reports.answers import Answer, drawn, read_predictions
 from pipelines.sequence.experiment import Experiment
 from pipelines.sequence.making import StageMaker
+from pipelines.sequence.scored import Scored, read_scored
 from sapt_core.data.prepare import read_split
 from sapt_core.io.hashing import canonical_hash
 from sapt_core.judging.analysis import (
@@ -75,6 +76,7 @@ class Findings:
         experiment: the sequence.
         manifest: the version.
         matrix: scores of these T tasks; single-task scores if all T are there.
+        scored: the scores of ``matrix`` with their confidence intervals, and metrics beside the leading one.
         curves: training curve of every lesson: a task's, and another one whenever it was learnt again; None of a task
             that was not trained here.
         attention: None for a method without shared attention.
@@ -90,6 +92,7 @@ class Findings:
     experiment: Experiment
     manifest: Manifest
     matrix: ScoreMatrix
+    scored: tuple[tuple[Scored, ...], ...]
     curves: tuple[Curve | None, ...]
     attention: AttentionFindings | None
     reflected: tuple[bool, ...]
@@ -165,8 +168,8 @@ def bare_scores(experiment: Experiment, known: Lookups) -> dict[str, float]:
     graph = experiment.graph
     make = StageMaker(experiment.config, experiment.backbone, {}, 0)
     stages = {
-        name: make.zero_shot(f"zero_shot[{name}]", prepared)
-        for name, prepared in zip(graph.tasks, graph.prepare, strict=True)
+        task.name: make.zero_shot(f"zero_shot[{task.name}]", prepared, task.metrics)
+        for task, prepared in zip(experiment.every_task, graph.prepare, strict=True)
     }
     there = done(list(stages.values()), known)
     return {name: there[stage].metrics["score"] for name, stage in stages.items() if stage in there}
@@ -236,6 +239,7 @@ def collect(
         experiment=experiment,
         manifest=manifest,
         matrix=matrix,
+        scored=tuple(tuple(map(read_scored, row)) for row in scored),
         curves=tuple(None if "curve" not in record.metrics else read_curve(record, store) for record in learnt),
         attention=attention,
         reflected=(*held, *(False for _ in range(tasks - len(held)))),
@@ -249,7 +253,9 @@ def collect(
         constant=tuple(
             None
             if answer is None or not rows
-            else constant_score(task.metric, answer, [row["references"] for row in rows])
+            else constant_score(
+                task.metric, answer, [row["references"] for row in rows], [row["input"] for row in rows]
+            )
             for task, answer, rows in zip(manifest.tasks, commonest, now, strict=True)
         ),
         bare=tuple(bare.get(name) for name in graph.tasks[:tasks]),

@@ -10,10 +10,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from pipelines.console.tables import interval
 from pipelines.reports.answers import SHOWN_ROWS, Answer, cut
 from pipelines.reports.findings import Findings
+from pipelines.sequence.scored import Scored
 from sapt_core.judging import plots
 from sapt_core.judging.analysis import QUARTER_STEPS, draw
+from sapt_core.judging.scoring.intervals import LEVEL, RESAMPLES
 
 MOST_CHARACTERS = 200  # of an input or an answer
 HEAVIEST = 3  # blocks of an answer
@@ -85,8 +88,8 @@ def scores(findings: Findings) -> Section:
     """The score matrix."""
     matrix, tasks, split = findings.matrix, findings.tasks, findings.experiment.config.evaluation.split
     rows = [
-        (f"after {name}", *_padded(map(_one, row), len(tasks)))
-        for name, row in zip(matrix.labels, matrix.rows, strict=True)
+        (f"after {name}", *_padded((_estimated(each.score, each.interval) for each in row), len(tasks)))
+        for name, row in zip(matrix.labels, findings.scored, strict=True)
     ]
     if matrix.single is not None:
         rows.append(("alone", *map(_one, matrix.single)))
@@ -97,8 +100,45 @@ def scores(findings: Findings) -> Section:
         "learnt.",
         plots.score_map(tasks, matrix.rows, matrix.labels),
     )
-    table = Table(f"Scores, 0 to 100, on the {split} rows", ("", *tasks), tuple(rows), folded=True)
-    return Section("scores", "Scores", (_held_against(findings), plot, table))
+    said = (
+        f" with {LEVEL} % confidence intervals" if any(each.interval for row in findings.scored for each in row) else ""
+    )
+    table = Table(f"Scores, 0 to 100, on the {split} rows{said}", ("", *tasks), tuple(rows), folded=True)
+    text = [_OF_INTERVALS] if said else []
+    return Section("scores", "Scores", (_held_against(findings), plot, *text, table, *_other_scores(findings)))
+
+
+_OF_INTERVALS = (
+    f"Intervals are of a bootstrap over the rows that were scored ({RESAMPLES} draws): how far other rows of the same "
+    "kind would move a score. What another seed or another order would do is not in them."
+)
+
+
+def _other_scores(findings: Findings) -> list[Table]:
+    """A table a metric that stands beside the leading one."""
+    tasks = findings.tasks
+    names = dict.fromkeys(name for row in findings.scored for each in row for name in each.others)
+    return [
+        Table(
+            f"Scores by {name} with {LEVEL} % confidence intervals",
+            ("", *tasks),
+            tuple(
+                (f"after {task}", *_padded((_other(each, name) for each in row), len(tasks)))
+                for task, row in zip(findings.matrix.labels, findings.scored, strict=True)
+            ),
+            folded=True,
+        )
+        for name in names
+    ]
+
+
+def _other(scored: Scored, name: str) -> str:
+    each = scored.others.get(name)
+    return "–" if each is None else _estimated(each.score, (each.low, each.high))
+
+
+def _estimated(score: float, ends: tuple[float, float] | None) -> str:
+    return _one(score) if ends is None else f"{_one(score)} ({interval(ends)})"
 
 
 def _held_against(findings: Findings) -> Table:

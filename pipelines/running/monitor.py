@@ -15,12 +15,14 @@ from rich.table import Table
 
 from cluster.stages import Stage, StageEvent, StageRecord
 from cluster.store import ArtifactStore
-from pipelines.console.tables import wide_console
+from pipelines.console.tables import interval, wide_console
 from pipelines.reports.findings import Findings, collect, moved, read_curve, read_manifest, scored_versions
 from pipelines.reports.verdict import Line, Registered, judge
 from pipelines.sequence.experiment import Experiment
+from pipelines.sequence.scored import Scored, read_scored
 from sapt_core.judging.analysis import gate_ends
 from sapt_core.judging.metrics import ScoreMatrix
+from sapt_core.judging.scoring.intervals import LEVEL, Estimate
 from sapt_core.versions.manifest import Manifest
 
 UNTOLD = {
@@ -140,6 +142,8 @@ class Monitor:
             # Where a task was learnt again, what each row of scores comes after.
             **({} if matrix.lessons is None else {"lessons": list(matrix.labels)}),
             "scores": [list(row) for row in matrix.rows],
+            "intervals": [[each.interval for each in row] for row in self._scored],
+            "other_scores": self._other_scores(),
             "single": None if matrix.single is None else list(matrix.single),
             "ap": matrix.ap(),
             "f_ra": matrix.f_ra(),
@@ -157,6 +161,20 @@ class Monitor:
             "seconds": self.stage_seconds(),
             **self._transfer(),
         }
+
+    @property
+    def _scored(self) -> list[list[Scored]]:
+        """All that is known of the scores of the matrix."""
+        rows = self.experiment.graph.evaluate[: scored_versions(self.experiment, self.records)]
+        return [[read_scored(self.records[stage]) for stage in row] for row in rows]
+
+    def _other_scores(self) -> dict[str, dict[str, Estimate]]:
+        """By metric beside the leading one, and by task, what the last version scores."""
+        found: defaultdict[str, dict[str, Estimate]] = defaultdict(dict)
+        for task, scored in zip(self.experiment.graph.tasks, self._scored[-1], strict=True):
+            for name, each in scored.others.items():
+                found[name][task] = each
+        return dict(found)
 
     def _transfer(self) -> dict[str, Any]:
         """Scores on the unseen tasks, if there are any: after every version, and of the bare backbone."""
@@ -205,6 +223,11 @@ class Monitor:
             table.add_column(f"{index} {short_name(name)}", justify="right")
         for index, row in enumerate(matrix.rows):
             table.add_row(f"{index} {short_name(matrix.labels[index])}", *(f"{score:.1f}" for score in row))
+        table.add_row(f"{LEVEL} % interval", *(interval(each.interval) for each in self._scored[-1]))
+        for name, others in self._other_scores().items():
+            of_tasks = [others.get(task) for task in matrix.tasks]
+            table.add_row(name, *("" if each is None else f"{each.score:.1f}" for each in of_tasks))
+            table.add_row("", *("" if each is None else interval((each.low, each.high)) for each in of_tasks))
         if matrix.single is not None:
             table.add_row("alone", *(f"{score:.1f}" for score in matrix.single))
         self.console.print(table)
@@ -246,12 +269,15 @@ class Monitor:
             matrix = self.matrix()
             row = matrix.rows[index]
             if self._publisher is not None:
-                scores = {f"score/{name}": score for name, score in zip(graph.tasks, row, strict=False)}
+                scores: dict[str, float] = {}
+                for name, stage in zip(graph.tasks, graph.evaluate[index], strict=False):
+                    scores |= read_scored(self.records[stage]).figures("score", name)
                 figures = {"ap": matrix.ap(index), "f_ra": matrix.f_ra(index), "bwt": matrix.bwt(index)}
                 manifest = self.manifest(index)
                 routing = self._routing(index, manifest) if attend else {}
-                transfer = dict(zip(graph.unseen, self._scores(graph.transfer[index]), strict=True))
-                unseen = {f"unseen/{name}": score for name, score in transfer.items()}
+                unseen: dict[str, float] = {}
+                for name, stage in zip(graph.unseen, graph.transfer[index], strict=True):
+                    unseen |= read_scored(self.records[stage]).figures("unseen", name, "unseen_")
                 self._publisher.version(manifest, index, {**scores, **unseen, **figures, **routing})
             self._told += 1
             self._say(

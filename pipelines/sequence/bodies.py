@@ -29,7 +29,10 @@ from sapt_core.errors import StoreError
 from sapt_core.io.blobs import BlobStore
 from sapt_core.judging import metrics
 from sapt_core.judging.analysis import MIN_ROWS, draw, sample_quality
+from sapt_core.judging.choices import task_choices
 from sapt_core.judging.decoding import answer, pooled_embeddings
+from sapt_core.judging.scoring.intervals import Estimate
+from sapt_core.judging.scoring.named import require_sources
 from sapt_core.methods.base import find_method
 from sapt_core.pool.cost import bare_model, forward_cost
 from sapt_core.pool.model import SaptModel
@@ -186,8 +189,10 @@ def train(context: StageContext) -> StageResult:
     Reads ``method``, ``pet``, ``attention``, ``reflection``, ``train``, ``evaluation``, ``seed``,
     ``backbone``, ``learnt`` and, of a task that is known, ``again``: further or anew. Inputs: ``task``; ``parent``, the
     train stage before; ``kept 00`` and on, what there is to reflect on of the other tasks that the parent knows.
+    Reads ``metrics`` too, where weights are chosen by the user's own.
     """
     reads, inputs = context.reads, context.inputs
+    require_sources(reads.get("metrics", {}))
     model, tokenizer = load_backbone(_backbone(context), context.store)
     parent = inputs.get("parent")
     kept = [kept_inputs(context.store, record) for record in numbered(inputs, "kept")]
@@ -299,12 +304,15 @@ def evaluate(context: StageContext) -> StageResult:
     """Score one version on one task's test rows.
 
     Reads ``evaluation``, ``precision``, ``max_target_tokens``; inputs ``version``, ``task``.
-    Metrics: ``score`` (0 to 100) and ``weights``, the mean mixture over the version's blocks (T).
+    Reads ``metrics`` too, where some are the user's own. Metrics: ``score`` (0 to 100) of the leading metric with its
+    confidence ``interval``, ``others``, where there are any, by metric its score and the ends of its interval, and
+    ``weights``, the mean mixture over the version's blocks (T).
     """
     reads = context.reads
+    require_sources(reads.get("metrics", {}))
     task = prepared_task(context.store, context.inputs["task"], reads["evaluation"]["split"])
     manifest = Manifest.from_bytes(context.store.get(context.inputs["version"].outputs["manifest"]))
-    score, weights, predictions = score_version(
+    found, weights, predictions = score_version(
         manifest,
         task,
         context.store,
@@ -318,7 +326,7 @@ def evaluate(context: StageContext) -> StageResult:
     ]
     return StageResult(
         outputs={"predictions": _store_predictions(context, rows)},
-        metrics={"score": score, "weights": weights.mean(dim=0).tolist(), "rows": len(rows)},
+        metrics={**_scores(task, found), "weights": weights.mean(dim=0).tolist(), "rows": len(rows)},
     )
 
 
@@ -370,18 +378,22 @@ def zero_shot(context: StageContext) -> StageResult:
     Reads ``backbone``, ``evaluation``, ``precision``, ``max_target_tokens``; input ``task``.
     """
     reads = context.reads
-    model, tokenizer = load_backbone(_backbone(context), context.store)
-    score, _, predictions = _score(
+    require_sources(reads.get("metrics", {}))
+    ref = _backbone(context)
+    model, tokenizer = load_backbone(ref, context.store)
+    task = prepared_task(context.store, context.inputs["task"], reads["evaluation"]["split"])
+    found, _, predictions = _score(
         bare_model(model).to(default_device()),
         tokenizer,
-        prepared_task(context.store, context.inputs["task"], reads["evaluation"]["split"]),
+        task,
         EvaluationConfig(**reads["evaluation"]),
+        joined=ref.joined,
         precision=reads["precision"],
         max_target_tokens=reads["max_target_tokens"],
     )
     return StageResult(
         outputs={"predictions": _store_predictions(context, predictions)},
-        metrics={"score": score, "rows": len(predictions)},
+        metrics={**_scores(task, found), "rows": len(predictions)},
     )
 
 
@@ -393,10 +405,18 @@ def score_version(
     *,
     precision: Any,
     max_target_tokens: int,
-) -> tuple[float, Tensor, list[dict[str, Any]]]:
-    """Score, mixture weights (N, T) and predictions of a version on a task's test rows."""
+) -> tuple[dict[str, Estimate], Tensor, list[dict[str, Any]]]:
+    """Scores by metric, mixture weights (N, T) and predictions of a version on a task's test rows."""
     model, tokenizer = load_version(manifest, store, task.name)
-    return _score(model, tokenizer, task, config, precision=precision, max_target_tokens=max_target_tokens)
+    return _score(
+        model,
+        tokenizer,
+        task,
+        config,
+        joined=manifest.backbone.joined,
+        precision=precision,
+        max_target_tokens=max_target_tokens,
+    )
 
 
 def _score(
@@ -405,17 +425,34 @@ def _score(
     task: PreparedTask,
     config: EvaluationConfig,
     *,
+    joined: bool,
     precision: Any,
     max_target_tokens: int,
-) -> tuple[float, Tensor, list[dict[str, Any]]]:
+) -> tuple[dict[str, Estimate], Tensor, list[dict[str, Any]]]:
     rows: list[dict[str, Any]] = list(getattr(task, config.split))
-    texts, weights = answer(model, tokenizer, rows, config, max_new_tokens=max_target_tokens, precision=precision)
+    texts, weights = answer(
+        model,
+        tokenizer,
+        rows,
+        config,
+        max_new_tokens=max_target_tokens,
+        precision=precision,
+        choices=task_choices(task, rows, tokenizer, model, joined=joined, max_target_tokens=max_target_tokens),
+    )
     references = [list(row["references"]) for row in rows]
     predictions = [
         {"input": row["input"], "prediction": text, "references": accepted}
         for row, text, accepted in zip(rows, texts, references, strict=True)
     ]
-    return metrics.score(task.metric, texts, references), weights, predictions
+    inputs = [row["input"] for row in rows]
+    return metrics.estimates(task.metrics, texts, references, inputs), weights, predictions
+
+
+def _scores(task: PreparedTask, found: Mapping[str, Estimate]) -> dict[str, Any]:
+    """Scores as a record has them."""
+    leading = found[task.metric]
+    others = {name: list(found[name]) for name in task.other_metrics}
+    return {"score": leading.score, "interval": [leading.low, leading.high], **({"others": others} if others else {})}
 
 
 def pooling_model(model: PreTrainedModel, attention: AttentionConfig) -> SaptModel:

@@ -20,7 +20,7 @@ from pipelines.sequence.graph import SequenceGraph, build_graph
 from sapt_core.backbones.loading import store_backbone
 from sapt_core.backbones.reference import BackboneRef, identify, weight_bytes
 from sapt_core.config.experiment import ExperimentConfig, load_config
-from sapt_core.config.preflight import check_backbone, settle_precision, with_precision
+from sapt_core.config.preflight import check_backbone, check_metrics, settle_precision, with_precision
 from sapt_core.config.unused import keys_of, unused, warn_of_unused
 from sapt_core.data import load_inputs, load_sequence
 from sapt_core.data.task import KnownTask, Task
@@ -223,7 +223,7 @@ def _described_under(config: ExperimentConfig) -> Iterator[str]:
     unread: Any = dict.fromkeys(("cluster", "diagnostics", "registry", "retention", "store", "tracking"), True) | {
         "train": {"precision"}
     }
-    fields = config.model_dump(mode="json", exclude=unread)
+    fields = config.hashed(unread)
     return (canonical_hash([DESCRIPTION, number, fields]) for number in count())
 
 
@@ -260,6 +260,7 @@ def assemble(
             return None
 
     tasks = attempt(lambda: load(config.benchmark))
+    attempt(lambda: check_metrics(tasks or ()))
     learnt = len(tasks or ()) - len(config.benchmark.unseen)
     samples = attempt(lambda: _given_samples(config, (tasks or ())[:learnt]))
     ref = attempt(lambda: identified(config.backbone))

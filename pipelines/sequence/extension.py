@@ -21,7 +21,7 @@ from sapt_core.config.experiment import ExperimentConfig, read_mapping, validate
 from sapt_core.config.overrides import parsed
 from sapt_core.data.prepare import read_split
 from sapt_core.data.task import LearntTask, name_faults
-from sapt_core.data.tasks import like, load_additions
+from sapt_core.data.tasks import load_additions
 from sapt_core.errors import ConfigError, SnapshotError
 from sapt_core.task_settings import TaskConfig
 from sapt_core.versions.learning import again_faults, require_same_kind
@@ -80,7 +80,7 @@ def extend(
         known = manifest.names.index(additions[0].name)
     config = _config(base, additions, places, path, overrides, known=known)
     faults = [*_reflection(base, config, known), *_sealed(base, config)]
-    faults += _names(base, additions) if known is None else _differing_lengths(manifest.tasks[known], config)
+    faults += _names(base, additions) if known is None else _differing_from(manifest.tasks[known], config)
     if config.evaluation.single_task:
         faults.append(
             "evaluation.single_task=true: FWT compares with every task learnt alone, and the rows of those that the "
@@ -88,15 +88,15 @@ def extend(
         )
     if faults:
         raise ConfigError("The version cannot be extended so:", faults)
-    sealed = None
+    sealed, learnt = None, []
     if known is not None:
-        additions = [like(additions[0], manifest.tasks[known])]
+        learnt = [manifest.tasks[known]]
         sealed = _sealed_inputs(base, known, store)
         _tell_of_material(base, known, config, anew=again == "anew")
     return assemble(
         config,
         "The extension",
-        load=lambda benchmark: load_additions(additions, benchmark, sealed),
+        load=lambda benchmark: load_additions(additions, benchmark, sealed, learnt),
         identified=lambda _: manifest.backbone,
         folder=folder_of(manifest.backbone, store),
         base=base,
@@ -238,6 +238,7 @@ def own_settings(
             "tasks": list(tasks),
             "template": like.template,
             "metric": like.metric,
+            "answers": _answers(like),
             "max_source_tokens": lengths.max_source_tokens,
             "max_target_tokens": lengths.max_target_tokens,
         },
@@ -287,14 +288,19 @@ def _names(base: Base, additions: Sequence[TaskConfig]) -> list[str]:
     return faults
 
 
-def _differing_lengths(task: LearntTask, config: ExperimentConfig) -> list[str]:
-    """Lengths that a task that is learnt again has been given otherwise than it has them."""
+def _differing_from(task: LearntTask, config: ExperimentConfig) -> list[str]:
+    """What a task that is learnt again has been given otherwise than it has it: lengths, and what may be answered."""
+    has = {**task.model_dump(include={"max_source_tokens", "max_target_tokens"}), "answers": _answers(task)}
     return [
-        f"benchmark.{field}={getattr(config.benchmark, field)}: {task.name} was learnt with {getattr(task, field)}; "
-        "leave it out"
-        for field in ("max_source_tokens", "max_target_tokens")
-        if getattr(config.benchmark, field) != getattr(task, field)
+        f"benchmark.{field}={given}: {task.name} was learnt with {value}; leave it out"
+        for field, value in has.items()
+        if (given := getattr(config.benchmark, field)) != value
     ]
+
+
+def _answers(task: LearntTask) -> str:
+    """``benchmark.answers`` of a task."""
+    return "labels" if task.labels else "free"
 
 
 def _reflection(base: Base, config: ExperimentConfig, again: int | None = None) -> list[str]:

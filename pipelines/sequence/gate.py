@@ -138,11 +138,14 @@ def build_gate(
             "Give pools of two backbones a tracking.model each"
         )
     make = StageMaker(config, candidate.backbone, {}, weight_bytes(config.backbone))
+    metrics = {task.name: task.metric for task in candidate.tasks}
     rows = {task: make.carried(f"prepare[{task}]", tokens) for task, tokens in sealed.items()}
 
     def scored(name: str, manifest: Manifest, tasks: Sequence[str]) -> dict[str, Stage]:
         version = make.carried(name, {"manifest": manifest.trained or manifest.digest})
-        return {task: make.evaluation(f"evaluate[{name} on {task}]", version, rows[task]) for task in tasks}
+        return {
+            task: make.evaluation(f"evaluate[{name} on {task}]", version, rows[task], [metrics[task]]) for task in tasks
+        }
 
     known = [] if champion is None else [task.name for task in champion.tasks]
     answered = [task for task in rows if champion is not None and (task in known or not champion.method.needs_task)]
@@ -152,5 +155,5 @@ def build_gate(
         lost={task: task in forgotten for task in known if task not in tasks},
         candidate=scored("candidate", candidate, list(rows)),
         champion={} if champion is None else scored("champion", champion, answered),
-        bare={task: make.zero_shot(f"zero_shot[{task}]", prepared) for task, prepared in rows.items()},
+        bare={task: make.zero_shot(f"zero_shot[{task}]", prepared, [metrics[task]]) for task, prepared in rows.items()},
     )

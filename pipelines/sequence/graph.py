@@ -143,7 +143,10 @@ def build_graph(
     kept = [chain.kept[place] for place in takewhile(chain.kept.__contains__, range(len(every)))]
     labels = [f"{index:02d} {task.name}" for index, task in enumerate(every)]
     evaluate = tuple(
-        tuple(make.evaluation(f"evaluate[v{i:02d} on {labels[j]}]", version, prepare[j]) for j in range(chain.known(i)))
+        tuple(
+            make.evaluation(f"evaluate[v{i:02d} on {labels[j]}]", version, prepare[j], every[j].metrics)
+            for j in range(chain.known(i))
+        )
         for i, version in enumerate(train)
     )
     single: tuple[Stage, ...] = ()
@@ -153,8 +156,8 @@ def build_graph(
             for label, task, prepared in zip(labels, tasks, prepare, strict=True)
         ]
         single = tuple(
-            make.evaluation(f"evaluate[single {label}]", version, prepared)
-            for label, version, prepared in zip(labels, alone, prepare, strict=True)
+            make.evaluation(f"evaluate[single {label}]", version, prepared, task.metrics)
+            for label, version, prepared, task in zip(labels, alone, prepare, tasks, strict=True)
         )
     quality = tuple(
         Stage(
@@ -192,13 +195,13 @@ def build_graph(
     prepared_unseen = [make.preparation(f"prepare[unseen {task.name}]", task) for task in unseen]
     transfer = tuple(
         tuple(
-            make.evaluation(f"evaluate[v{i:02d} on unseen {task.name}]", version, prepared)
+            make.evaluation(f"evaluate[v{i:02d} on unseen {task.name}]", version, prepared, task.metrics)
             for task, prepared in zip(unseen, prepared_unseen, strict=True)
         )
         for i, version in enumerate(train)
     )
     zero_shot = tuple(
-        make.zero_shot(f"zero_shot[{task.name}]", prepared)
+        make.zero_shot(f"zero_shot[{task.name}]", prepared, task.metrics)
         for task, prepared in zip(unseen, prepared_unseen, strict=True)
     )
     return SequenceGraph(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -11,6 +11,7 @@ from pipelines.sequence import bodies
 from sapt_core.backbones.reference import BackboneRef
 from sapt_core.config.experiment import ExperimentConfig
 from sapt_core.data.task import KnownTask, LearntTask, Task
+from sapt_core.judging.scoring.named import own_sources
 from sapt_core.methods.base import Method
 from sapt_core.settings import RetentionConfig, TrainConfig
 from sapt_core.training.trainer import step_seed
@@ -240,9 +241,10 @@ class StageMaker:
                     metric=task.metric,
                     max_source_tokens=config.benchmark.max_source_tokens,
                     max_target_tokens=config.benchmark.max_target_tokens,
+                    labels=task.labels,
                 ).model_dump(mode="json"),
                 # Dev is answered as test is; without that, how does not count.
-                **({"answers": VERSIONS["evaluate"]} if scores else {}),
+                **({"answers": VERSIONS["evaluate"], **_own_metrics([task.metric])} if scores else {}),
                 **({"again": "anew" if anew else "further"} if again else {}),
             },
             inputs=inputs,
@@ -312,11 +314,15 @@ class StageMaker:
             cpus=self.config.cluster.cpus_per_worker,
         )
 
-    def evaluation(self, name: str, version: Stage, task: Stage) -> Stage:
-        return self._scoring(name, "evaluate", bodies.evaluate, {}, {"version": version, "task": task})
+    def evaluation(self, name: str, version: Stage, task: Stage, metrics: Sequence[str]) -> Stage:
+        """A version's scores on a task, whose metrics are those that it names itself."""
+        reads = _own_metrics(metrics)
+        return self._scoring(name, "evaluate", bodies.evaluate, reads, {"version": version, "task": task})
 
-    def zero_shot(self, name: str, task: Stage) -> Stage:
-        return self._scoring(name, "zero_shot", bodies.zero_shot, {"backbone": self.backbone}, {"task": task})
+    def zero_shot(self, name: str, task: Stage, metrics: Sequence[str]) -> Stage:
+        """The bare backbone's scores, likewise."""
+        reads = {"backbone": self.backbone, **_own_metrics(metrics)}
+        return self._scoring(name, "zero_shot", bodies.zero_shot, reads, {"task": task})
 
     def cost(self, version: Stage, task: Stage) -> Stage:
         return Stage(
@@ -347,3 +353,9 @@ class StageMaker:
             uses={"task": frozenset({f"{config.evaluation.split}.arrow", "meta.json"}), "version": NAMED_BY},
             **self.loading,
         )
+
+
+def _own_metrics(names: Sequence[str]) -> dict[str, Any]:
+    """What the user's own metrics are, so that a changed one scores anew; nothing of those that ship."""
+    sources = own_sources(names)
+    return {"metrics": sources} if sources else {}

@@ -13,7 +13,7 @@ from pipelines.sequence.extension import Places, folder_of_rows, own_settings, s
 from sapt_core.backbones.loading import load_encoding
 from sapt_core.config.experiment import ExperimentConfig, read_mapping
 from sapt_core.config.overrides import parsed
-from sapt_core.data.tasks import like, load_additions
+from sapt_core.data.tasks import load_additions
 from sapt_core.errors import ConfigError, SnapshotError
 from sapt_core.io.hashing import canonical_hash
 from sapt_core.task_settings import TaskConfig
@@ -76,10 +76,7 @@ def refit(
                 for name in whole
             ],
         )
-    tasks = load_additions(
-        [like(addition, manifest.tasks[spot]) for addition, spot in zip(additions, spots, strict=True)],
-        config.benchmark,
-    )
+    tasks = load_additions(additions, config.benchmark, known=[manifest.tasks[spot] for spot in spots])
     config, memory = fitted(config, manifest.backbone, store, tasks)
     data = [task.digest for task in tasks]
     lineage = canonical_hash([REFIT, manifest.digest, data, config.retention.model_dump(mode="json")])

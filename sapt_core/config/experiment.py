@@ -165,10 +165,22 @@ class ExperimentConfig(PlacesConfig):
             "train": {"checkpoint_every_steps"},
             "reflection": {"data_dir"},
         }
-        fields = self.model_dump(mode="json", exclude=unread)
+        fields = self.hashed(unread)
         if self.benchmark.tasks is not None:
             fields["benchmark"]["tasks"] = [task.name for task in self.benchmark.tasks]
         return canonical_hash(fields)
+
+    def hashed(self, unread: Any) -> dict[str, Any]:
+        """The fields that a hash is taken of.
+
+        Args:
+            unread: those that are left out, as pydantic has it; so are those that say nothing where they stand at their
+                default, which earlier releases lack.
+        """
+        fields = self.model_dump(mode="json", exclude=unread)
+        if self.benchmark.answers == "free":
+            del fields["benchmark"]["answers"]
+        return fields
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> ExperimentConfig:

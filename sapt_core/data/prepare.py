@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 NO_ROOM = "Prompts do not fit the model's input:"
 SPLITS = ("train", "dev", "test")
 TOLD = ("name", "definition", "template", "metric")  # of a task, in a blob beside its splits
+TOLD_OF_SOME = ("other_metrics", "labels")  # there only where a task has any
 SCHEMA = pa.schema(
     {
         "prompt_ids": pa.list_(pa.int32()),
@@ -172,6 +173,11 @@ class PromptEncoder:
         encoder.max_source_tokens = sys.maxsize
         return encoder
 
+    def ends(self, template: str, definition: str, inputs: Sequence[str]) -> list[str]:
+        """What prompts end in, all that the ids of answers behind them can depend on: the last letter, and blanks."""
+        prompts, blanks = self._prompts(template, definition, inputs)
+        return ["".join(prompt)[-1:] + blank for prompt, blank in zip(prompts, blanks, strict=True)]
+
     def text(self, text: str) -> list[int]:
         """Ids of a text that is no prompt of a task, with the special tokens that a prompt has."""
         return [*self._prefix, *self._ids([text])[0], *self._suffix]
@@ -293,7 +299,7 @@ class PreparedTask:
     """One task as token ids.
 
     Attributes:
-        name, definition, template, metric: as in ``Task``.
+        name, definition, template, metric, other_metrics, labels: as in ``Task``.
         train, dev, test: columns ``prompt_ids``, ``answer_ids`` (of the first reference; ends with EOS),
             ``query_start`` (see ``EncodedPrompt``), ``input`` and ``references``.
         truncated: for each split how many ``prompts`` and ``answers`` were too long and cut; in no blob.
@@ -307,6 +313,13 @@ class PreparedTask:
     dev: datasets.Dataset
     test: datasets.Dataset
     truncated: dict[str, dict[str, int]] = field(default_factory=dict)
+    other_metrics: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """All metrics, the leading one first."""
+        return (self.metric, *self.other_metrics)
 
     def to_blobs(self) -> dict[str, bytes]:
         """``train.arrow``, ``dev.arrow``, ``test.arrow`` (Arrow IPC streams) and ``meta.json``.
@@ -315,6 +328,7 @@ class PreparedTask:
         them does not depend on the others. ``meta.json`` of earlier releases counted the rows of all.
         """
         meta = {name: getattr(self, name) for name in TOLD}
+        meta |= {name: list(told) for name in TOLD_OF_SOME if (told := getattr(self, name))}
         blobs = {f"{split}.arrow": _stream(getattr(self, split)) for split in SPLITS}
         return {**blobs, "meta.json": json.dumps(meta, indent=1, sort_keys=True).encode()}
 
@@ -324,7 +338,8 @@ class PreparedTask:
         meta = json.loads(blobs["meta.json"])
         names = {split: f"{split}.arrow" for split in SPLITS}
         splits = {split: read_split(blobs[name]) if name in blobs else _no_rows() for split, name in names.items()}
-        return cls(**{name: meta[name] for name in TOLD}, **splits)
+        some: dict[str, Any] = {name: tuple(meta.get(name, ())) for name in TOLD_OF_SOME}
+        return cls(**{name: meta[name] for name in TOLD}, **some, **splits)
 
 
 def _no_rows() -> datasets.Dataset:
@@ -374,7 +389,16 @@ def prepare_task(
             "prompts": sum(row.prompt.truncated for row in encoded),
             "answers": sum(row.answer_cut for row in encoded),
         }
-    return PreparedTask(task.name, task.definition, task.template, task.metric, **tables, truncated=truncated)
+    return PreparedTask(
+        task.name,
+        task.definition,
+        task.template,
+        task.metric,
+        **tables,
+        truncated=truncated,
+        other_metrics=task.other_metrics,
+        labels=task.labels,
+    )
 
 
 def check_fits(

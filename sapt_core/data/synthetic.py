@@ -164,8 +164,8 @@ def synthetic_sequence(config: BenchmarkConfig) -> tuple[Task, ...]:
     is a train or a test row is decided by its text alone: the splits can never overlap.
 
     Args:
-        config: its tasks, order, unseen, rows, dev split, template and metric are read; 240 train and
-            50 test rows a task, order 1, ``superni`` prompts and ``exact_match`` by default.
+        config: its tasks, order, unseen, rows, dev split, template, metric and answers are read; 240
+            train and 50 test rows a task, order 1, ``superni`` prompts and ``exact_match`` by default.
 
     Raises:
         DataError: unknown tasks or order, or more rows than are generated; all faults at once.
@@ -205,7 +205,9 @@ def _task(name: str, train_rows: int, test_rows: int, config: BenchmarkConfig) -
         dev=tuple(row for index, row in enumerate(rows) if index in dev),
         test=_rows(name, test_rows, test=True),
         template=config.template or "superni",
-        metric=config.metric or "exact_match",
+        metric=next(iter(config.metrics), "exact_match"),
+        other_metrics=config.metrics[1:],
+        answers=config.answers,
     )
 
 

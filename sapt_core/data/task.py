@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 # Why a task cannot be named in ``benchmark.unseen``, in every suite.
 SEEN = "which is learnt in the sequence or named in unseen already; give tasks that are never learnt, each once"
@@ -35,7 +35,10 @@ class Task:
         train, dev, test: rows; dev is split off train, never read from the folder's dev.json,
             which in the published data repeats the test rows.
         template: prompt template name, see ``sapt_core.data.templates``.
-        metric: name of a score, see ``sapt_core.judging.metrics``.
+        metric: name of the score that leads, see ``sapt_core.judging.scoring``.
+        other_metrics: scores that stand beside it.
+        answers: ``free``, or ``labels`` where nothing but a label may be answered.
+        label_names: the labels; none where they are the answers of the train rows.
     """
 
     name: str
@@ -45,10 +48,18 @@ class Task:
     test: tuple[Example, ...]
     template: str
     metric: str
+    other_metrics: tuple[str, ...] = ()
+    answers: str = "free"
+    label_names: tuple[str, ...] = ()
 
     def to_json(self) -> bytes:
         """The whole task, canonically: equal tasks give equal bytes."""
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":")).encode()
+        values = asdict(self)
+        # Left out where they say nothing, as tasks of earlier releases lack them.
+        for name in ("other_metrics", "answers", "label_names"):
+            if values[name] == type(self).__dataclass_fields__[name].default:
+                del values[name]
+        return json.dumps(values, sort_keys=True, separators=(",", ":")).encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> Task:
@@ -56,7 +67,22 @@ class Task:
         values = json.loads(data)
         for split in ("train", "dev", "test"):
             values[split] = tuple(Example(row["input"], tuple(row["references"])) for row in values[split])
+        for name in ("other_metrics", "label_names"):
+            values[name] = tuple(values.get(name, ()))
         return cls(**values)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """All metrics, the leading one first."""
+        return (self.metric, *self.other_metrics)
+
+    @cached_property
+    def labels(self) -> tuple[str, ...]:
+        """The only answers that may be given, sorted; none where anything may be."""
+        if self.answers != "labels":
+            return ()
+        named = self.label_names or (reference for row in self.train for reference in row.references)
+        return tuple(sorted({label.strip() for label in named}))
 
     @property
     def rows(self) -> dict[str, int]:
@@ -70,8 +96,8 @@ class Task:
 
     @cached_property
     def learnt_digest(self) -> str:
-        """sha256 of what is learnt of it: the whole task but for its test rows."""
-        return replace(self, test=()).digest
+        """sha256 of what is learnt of it: the whole task but for test rows and metrics beside the leading one."""
+        return replace(self, test=(), other_metrics=()).digest
 
 
 @dataclass(frozen=True)
@@ -84,6 +110,11 @@ class KnownTask:
     metric: str
     digest: str
     rows: Mapping[str, int]
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The leading metric, which is all that a version says of them."""
+        return (self.metric,)
 
 
 def name_faults(name: str, known: Iterable[str]) -> list[str]:
@@ -130,8 +161,16 @@ def stratified_rows(answers: Sequence[str], fraction: float, seed: int) -> set[i
     return set(sorted(places, key=lambda row: (places[row], keys[row]))[:count])
 
 
+def _is_empty(value: Sequence[object]) -> bool:
+    return not value
+
+
 class LearntTask(BaseModel):
-    """What inference and later reports need to know of a task."""
+    """What inference and later reports need to know of a task.
+
+    Attributes:
+        labels: the only answers that may be given; none where anything may be.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -141,3 +180,4 @@ class LearntTask(BaseModel):
     metric: str
     max_source_tokens: int
     max_target_tokens: int
+    labels: tuple[str, ...] = Field((), exclude_if=_is_empty)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from sapt_core.data.cl_benchmark import METRICS, named_tasks
@@ -17,12 +18,14 @@ from sapt_core.data.reading import SplitRows, read_split
 from sapt_core.data.sources import open_folder, open_source
 from sapt_core.data.task import Example, LearntTask, Task, are_labels, dev_rows, stratified_rows
 from sapt_core.errors import DataError
+from sapt_core.metric_settings import metric_names
 from sapt_core.settings import BenchmarkConfig
 from sapt_core.task_settings import TaskConfig
 
 logger = logging.getLogger(__name__)
 
 TEST_SHARE = 0.2  # of train, where there is no test split
+LABELS_SHOWN = 10
 
 
 def load_tasks(config: BenchmarkConfig) -> tuple[Task, ...]:
@@ -58,7 +61,7 @@ def read_tasks(
         sealed: of a task that is known, inputs of the rows that it is scored on: it gets no other test rows, and none
             of these is learnt from.
     """
-    template, metric = config.template or config.suite, config.metric or METRICS.get(config.suite)
+    template, metric = config.template or config.suite, config.metrics or METRICS.get(config.suite)
     tasks = []
     for entry in entries:
         told = {"template": entry.template or template, "metric": entry.metric or metric}
@@ -66,21 +69,29 @@ def read_tasks(
     return tuple(task for task in tasks if task is not None)
 
 
-def like(entry: TaskConfig, known: LearntTask) -> TaskConfig:
-    """The same rows, of a task that is known."""
-    return entry.model_copy(update=known.model_dump(include={"definition", "template", "metric"}))
-
-
 def load_additions(
-    entries: Sequence[TaskConfig], config: BenchmarkConfig, sealed: Collection[str] | None = None
+    entries: Sequence[TaskConfig],
+    config: BenchmarkConfig,
+    sealed: Collection[str] | None = None,
+    known: Sequence[LearntTask] = (),
 ) -> tuple[Task, ...]:
-    """Tasks that come to a pool one by one, in their order; ``sealed`` is as ``read_tasks`` takes it.
+    """Tasks that come to a pool one by one, in their order.
+
+    Args:
+        entries: each with its path.
+        config: as of ``read_tasks``.
+        sealed: as of ``read_tasks``.
+        known: those of the tasks that the pool has learnt, whose definition, template, metric and labels stay.
 
     Raises:
         DataError: with every fault of every task.
     """
     faults: list[str] = []
+    learnt = {task.name: task for task in known}
+    told = {name: task.model_dump(include={"definition", "template", "metric"}) for name, task in learnt.items()}
+    entries = [entry.model_copy(update=told.get(entry.name, {})) for entry in entries]
     tasks = read_tasks(entries, config, faults, sealed)
+    tasks = tuple(_labelled(task, learnt[task.name], faults) if task.name in learnt else task for task in tasks)
     if faults:
         raise DataError("The tasks cannot be learnt:", faults)
     check_parted(tasks)
@@ -117,6 +128,18 @@ def load_inputs(data_dir: Path, names: Sequence[str]) -> dict[str, tuple[str, ..
     if faults:
         raise DataError(f"The samples in {data_dir} cannot be used:", faults)
     return found
+
+
+def _labelled(task: Task, known: LearntTask, faults: list[str]) -> Task:
+    """A task that is known, with the labels that it has; train rows of other answers are added to ``faults``."""
+    answers = sorted({reference.strip() for row in task.train for reference in row.references} - {*known.labels})
+    if known.labels and answers:
+        faults.append(
+            f"{task.name}: its train rows answer {', '.join(map(repr, answers[:LABELS_SHOWN]))}, and may be answered "
+            f"{', '.join(map(repr, known.labels[:LABELS_SHOWN]))} alone, which it was learnt with: leave them out, or "
+            "give them a task name of their own"
+        )
+    return replace(task, answers="labels" if known.labels else "free", label_names=known.labels)
 
 
 def _read_task(
@@ -162,7 +185,17 @@ def _read_task(
     if names.dev is None:
         train, dev = _parted(train, config.dev_fraction, seed, by_answer=by_answer)
     splits = {"train": tuple(train), "dev": tuple(dev), "test": tuple(test)}
-    task = Task(name=entry.name, definition=learnt.definition, template=entry.template, metric=entry.metric, **splits)
+    leading, *others = metric_names(entry.metric)
+    task = Task(
+        name=entry.name,
+        definition=learnt.definition,
+        template=entry.template,
+        metric=leading,
+        other_metrics=tuple(others),
+        answers=config.answers,
+        label_names=tuple((entry.label_names or {}).values()) if config.answers == "labels" else (),
+        **splits,
+    )
     if by_answer and (cut := [split for split, is_cut in (("test", cut_test), ("dev", names.dev is None)) if is_cut]):
         _tell_of_cut(task, cut, seed)
     _warn_of_rows(task, inputs)

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from sapt_core.judging import metrics
+import numpy as np
+
+from sapt_core.judging.scoring.base import Row
+from sapt_core.judging.scoring.named import find_metric
 
 
 def commonest_answer(rows: Iterable[Sequence[str]]) -> str | None:
@@ -18,15 +21,20 @@ def commonest_answer(rows: Iterable[Sequence[str]]) -> str | None:
     return max(counted, key=counted.__getitem__, default=None)
 
 
-def constant_score(metric: str, answer: str, references: Sequence[Sequence[str]]) -> float:
-    """Mean score, 0 to 100, of giving one answer to every row.
+def constant_score(
+    metric: str, answer: str, references: Sequence[Sequence[str]], sources: Sequence[str] | None = None
+) -> float:
+    """Score, 0 to 100, of giving one answer to every row.
 
     Args:
-        metric: of ``METRICS``.
+        metric: its name.
         answer: given to all rows.
         references: for each row every answer that counts as right, at least one.
+        sources: the rows' inputs, for metrics that read them.
     """
     # Rows of few different answers are the rule, and a score takes a thousand times as long as a look.
-    counted = Counter(map(tuple, references))
-    total = sum(metrics.METRICS[metric].score(answer, right) * rows for right, rows in counted.items())
-    return total / counted.total()
+    inputs = [""] * len(references) if sources is None else sources
+    counted = Counter(Row(answer, tuple(right), source) for right, source in zip(references, inputs, strict=True))
+    found = find_metric(metric)
+    sums = np.array([*counted.values()], dtype=np.float64) @ found.figures([*counted])
+    return float(found.scores(sums[np.newaxis], counted.total())[0])

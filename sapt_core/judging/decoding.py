@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sapt_core.backbones.device import Precision, autocast
+from sapt_core.judging.choices import Choices
 from sapt_core.pool.blocks.base import embedding_matrix
 from sapt_core.pool.model import SaptModel
 from sapt_core.settings import EvaluationConfig
@@ -24,6 +25,7 @@ def answer(
     *,
     max_new_tokens: int,
     precision: Precision,
+    choices: Sequence[Choices] = (),
 ) -> tuple[list[str], Tensor]:
     """Decode an answer for every prompt, without sampling.
 
@@ -34,6 +36,7 @@ def answer(
         config: batch size and beams.
         max_new_tokens: longest answer.
         precision: of the matmuls.
+        choices: for each row the only answers that it may get, however long they are; none: it may get any.
 
     Returns:
         Answers in the order of ``rows`` and the mixture weights (N, T) they were made with.
@@ -50,20 +53,28 @@ def answer(
     with model.mode(training=False):
         for indices in batches:
             batch = collator.prompts([rows[index] for index in indices]).to(device)
+            given = [choices[index] for index in indices] if choices else []
             with autocast(device, precision):
                 generated, mixture = model.generate(
                     batch,
-                    max_new_tokens=max_new_tokens,
+                    allowed=_following(given, tokenizer.pad_token_id) if given else None,
+                    max_new_tokens=max((each.longest for each in given), default=max_new_tokens),
                     num_beams=config.num_beams,
                     do_sample=False,
                     pad_token_id=tokenizer.pad_token_id,
                 )
-            for index, text, row in zip(
-                indices, tokenizer.batch_decode(generated, skip_special_tokens=True), mixture.cpu(), strict=True
-            ):
+            answers = tokenizer.batch_decode(generated, skip_special_tokens=True)
+            for place, (ids, each) in enumerate(zip(generated.tolist(), given, strict=False)):
+                answers[place] = each.read(ids) or answers[place]  # as it was written: what is decoded may differ
+            for index, text, row in zip(indices, answers, mixture.cpu(), strict=True):
                 texts[index] = text.strip()
                 weights[index] = row
     return texts, torch.stack(weights)
+
+
+def _following(choices: Sequence[Choices], pad: int) -> Callable[[int, list[int]], list[int]]:
+    """What ``SaptModel.generate`` asks for. A row whose label has ended, or a beam that is none, has padding alone."""
+    return lambda row, tokens: choices[row].after(tokens) or [pad]
 
 
 def pooled_embeddings(

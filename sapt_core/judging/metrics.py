@@ -3,115 +3,47 @@
 from __future__ import annotations
 
 import math
-import re
-import string
-import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
-from sapt_core.judging.words import find_words
-
-if TYPE_CHECKING:
-    from rouge_score.rouge_scorer import RougeScorer
-
-_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+from sapt_core.judging.scoring.base import Row
+from sapt_core.judging.scoring.intervals import Estimate, estimate
+from sapt_core.judging.scoring.named import find_metric
 
 
-@cache
-def _rouge(*, any_script: bool) -> RougeScorer:
-    from rouge_score.rouge_scorer import RougeScorer  # noqa: PLC0415  seconds of scipy and scikit-learn by way of nltk
-    from rouge_score.tokenizers import DefaultTokenizer  # noqa: PLC0415
-
-    latin = DefaultTokenizer(use_stemmer=True)
-    return RougeScorer(["rougeL"], tokenizer=_AnyScript(latin) if any_script else latin)
-
-
-@dataclass(frozen=True)
-class _AnyScript:
-    """Words of any script, those in a-z and 0-9 as ``latin`` has them: stemmed."""
-
-    latin: Any
-
-    def tokenize(self, text: str) -> list[str]:
-        found: list[str] = []
-        for word in find_words(_folded(text)):
-            found += self.latin.tokenize(word) if word.isascii() else [word]
-        return found
-
-
-def _rouge_l(prediction: str, references: Sequence[str], *, any_script: bool) -> float:
-    scorer = _rouge(any_script=any_script)
-    return 100.0 * max(float(scorer.score(reference, prediction)["rougeL"].fmeasure) for reference in references)
-
-
-def rouge_l(prediction: str, references: Sequence[str]) -> float:
-    """ROUGE-L F-measure with stemming, 0 to 100, against the best reference (SuperNI's score, as in SAPT).
-
-    Its tokens are runs of a-z and 0-9, so text in other scripts scores 0: see ``rouge_l_unicode``.
-    """
-    return _rouge_l(prediction, references, any_script=False)
-
-
-def rouge_l_unicode(prediction: str, references: Sequence[str]) -> float:
-    """``rouge_l`` with words of any script as tokens: the same on ASCII text."""
-    return _rouge_l(prediction, references, any_script=True)
-
-
-def exact_match(prediction: str, references: Sequence[str]) -> float:
-    """100 if the prediction equals a reference but for case, ASCII punctuation and white space, else 0."""
-    return 100.0 * any(_normalised(prediction) == _normalised(reference) for reference in references)
-
-
-def exact_match_unicode(prediction: str, references: Sequence[str]) -> float:
-    """``exact_match`` but for punctuation and width of letters in any script too: the same on ASCII text."""
-    return exact_match(_unpunctuated(prediction), list(map(_unpunctuated, references)))
-
-
-def _normalised(text: str) -> str:
-    return " ".join(text.lower().translate(_NO_PUNCTUATION).split())
-
-
-def _folded(text: str) -> str:
-    return unicodedata.normalize("NFKC", text).casefold()
-
-
-def _unpunctuated(text: str) -> str:
-    return "".join(letter for letter in _folded(text) if not unicodedata.category(letter).startswith("P"))
-
-
-class Metric(NamedTuple):
-    """How answers are scored.
-
-    Attributes:
-        score: of a prediction against all right answers of its row, 0 to 100.
-        sees: whether there is anything in a text that it compares.
-    """
-
-    score: Callable[[str, Sequence[str]], float]
-    sees: Callable[[str], bool]
-
-
-METRICS = {
-    "rouge_l": Metric(rouge_l, lambda text: re.search("[a-z0-9]", text.lower()) is not None),
-    "rouge_l_unicode": Metric(rouge_l_unicode, lambda text: bool(find_words(_folded(text)))),
-    "exact_match": Metric(exact_match, lambda text: bool(_normalised(text))),
-    "exact_match_unicode": Metric(exact_match_unicode, lambda text: bool(_normalised(_unpunctuated(text)))),
-}
-
-
-def score(metric: str, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Mean score of predictions, 0 to 100.
+def score(
+    metric: str, predictions: Sequence[str], references: Sequence[Sequence[str]], sources: Sequence[str] | None = None
+) -> float:
+    """Score of predictions, 0 to 100.
 
     Args:
-        metric: of ``METRICS``.
+        metric: its name, or ``package.module:function``.
         predictions: one a row.
         references: for each row every answer that counts as right, at least one.
+        sources: the rows' inputs, for metrics that read them.
+
+    Raises:
+        ConfigError: there is no such metric.
     """
+    return find_metric(metric).score(_rows(predictions, references, sources))
+
+
+def estimates(
+    metrics: Sequence[str],
+    predictions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    sources: Sequence[str] | None = None,
+) -> dict[str, Estimate]:
+    """Scores by metric as ``score`` gives them, each with its confidence interval."""
+    rows = _rows(predictions, references, sources)
+    return {name: estimate(find_metric(name), rows) for name in metrics}
+
+
+def _rows(predictions: Sequence[str], references: Sequence[Sequence[str]], sources: Sequence[str] | None) -> list[Row]:
     if not predictions or len(predictions) != len(references):
         raise ValueError(f"{len(predictions)} predictions for {len(references)} rows: need one each, at least one")
-    return math.fsum(map(METRICS[metric].score, predictions, references)) / len(predictions)
+    return list(map(Row, predictions, references, [""] * len(predictions) if sources is None else sources))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -122,11 +122,15 @@ class SaptModel(nn.Module):
         return logits[labels >= 0].float()
 
     @torch.no_grad()
-    def generate(self, batch: Batch, **options: Any) -> tuple[Tensor, Tensor]:
+    def generate(
+        self, batch: Batch, *, allowed: Callable[[int, list[int]], list[int]] | None = None, **options: Any
+    ) -> tuple[Tensor, Tensor]:
         """Answers by ``transformers``' generate; k beams share their input's weights.
 
         Args:
             batch: prompts, left-padded for a decoder-only model.
+            allowed: of a row of the batch and its new tokens so far, those that may come next, at least one; default:
+                any.
             options: generation settings, such as ``max_new_tokens``, ``num_beams``, ``do_sample``.
 
         Returns:
@@ -139,14 +143,13 @@ class SaptModel(nn.Module):
             if self.pads and not self.is_encoder_decoder:
                 # As training counts them: generate() itself counts from 0, whatever the class.
                 inputs["position_ids"] = self._positions(inputs["attention_mask"])
+            # Before the new ones stands the decoder's start, or a decoder-only model's prompt unless it is embeddings.
+            before = 1 if self.is_encoder_decoder else batch.input_ids.shape[1] if "input_ids" in inputs else 0
+            if allowed is not None:
+                options["prefix_allowed_tokens_fn"] = lambda row, ids: allowed(row, ids[before:].tolist())
             with During(call):
                 sequences: Tensor = self.backbone.generate(**inputs, **options)  # type: ignore[operator]
-        if self.is_encoder_decoder:
-            sequences = sequences[:, 1:]
-        elif "input_ids" in inputs:
-            # Of a decoder-only model's prompt ids come back in front of the new ones, embeddings do not.
-            sequences = sequences[:, batch.input_ids.shape[1] :]
-        return sequences, self.pool.blocks.mixed(call)
+        return sequences[:, before:], self.pool.blocks.mixed(call)
 
     def _call(self, weights: Tensor) -> Call:
         return self.pool.blocks.new_call(weights, self.pool.in_use(weights))

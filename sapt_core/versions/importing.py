@@ -20,7 +20,7 @@ from sapt_core.data.templates import TEMPLATES
 from sapt_core.errors import FaultsError
 from sapt_core.io.blobs import BlobStore
 from sapt_core.judging.decoding import pooled_embeddings
-from sapt_core.judging.metrics import METRICS
+from sapt_core.judging.scoring.named import metric_faults
 from sapt_core.methods.base import Kept, Method
 from sapt_core.pool.blocks.base import embedding_matrix
 from sapt_core.pool.model import SaptModel
@@ -124,9 +124,9 @@ def kind_faults(kind: PoolKind) -> list[str]:
 def task_faults(task: LearntTask, parent: Manifest | None) -> list[str]:
     """What is against a task's name and settings."""
     faults = [f"--task {task.name}: {fault}" for fault in name_faults(task.name, parent.names if parent else ())]
-    for what, given, allowed in (("template", task.template, TEMPLATES), ("metric", task.metric, METRICS)):
-        if given not in allowed:
-            faults.append(f"there is no {what} {given!r}; there are: {', '.join(allowed)}")
+    if task.template not in TEMPLATES:
+        faults.append(f"there is no template {task.template!r}; there are: {', '.join(TEMPLATES)}")
+    faults += metric_faults([task.metric])
     if task.template == "none" and task.definition:
         faults.append("with template none inputs are whole prompts: leave the definition empty")
     return faults

@@ -17,6 +17,7 @@ from sapt_core.data.task import LearntTask
 from sapt_core.errors import DivergenceError, SnapshotError
 from sapt_core.io.blobs import BlobStore, Checkpoints
 from sapt_core.judging import metrics
+from sapt_core.judging.choices import task_choices
 from sapt_core.judging.decoding import answer
 from sapt_core.methods.base import Kept, Lesson, Method
 from sapt_core.pool.model import SaptModel
@@ -159,6 +160,7 @@ def learn_task(
                 model,
                 tokenizer,
                 task,
+                joined=place.ref.joined,
                 max_new_tokens=learnt.max_target_tokens,
                 evaluation=settings.evaluation,
                 precision=settings.train.precision,
@@ -331,6 +333,7 @@ def _score_dev(
     tokenizer: PreTrainedTokenizerBase,
     task: PreparedTask,
     *,
+    joined: bool,
     max_new_tokens: int,
     evaluation: EvaluationConfig,
     precision: Precision,
@@ -340,7 +343,15 @@ def _score_dev(
     rows: list[dict[str, Any]] = list(task.dev)[rank::world]
     texts: list[str] = []
     if rows:
-        texts, _ = answer(model, tokenizer, rows, evaluation, max_new_tokens=max_new_tokens, precision=precision)
-    pairs = [(text, row["references"]) for text, row in zip(texts, rows, strict=True)]
-    pairs = [pair for part in gathered(pairs) for pair in part]
-    return metrics.score(task.metric, [text for text, _ in pairs], [references for _, references in pairs])
+        texts, _ = answer(
+            model,
+            tokenizer,
+            rows,
+            evaluation,
+            max_new_tokens=max_new_tokens,
+            precision=precision,
+            choices=task_choices(task, rows, tokenizer, model, joined=joined, max_target_tokens=max_new_tokens),
+        )
+    scored = [(text, row["references"], row["input"]) for text, row in zip(texts, rows, strict=True)]
+    predictions, references, inputs = zip(*(each for part in gathered(scored) for each in part), strict=True)
+    return metrics.score(task.metric, predictions, references, inputs)

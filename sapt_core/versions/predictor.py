@@ -13,6 +13,7 @@ from sapt_core.backbones.loading import load_backbone
 from sapt_core.data.prepare import EncodedPrompt, PromptEncoder
 from sapt_core.errors import FaultsError, RequestError
 from sapt_core.io.blobs import BlobStore
+from sapt_core.judging.choices import Choices, choices_of
 from sapt_core.judging.decoding import answer
 from sapt_core.pool.model import SaptModel
 from sapt_core.settings import EvaluationConfig
@@ -108,7 +109,8 @@ class Predictor:
         Args:
             rows: what is asked.
             names: of the rows, for messages; default: row 0, row 1 and so on.
-            max_new_tokens: longest answer; default: what the task with the longest was trained on.
+            max_new_tokens: longest answer, but for a task of which only labels may be answered; default: what the
+                task with the longest was trained on.
             num_beams: beams of the search; 1, the default, is greedy.
             batch_size: rows in one forward.
 
@@ -135,12 +137,13 @@ class Predictor:
                 if value is not None and value < 1
             ],
         )
-        asked: dict[str | None, list[int]] = {}
+        asked: dict[tuple[str | None, bool], list[int]] = {}
         for place, request in requests.items():
             told = request.task if self.manifest.method.needs_task else None
-            asked.setdefault(None if told is None else told.name, []).append(place)
+            labels = request.task is not None and bool(request.task.labels)
+            asked.setdefault((None if told is None else told.name, labels), []).append(place)
         found: dict[int, Prediction] = {}
-        for name, places in asked.items():
+        for (name, labels), places in asked.items():
             answers, weights = answer(
                 self._attach(name),
                 self._tokenizer,
@@ -148,11 +151,19 @@ class Predictor:
                 EvaluationConfig(batch_size=batch_size, num_beams=num_beams or 1),
                 max_new_tokens=max_new_tokens or max(task.max_target_tokens for task in self.manifest.tasks),
                 precision="auto",
+                choices=[self._choices(requests[place]) for place in places] if labels else (),
             )
             blocks = self.manifest.blocks_for(name)
             for place, text, row in zip(places, answers, weights, strict=True):
                 found[place] = Prediction(text, dict(zip(blocks, row.tolist(), strict=True)))
         return [found[place] for place in range(len(rows))]
+
+    def _choices(self, request: Request) -> Choices:
+        """The only answers to an input of a task with labels."""
+        text, task = request
+        assert task is not None  # noqa: S101 - whose labels they are
+        encoder = self._encoders[task.max_source_tokens]
+        return choices_of(encoder, task, [text], task.max_target_tokens)[0]
 
     def _encode(self, request: Request) -> EncodedPrompt:
         text, task = request

@@ -86,7 +86,7 @@ def test_all_faults_come_at_once_each_with_its_path(tmp_path: Path) -> None:
     tasks: list[Any] = [
         {"nam": "a", "path": "x"},
         {"name": "b", "path": "x", "columns": {"inptu": "x"}, "label_names": [False, True]},
-        {"name": "c", "path": "x", "columns": {"messages": "m", "input": "i"}, "metric": "bleu"},
+        {"name": "c", "path": "x", "columns": {"messages": "m", "input": "i"}, "metric": "rogue_l"},
         7,
     ]
     found = {
@@ -97,7 +97,7 @@ def test_all_faults_come_at_once_each_with_its_path(tmp_path: Path) -> None:
     assert "did you mean input?" in found["benchmark.tasks.1.columns.inptu"]
     assert "put it in quotes" in found["benchmark.tasks.1.label_names.0"]
     assert "messages holds input and output" in found["benchmark.tasks.2.columns"]
-    assert "rouge_l" in found["benchmark.tasks.2.metric"]
+    assert "did you mean rouge_l?" in found["benchmark.tasks.2.metric"]
     assert "put it in quotes" in found["benchmark.tasks.3.name"]
     assert "did you mean columns?" in found["benchmark.defaults.colums"]
 

@@ -255,9 +255,9 @@ def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
         f"{names[2]} holds numbers that are not finite",
         f"{names[3]} holds int8",
         "--task QA: the version has learnt qa, which differs in case alone",
-        "there is no metric 'bleu'",
+        "there is no metric 'meteor'",
         "row 1 is blank",
-        task=learnt("QA", metric="bleu"),
+        task=learnt("QA", metric="meteor"),
         known=["w1", " "],
     )
 

@@ -140,7 +140,7 @@ def test_the_bare_backbone_is_known_once_somebody_scored_it(copied: Finished) ->
     before = page.find(experiment, store, None)
     assert before.bare == (None, None)
     make = StageMaker(experiment.config, experiment.backbone, {}, 0)
-    stage = make.zero_shot("zero_shot[basket]", experiment.graph.prepare[1])
+    stage = make.zero_shot("zero_shot[basket]", experiment.graph.prepare[1], ["exact_match"])
     score = run_graph([stage], Lookups(store), InlineExecutor(store))[stage].metrics["score"]
     assert bare_scores(experiment, Lookups(store)) == {"basket": score}
     after = page.find(experiment, store, None)

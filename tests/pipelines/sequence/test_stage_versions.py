@@ -32,7 +32,7 @@ MODEL = (
     "backbones/loading",
     "backbones/traits",
 )
-ANSWERS = (*MODEL, "judging/decoding", "judging/metrics", "versions/loading")
+ANSWERS = (*MODEL, "judging/choices", "judging/decoding", "judging/metrics", "judging/scoring", "versions/loading")
 TRAINING = (*MODEL, "training/trainer", "methods/base", "versions/learning", "versions/loading")
 POOLED = (*TOKENS, "pool/attention", "judging/decoding")
 SOURCES: dict[str, tuple[str, ...]] = {
