@@ -16,12 +16,15 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 
 from sapt_core.data import load_sequence
 from sapt_core.data.files import of_table
-from sapt_core.data.task import Task
+from sapt_core.data.task import LearntTask, Task
+from sapt_core.data.tasks import load_additions
 from sapt_core.errors import DataError
 from sapt_core.settings import BenchmarkConfig
+from sapt_core.task_settings import TaskConfig
 
 NAMES = ["negative", "positive"]
 REVIEWS = {"columns": {"input": "text", "output": "label"}}
+PLAIN = {"template": "superni", "metric": "exact_match"}
 
 
 def reviews(count: int, start: int = 0) -> list[dict[str, Any]]:
@@ -34,7 +37,7 @@ def table(count: int, start: int = 0) -> datasets.Dataset:
 
 def load(path: Path | str, fields: dict[str, Any] | None = None, **benchmark: Any) -> Task:
     task = {"name": "reviews", "path": str(path), **REVIEWS, **(fields or {})}
-    options = {"template": "superni", "metric": "exact_match", **benchmark}
+    options = {**PLAIN, **benchmark}
     (loaded,) = load_sequence(BenchmarkConfig.model_validate({"tasks": [task], **options}))
     return loaded
 
@@ -286,3 +289,45 @@ def test_first_rows_of_a_sorted_file_are_told_of(tmp_path: Path, caplog: pytest.
     caplog.clear()
     load(path, {"label_names": NAMES})
     assert "sorted" not in caplog.text
+
+
+def test_a_task_has_metrics_of_its_own_and_its_names_for_labels(tmp_path: Path) -> None:
+    path = as_lines(tmp_path / "reviews.jsonl")
+    every = {"label_names": [*NAMES, "mixed"], "metric": "accuracy,macro_f1"}
+    task = load(path, every, answers="labels")
+    assert task.metrics == ("accuracy", "macro_f1")
+    assert task.labels == ("mixed", "negative", "positive")  # whatever its rows answer
+    assert Task.from_json(task.to_json()) == task
+    without = load(path, REVIEWS, answers="labels", metric=["exact_match", "chrf"])
+    assert (without.labels, without.metrics) == (("0", "1"), ("exact_match", "chrf"))
+
+
+def test_labels_are_in_no_task_that_may_answer_anything(tmp_path: Path) -> None:
+    task = load(as_lines(tmp_path / "reviews.jsonl"), {"label_names": NAMES})
+    assert (task.labels, task.label_names) == ((), ())
+    assert not {"label_names", "answers", "other_metrics"} & json.loads(task.to_json()).keys()
+
+
+@pytest.mark.parametrize("labels", [("negative", "positive", "so so"), ()])
+def test_a_task_that_is_known_keeps_metric_and_labels(tmp_path: Path, labels: tuple[str, ...]) -> None:
+    known = LearntTask(
+        name="reviews",
+        definition="Which?",
+        template="long_sequence",
+        metric="accuracy",
+        max_source_tokens=64,
+        max_target_tokens=8,
+        labels=labels,
+    )
+    benchmark = BenchmarkConfig.model_validate(
+        {"data_dir": tmp_path, "tasks": ["reviews"], **PLAIN, "answers": "labels"}
+    )
+    fields = {"name": "reviews", "path": str(as_lines(tmp_path / "reviews.jsonl")), **REVIEWS}
+    more = TaskConfig.model_validate({**fields, "label_names": NAMES})
+    (task,) = load_additions([more], benchmark, known=[known])
+    assert (task.definition, task.template, task.metrics) == ("Which?", "long_sequence", ("accuracy",))
+    assert task.labels == tuple(sorted(labels))
+    if labels:
+        with pytest.raises(DataError) as caught:
+            load_additions([TaskConfig.model_validate(fields)], benchmark, known=[known])
+        assert "reviews: its train rows answer '0', '1', and may be answered" in caught.value.faults[0]

@@ -31,6 +31,7 @@ DOCS = (ROOT / "docs/metrics.md").read_text()
     shlex.split(block.replace("\\\n", " "))
     for block in re.findall(r"^    sapt (?:.*\n    )*.*\n", DOCS, flags=re.MULTILINE)
 ]
+WORDS = {"lovely": "positive", "grim": "negative", "great": "positive", "stale": "negative"}
 OTHERS = ["chrf", "macro_f1", "scores:first_word"]  # as records have them: by name
 
 
@@ -103,6 +104,34 @@ def test_metrics_and_labels_from_the_config_to_answers(call: Call, folder: Path)
     others = json.loads(Path("grown.json").read_text())["other_scores"]
     assert set(others["chrf"]) == {"review", "ticket"}
     assert set(others["edit_similarity"]) == {"loan"}
+
+
+def test_a_labelled_task_is_learnt_again_with_its_labels(call: Call, folder: Path) -> None:
+    ran = call(continual.main, [*settings(), "--inline", "--summary", "summary.json"])
+    assert ran.code == 0, ran.err
+    summary = json.loads(Path("summary.json").read_text())
+    version = ["--snapshot", summary["snapshot"], "--task", "review", "--again", "--data", "more.csv"]
+    given = [*version, "store.uri=store", "train.epochs=1", "generator.steps=2", "--inline", "--summary", "again.json"]
+    rows = [f"the {dish} was {word},{label}" for dish in ("soup", "cake") for word, label in WORDS.items()]
+    Path("more.csv").write_text("\n".join(["input,output", *rows]))
+    refused = call(extend.main, [*given, "benchmark.answers=free"])
+    assert refused.code == 2
+    assert "benchmark.answers=free: review was learnt with labels; leave it out" in refused.err
+    ended = call(extend.main, given)
+    assert ended.code == 0, ended.out + ended.err
+    again = json.loads(Path("again.json").read_text())
+    assert again["lessons"] == ["review", "ticket", "review again"]
+    assert [len(row) for row in again["intervals"]] == [1, 2, 2]
+    assert list(again["other_scores"]) == OTHERS
+    assert all(set(scores) == {"review", "ticket"} for scores in again["other_scores"].values())
+    page = max(Path("runs/report").glob("*/index.html"), key=lambda path: path.stat().st_mtime_ns).read_text()
+    assert "Scores by macro_f1 with 95 % confidence intervals" in page
+    assert "after review again" in page
+
+    Path("more.csv").write_text("\n".join(["input,output", *rows, *(row.replace("tive", "ish") for row in rows)]))
+    refused = call(extend.main, given)
+    assert refused.code == 2
+    assert "review: its train rows answer" in refused.err
 
 
 def test_another_function_scores_anew_and_learns_nothing(call: Call, folder: Path) -> None:
