@@ -75,7 +75,15 @@ class SplitRows:
             self.wordings.append(wording)
 
 
-def read_split(source: Source, split_name: str, task: TaskConfig, limit: int | None, faults: list[str]) -> SplitRows:
+def read_split(
+    source: Source,
+    split_name: str,
+    task: TaskConfig,
+    limit: int | None,
+    faults: list[str],
+    *,
+    inputs_alone: bool = False,
+) -> SplitRows:
     """The first ``limit`` usable rows of a split, or all.
 
     Args:
@@ -84,6 +92,7 @@ def read_split(source: Source, split_name: str, task: TaskConfig, limit: int | N
         task: what its columns are called, its labels and, if the data need not say it, its definition.
         limit: rows that are enough.
         faults: gets what is wrong.
+        inputs_alone: answers and instruction are not looked for, and no row has to have any.
     """
     found = SplitRows()
     if split_name not in source.splits:
@@ -102,8 +111,8 @@ def read_split(source: Source, split_name: str, task: TaskConfig, limit: int | N
             found.add(row, reader)
             if len(found.usable) == limit:
                 break
-        if task.definition is not None:
-            found.definition = task.definition
+        if inputs_alone or task.definition is not None:
+            found.definition = task.definition or ""
         elif rows.said is not None:
             found.definition = _said(rows.said, split.name, told)
         else:
@@ -114,7 +123,7 @@ def read_split(source: Source, split_name: str, task: TaskConfig, limit: int | N
         told.append(f"cannot be read: {' '.join(str(error).split())}")
     if found.faulty > MAX_FAULTS_PER_FILE:
         found.faults.append(f"{found.faulty - MAX_FAULTS_PER_FILE} more faulty rows")
-    told = [*found.faults, *told] or _without_answers(found, split.name)
+    told = [*found.faults, *told] or _without_rows(found, split.name, inputs_alone=inputs_alone)
     faults.extend(f"{split.name}: {fault}" for fault in told)
     return found
 
@@ -126,11 +135,11 @@ def _no_split(source: Source, name: str) -> str:
     return f"{source.name}/{name}.json: no such file, nor with {', '.join(list(READERS)[1:])}{cure}"
 
 
-def _without_answers(found: SplitRows, name: str) -> list[str]:
+def _without_rows(found: SplitRows, name: str, *, inputs_alone: bool) -> list[str]:
     """What is against a split of no usable rows; of some a warning counts those that are left out."""
     if not found.count:
         return ["holds no rows"]
-    if found.first_unanswered is None:
+    if inputs_alone or found.first_unanswered is None:
         return []
     if not found.usable:
         return ["no row is usable: no output holds more than punctuation"]

@@ -122,7 +122,7 @@ def load_inputs(data_dir: Path, names: Sequence[str]) -> dict[str, tuple[str, ..
         entry = TaskConfig(name=name)
         try:
             source = open_folder(data_dir / name, entry)
-            found[name] = tuple(read_split(source, "train", entry, None, faults).inputs)
+            found[name] = tuple(read_split(source, "train", entry, None, faults, inputs_alone=True).inputs)
         except DataError as error:
             faults.extend(error.faults)
     if faults:
