@@ -221,9 +221,12 @@ def _read_data(
         SnapshotError: the version lacks so much of its own tasks that none can come to them.
         SaptError: with all faults of the files and the settings.
     """
+    from omegaconf import OmegaConf
+
     from cluster.store import open_store
     from pipelines.sequence.base import read_base
     from pipelines.sequence.completing import fitted
+    from sapt_core.config.experiment import validated
     from sapt_core.config.preflight import check_backbone
     from sapt_core.data.tasks import load_additions
     from sapt_core.task_settings import TaskConfig
@@ -233,7 +236,8 @@ def _read_data(
     if isinstance(ground.onto, Manifest):
         read_base(ground.onto, store)
     told = {"definition": arguments.definition, "template": usual["template"], "metric": usual["metric"]}
-    addition = TaskConfig(name=arguments.task, path=str(arguments.data), **told)
+    given = OmegaConf.create({"name": arguments.task, "path": str(arguments.data), **told})
+    addition = validated(TaskConfig, [given], "What the command line says of the task")
     tasks = load_additions([addition], settings.benchmark)
     if isinstance(ground.onto, Manifest):
         fitted(settings, ground.onto.backbone, store, tasks)

@@ -210,3 +210,11 @@ def test_data_that_is_none_changes_nothing(later: Learnt, call: Call, tmp_path: 
     )
     assert (poor.code, "sapt pool refit VERSION --task animal" in poor.err) == (2, True)
     assert sorted(later.store.rglob("*")) == objects
+
+
+def test_a_metric_that_is_none_is_refused_where_a_pool_begins(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "colour.csv").write_text("input,output\na fox,red\na crow,black\na swan,white\n")
+    named = ["--task", "colour", "--data", str(tmp_path / "colour.csv"), "--metric", "meteor"]
+    ended = call(pool.main, ["import", str(tmp_path), "--config", "quickstart", *named, f"store.uri={tmp_path}/store"])
+    assert ended.code == 2
+    assert "metric: there is no metric 'meteor'" in ended.err
