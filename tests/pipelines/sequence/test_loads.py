@@ -28,6 +28,7 @@ LOADS = {
     "given": False,
     "memory": False,
     "statistics": False,
+    "joined": False,
     "train": True,
     "complete": False,
     "carried": False,
@@ -61,7 +62,7 @@ def test_only_stages_that_run_a_model_load_one(tmp_path: Path, monkeypatch: pyte
             patch.setattr(PreTrainedModel, "from_pretrained", classmethod(counted))
             run_graph(experiment.graph.published, Lookups(store), InlineExecutor(store), follow)
     ran = {stage.kind for stage in at_work}
-    assert ran >= LOADS.keys() - {"given", "zero_shot", "carried"}
+    assert ran >= LOADS.keys() - {"given", "joined", "zero_shot", "carried"}
     assert {kind: loads[kind] > 0 for kind in ran} == {kind: LOADS[kind] for kind in ran}
 
 

@@ -42,7 +42,8 @@ TASKS = {"animal", "basket"}
 @pytest.fixture
 def tracked(at_work: None) -> Iterator[None]:
     """MLflow looks where that sequence is registered."""
-    mlflow.set_tracking_uri("sqlite:///runs/mlflow.db")
+    # In full: MLflow keeps its connection by the address, and another test's is another folder's.
+    mlflow.set_tracking_uri(f"sqlite:///{Path.cwd()}/runs/mlflow.db")
     yield
     mlflow.set_tracking_uri(None)  # type: ignore[arg-type]
 
