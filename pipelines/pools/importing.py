@@ -42,14 +42,16 @@ class _Ground:
         onto: the version, or the kind of a pool that begins.
         store: that has its blobs.
         tracking: with the model that gets the next version; None: the store alone has it.
-        line: the registered version's place in its lineage.
+        lineage: the registered version's name in its lineage.
+        index: how many versions were learnt one on the other up to it.
         usual: a task's template, metric and lengths, unless the command line has others.
     """
 
     onto: Manifest | PoolKind
     store: StoreConfig
     tracking: TrackingConfig | None
-    line: str | None
+    lineage: str | None
+    index: int
     usual: Mapping[str, Any]
 
 
@@ -157,17 +159,19 @@ def _ground(arguments: argparse.Namespace, config: ExperimentConfig | None) -> _
         }
         attention = config.attention if config.method.shared_attention else None
         kind = PoolKind(config.method, identify(config.backbone), config.pet, attention)
-        return _Ground(kind, config.store, config.tracking, None, usual)
+        return _Ground(kind, config.store, config.tracking, None, 0, usual)
     said = [each for each in arguments.overrides if arguments.data is None or each.startswith(("store.", "tracking."))]
     places: PlacesConfig = load_places(said) if config is None else config
     fields = {"template", "metric", "max_source_tokens", "max_target_tokens"}
     if not arguments.onto.startswith("models:/"):
         manifest, _ = snapshot(arguments.onto, places)
-        return _Ground(manifest, places.store, None, None, manifest.tasks[-1].model_dump(include=fields))
+        usual = manifest.tasks[-1].model_dump(include=fields)
+        return _Ground(manifest, places.store, None, None, len(manifest.tasks), usual)
     found = find_registered(arguments.onto, places, arguments.overrides)
     tracking = places.tracking.model_copy(update={"model": found.version.model})
     usual = found.manifest.tasks[-1].model_dump(include=fields)
-    return _Ground(found.manifest, found.store, tracking, found.version.tags.get(LINEAGE), usual)
+    lineage, index = found.version.tags.get(LINEAGE), found.version.index
+    return _Ground(found.manifest, found.store, tracking, lineage, index, usual)
 
 
 @dataclass(frozen=True)
@@ -329,10 +333,10 @@ def _lineage(ground: _Ground, folder: Path, task: LearntTask, rows: Sequence[str
     files = [folder / name for name in (SETTINGS, TENSORS)]
     digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
     earlier = ground.onto.tasks if isinstance(ground.onto, Manifest) else ()
-    name = canonical_hash([IMPORT, ground.line, digests, task.model_dump(), list(rows)])
+    name = canonical_hash([IMPORT, ground.lineage, digests, task.model_dump(), list(rows)])
     tasks = tuple(each.name for each in (*earlier, task))
     asked = f"method {ground.onto.method.name}, tasks {', '.join(tasks)}"
-    return Lineage(asked, (*(ground.line or "" for _ in earlier), name), tasks=tasks)
+    return Lineage(asked, (*(ground.lineage or "" for _ in range(ground.index)), name), tasks=tasks)
 
 
 def _publish(manifest: Manifest, ground: _Ground, lineage: Lineage, rows: Sequence[str]) -> int:

@@ -88,7 +88,7 @@ def publish(
     return PoolRegistry(tracking).publish(
         open_store(places).get(digest),
         places,
-        lineage=Lineage("the tiny sequence", ("first", "second")),
+        lineage=Lineage("the tiny sequence", ("first", "second", "first again")),
         digest=digest,
         index=index,
         run_id=run,

@@ -61,7 +61,8 @@ def test_onto_a_snapshot_the_store_alone_has_the_next(copied: Finished, adapter:
 def test_a_registered_version_gets_the_next_number(
     copied: Finished, adapter: Path, call: Call, sqlite_tracking: TrackingConfig
 ) -> None:
-    assert publish(copied, sqlite_tracking) == 1
+    """Whose place is after all that was learnt, a task that was learnt again twice over."""
+    assert publish(copied, sqlite_tracking, index=3) == 1
     where = [f"tracking.uri={sqlite_tracking.uri}", f"tracking.experiment={sqlite_tracking.experiment}"]
     onto = f"models:/{sqlite_tracking.model}/1"
     brought = call(pool.main, bringing(adapter, "--onto", onto, *where))
@@ -73,7 +74,7 @@ def test_a_registered_version_gets_the_next_number(
         "task": "colour",
         "tasks": "animal, basket, colour",
         "method": "sapt",
-        "index": "3",
+        "index": "4",
     }
     assert client.get_run(made.run_id).info.status == "FINISHED"
     # Once more is the same version, another one does not go on from the newest.
