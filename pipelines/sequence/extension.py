@@ -20,9 +20,10 @@ from sapt_core.backbones.loading import folder_of
 from sapt_core.config.experiment import ExperimentConfig, read_mapping, validated
 from sapt_core.config.overrides import parsed
 from sapt_core.data.prepare import read_split
-from sapt_core.data.task import LearntTask, name_faults
+from sapt_core.data.task import Example, LearntTask, Task, name_faults
 from sapt_core.data.tasks import load_additions
 from sapt_core.errors import ConfigError, SnapshotError
+from sapt_core.settings import BenchmarkConfig
 from sapt_core.task_settings import TaskConfig
 from sapt_core.versions.learning import again_faults, require_same_kind
 from sapt_core.versions.manifest import Manifest, Recipe
@@ -91,12 +92,19 @@ def extend(
     sealed, learnt = None, []
     if known is not None:
         learnt = [manifest.tasks[known]]
-        sealed = _sealed_inputs(base, known, store)
+        sealed = frozenset(row.input for row in _sealed_rows(base, known, store))
         _tell_of_material(base, known, config, anew=again == "anew")
+
+    def load(benchmark: BenchmarkConfig) -> tuple[Task, ...]:
+        tasks = load_additions(additions, benchmark, sealed, learnt)
+        if known is None:
+            _tell_of_same_rows(base, tasks, store)
+        return tasks
+
     return assemble(
         config,
         "The extension",
-        load=lambda benchmark: load_additions(additions, benchmark, sealed, learnt),
+        load=load,
         identified=lambda _: manifest.backbone,
         folder=folder_of(manifest.backbone, store),
         base=base,
@@ -124,11 +132,30 @@ def _check_again(base: Base, additions: Sequence[TaskConfig], *, anew: bool) -> 
         raise ConfigError("The version cannot learn that again:", faults)
 
 
-def _sealed_inputs(base: Base, place: int, store: ArtifactStore) -> frozenset[str]:
-    """Inputs of the rows that a task is scored on."""
+def _sealed_rows(base: Base, place: int, store: ArtifactStore) -> frozenset[Example]:
+    """The rows that a task is scored on."""
     tokens = base.carried[place].tokens
     splits = [read_split(store.get(tokens[name])) for name in sorted(bodies.SEALED) if name in tokens]
-    return frozenset(str(text) for split in splits for text in split["input"])
+    return frozenset(Example(row["input"], tuple(row["references"])) for split in splits for row in split)
+
+
+def _tell_of_same_rows(base: Base, tasks: Sequence[Task], store: ArtifactStore) -> None:
+    """Say which task that the version knows a new one shares rows with, as far as the version has them."""
+    every = {task.name: {*task.train, *task.dev, *task.test} for task in tasks}
+    for place, known in enumerate(base.tasks):
+        sealed = _sealed_rows(base, place, store)
+        for name, rows in every.items():
+            if shared := len(sealed & rows):
+                log.warning(
+                    "%s: %d of the %d rows of %s that the version is scored on are among its own (%.0f%%), the same "
+                    "answers too; what is the same task is learnt further by --task %s --again",
+                    name,
+                    shared,
+                    len(sealed),
+                    known.name,
+                    100 * shared / len(sealed),
+                    known.name,
+                )
 
 
 def _tell_of_material(base: Base, place: int, config: ExperimentConfig, *, anew: bool) -> None:

@@ -83,6 +83,25 @@ def test_a_file_of_rows(
         assert re.search(row, Path(page).read_text()), name
 
 
+def test_rows_of_a_task_that_it_knows_are_told_of(
+    later: Learnt, tasks: dict[str, Task], call: Call, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All of one's test rows under another name; and inputs of the other with other answers, which are another task."""
+    animal, basket = tasks["animal"], tasks["basket"]
+    with (tmp_path / "creature.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["input", "output"])
+        writer.writerows([row.input, row.references[0]] for row in (*animal.train, *animal.test))
+        writer.writerows([row.input, "something else"] for row in basket.test)
+    given = ["--task", "creature", "--data", str(tmp_path / "creature.csv"), "--dry-run"]
+    assert go_on(call, later.store, later.version, *given).code == 0
+    (told,) = [record.getMessage() for record in caplog.records if "among its own" in record.getMessage()]
+    kept = len({*animal.test, *animal.dev})
+    share = f"{len({*animal.test})} of the {kept} rows of animal that the version is scored on are among its own"
+    assert told.startswith(f"creature: {share} (")
+    assert told.endswith("by --task animal --again")
+
+
 def test_a_plan_writes_nothing(later: Learnt, call: Call) -> None:
     before = sorted(path for path in later.store.rglob("*") if path.is_file())
     ended = go_on(call, later.store, later.version, "--task", "ticket", "--data", str(later.ticket), "--dry-run")
