@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from sapt_core.backbones.loading import load_backbone, store_backbone
 from sapt_core.backbones.reference import BackboneRef, identify
@@ -79,8 +80,15 @@ class Pool:
         """How much of every block each text is answered with; arguments and errors as of ``generate``."""
         return [prediction.weights for prediction in self.generate(texts, task)]
 
-    def learn(self, task: Task, config: ExperimentConfig, kept: Mapping[str, Sequence[str]] | None = None) -> Pool:
-        """Learn one more task, in this process.
+    def learn(
+        self,
+        task: Task,
+        config: ExperimentConfig,
+        kept: Mapping[str, Sequence[str]] | None = None,
+        *,
+        again: Literal["further", "anew"] | None = None,
+    ) -> Pool:
+        """Learn one more task, or one that is known from more rows of it, in this process.
 
         Args:
             task: its rows, see ``make_task`` and ``load_sequence``.
@@ -89,18 +97,24 @@ class Pool:
                 version's own, whatever ``config`` names.
             kept: inputs of earlier tasks to reflect on, by the tasks' names; tasks that are left out, all by default,
                 are not reflected on, so that nothing holds their attention.
+            again: whether a task that this version knows is learnt further, from where its block stands, or anew. Its
+                definition, template, metric and lengths are those that it has; all other blocks stay as they are.
 
         Raises:
-            SnapshotError: the version was learnt with another method, other blocks or another attention.
-            SaptError: inputs are given of a task that it has not learnt, or the task was learnt before.
+            SnapshotError: the version was learnt with another method, other blocks or another attention, or its method
+                cannot learn a task again.
+            SaptError: inputs are given of a task that it has not learnt, or of the one that is learnt again; the task
+                was learnt before, without ``again``.
         """
         given = kept or {}
-        if unknown := sorted(set(given) - set(self.tasks)):
-            raise SaptError(f"kept names {', '.join(unknown)}; the version has learnt: {', '.join(self.tasks)}")
-        if faults := name_faults(task.name, self.tasks):
-            raise SaptError(f"{task.name}: {faults[0]}")
-        inputs = [list(given.get(name, ())) for name in self.tasks] if given else []
-        return _learn(task, config, self.store, ref=self.manifest.backbone, parent=self.manifest, kept=inputs)
+        others = [name for name in self.tasks if again is None or name != task.name]
+        if unknown := sorted(set(given) - set(others)):
+            raise SaptError(f"kept names {', '.join(unknown)}; what can be reflected on: {', '.join(others)}")
+        if again is None and (faults := name_faults(task.name, self.tasks)):
+            raise SaptError(f"{task.name}: {faults[0]}; again= learns it from more rows")
+        inputs = [list(given.get(name, ())) for name in others] if given else []
+        ref, parent = self.manifest.backbone, self.manifest
+        return _learn(task, config, self.store, ref=ref, parent=parent, kept=inputs, again=again)
 
     def export(self, block: str | Mapping[str, float], folder: Path | str) -> None:
         """Write a block, or a mixture of blocks, as a plain PEFT adapter folder.
@@ -201,13 +215,30 @@ def _learn(
     ref: BackboneRef,
     parent: Manifest | None,
     kept: Sequence[Sequence[str]],
+    again: Literal["further", "anew"] | None = None,
 ) -> Pool:
     backbone, tokenizer = load_backbone(ref, store)
-    lengths: Any = {
-        "max_source_tokens": config.benchmark.max_source_tokens,
-        "max_target_tokens": config.benchmark.max_target_tokens,
-    }
-    prepared = prepare_task(task, tokenizer, is_encoder_decoder=bool(backbone.config.is_encoder_decoder), **lengths)
+    learnt = None
+    if parent is not None and again is not None:
+        learnt = next((each for each in parent.tasks if each.name == task.name), None)
+    if learnt is None:
+        learnt = LearntTask(
+            name=task.name,
+            definition=task.definition,
+            template=task.template,
+            metric=task.metric,
+            max_source_tokens=config.benchmark.max_source_tokens,
+            max_target_tokens=config.benchmark.max_target_tokens,
+        )
+    else:
+        task = replace(task, definition=learnt.definition, template=learnt.template, metric=learnt.metric)
+    prepared = prepare_task(
+        task,
+        tokenizer,
+        is_encoder_decoder=bool(backbone.config.is_encoder_decoder),
+        max_source_tokens=learnt.max_source_tokens,
+        max_target_tokens=learnt.max_target_tokens,
+    )
     manifest, _ = learn_task(
         Workplace(backbone, tokenizer, ref, store, NoCheckpoints()),
         LearningSettings(
@@ -220,8 +251,9 @@ def _learn(
             seed=step_seed(config.seed, task.name),
         ),
         prepared,
-        LearntTask(name=task.name, definition=task.definition, template=task.template, metric=task.metric, **lengths),
+        learnt,
         parent=parent,
         kept=kept,
+        again=again,
     )
     return Pool(manifest, store)

@@ -34,6 +34,9 @@ def test_every_block_of_the_page_runs(at_work: None, copied: Finished) -> None:
     assert sum(names["weights"].values()) == pytest.approx(1)
     assert names["larger"].tasks == ("animal", "basket", "colour")
     assert names["larger"].manifest.parent == names["pool"].manifest.as_parent
+    larger, further = names["larger"].manifest, names["further"].manifest
+    assert (further.tasks, further.blocks[:2], further.again) == (larger.tasks, larger.blocks[:2], "colour")
+    assert further.blocks[2] != larger.blocks[2]
     exported = load_file("runs/adapters/colour/adapter_model.safetensors")
     assert any(tensor.abs().sum() for name, tensor in exported.items() if "lora_B" in name)
     assert len(load_file("runs/adapters/both/adapter_model.safetensors")) == len(exported)
@@ -63,8 +66,13 @@ def test_what_is_refused(finished: Finished, tmp_path: Path) -> None:
         pool.generate("x")
     with pytest.raises(SaptError, match="kept names ticket"):
         pool.learn(task, config, kept={"ticket": ["x"]})
-    with pytest.raises(SaptError, match="the version has learnt it: give"):
-        pool.learn(sapt_core.make_task("animal", [("a", "b")] * 4), config)
+    animal = sapt_core.make_task("animal", [("a", "b")] * 4)
+    with pytest.raises(SaptError, match=r"the version has learnt it: give .*again= learns it"):
+        pool.learn(animal, config)
+    with pytest.raises(SaptError, match=r"kept names animal; what can be reflected on: basket"):
+        pool.learn(animal, config, kept={"animal": ["x"]}, again="anew")
+    with pytest.raises(SnapshotError, match="new cannot be learnt again: the version has not learnt new"):
+        pool.learn(task, config, again="further")
     with pytest.raises(SnapshotError, match="other settings"):
         pool.learn(task, sapt_core.load_config(QUICKSTART, [*TINY, "pet.r=4"]))
     with pytest.raises(SaptError, match="there are: animal, basket"):
