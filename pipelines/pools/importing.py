@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,34 +23,11 @@ from sapt_core.errors import DataError
 
 if TYPE_CHECKING:
     from cluster.tracking.lines import Lineage
-    from sapt_core.config.experiment import ExperimentConfig
-    from sapt_core.data.task import LearntTask, Task
-    from sapt_core.settings import PlacesConfig, StoreConfig, TrackingConfig
-    from sapt_core.versions.importing import PoolKind
+    from pipelines.pools.import_ground import Ground
+    from sapt_core.data.task import LearntTask
     from sapt_core.versions.manifest import Manifest
 
 IMPORT = "import"  # kind of the record that keeps an imported version's bytes in the store
-
-
-@dataclass(frozen=True)
-class _Ground:
-    """What an import goes on from.
-
-    Attributes:
-        onto: the version, or the kind of a pool that begins.
-        store: that has its blobs.
-        tracking: with the model that gets the next version; None: the store alone has it.
-        lineage: the registered version's name in its lineage.
-        index: how many versions were learnt one on the other up to it.
-        usual: a task's template, metric and lengths, unless the command line has others.
-    """
-
-    onto: Manifest | PoolKind
-    store: StoreConfig
-    tracking: TrackingConfig | None
-    lineage: str | None
-    index: int
-    usual: Mapping[str, Any]
 
 
 def main() -> None:
@@ -65,6 +40,7 @@ def main() -> None:
     from cluster.store import open_store
     from cluster.tracking.registry import PoolRegistry
     from cluster.tracking.service import is_there, resolved
+    from pipelines.pools.import_ground import Given, completed, find_ground, read_data
     from pipelines.pools.made import keep
     from sapt_core.config.experiment import load_config
     from sapt_core.data.task import LearntTask
@@ -72,12 +48,12 @@ def main() -> None:
 
     folder = Path(arguments.folder)
     config = None if arguments.config is None else load_config(arguments.config, arguments.overrides)
-    ground = _ground(arguments, config)
+    ground = find_ground(arguments, config)
     usual = {
         **ground.usual,
         **{name: value for name in ground.usual if (value := getattr(arguments, name)) is not None},
     }
-    data = None if arguments.data is None else _read_data(arguments, ground, config, usual)
+    data = None if arguments.data is None else read_data(arguments, ground, config, usual)
     rows, definition = (
         read_rows(arguments.rows) if data is None else ([row.input for row in data.train], data.definition)
     )
@@ -93,7 +69,7 @@ def main() -> None:
         from sapt_core.backbones.loading import store_backbone
 
         store_backbone(config.backbone, ground.onto.backbone, store)
-    manifest = _completed(manifest, ground, config, data, _Given(arguments, usual, rows, lineage.names[-1]))
+    manifest = completed(manifest, ground, config, data, Given(arguments, usual, rows, lineage.names[-1]))
     keep(store, manifest, IMPORT, task.name, {})
     if manifest.attention is not None:
         print(f"rows of {task.name} give its block {manifest.targets[-1][-1]:.2f} of their weight")
@@ -137,160 +113,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _ground(arguments: argparse.Namespace, config: ExperimentConfig | None) -> _Ground:
-    """What the command line names; errors as of ``registered``, ``snapshot`` and ``identify``."""
-    from cluster.tracking.lines import LINEAGE
-    from pipelines.console.versions import find_registered, snapshot
-    from sapt_core.backbones.reference import identify
-    from sapt_core.config.experiment import load_places
-    from sapt_core.data.cl_benchmark import METRICS
-    from sapt_core.data.templates import TEMPLATES
-    from sapt_core.versions.importing import PoolKind
-
-    if arguments.onto is None:
-        assert config is not None  # noqa: S101 - main sees to it
-        read = config.benchmark
-        suite = read.suite if read.suite in TEMPLATES else "superni"
-        usual = {
-            "template": read.template or suite,
-            "metric": next(iter(read.metrics), METRICS.get(read.suite, "exact_match")),
-            "max_source_tokens": read.max_source_tokens,
-            "max_target_tokens": read.max_target_tokens,
-        }
-        attention = config.attention if config.method.shared_attention else None
-        kind = PoolKind(config.method, identify(config.backbone), config.pet, attention)
-        return _Ground(kind, config.store, config.tracking, None, 0, usual)
-    said = [each for each in arguments.overrides if arguments.data is None or each.startswith(("store.", "tracking."))]
-    places: PlacesConfig = load_places(said) if config is None else config
-    fields = {"template", "metric", "max_source_tokens", "max_target_tokens"}
-    if not arguments.onto.startswith("models:/"):
-        manifest, _ = snapshot(arguments.onto, places)
-        usual = manifest.tasks[-1].model_dump(include=fields)
-        return _Ground(manifest, places.store, None, None, len(manifest.tasks), usual)
-    found = find_registered(arguments.onto, places, arguments.overrides)
-    tracking = places.tracking.model_copy(update={"model": found.version.model})
-    usual = found.manifest.tasks[-1].model_dump(include=fields)
-    lineage, index = found.version.tags.get(LINEAGE), found.version.index
-    return _Ground(found.manifest, found.store, tracking, lineage, index, usual)
-
-
-@dataclass(frozen=True)
-class _Given:
-    """What the command line says of an import.
-
-    Attributes:
-        arguments: all of it.
-        usual: the task's template, metric and lengths.
-        rows: inputs of it.
-        lineage: name of the version that is known before it is made.
-    """
-
-    arguments: argparse.Namespace
-    usual: Mapping[str, Any]
-    rows: Sequence[str]
-    lineage: str
-
-
-def _settings(
-    arguments: argparse.Namespace, ground: _Ground, config: ExperimentConfig | None, usual: Mapping[str, Any]
-) -> ExperimentConfig:
-    """How the pool's tasks are learnt and what may stay of them, with the imported task's lengths.
-
-    Raises:
-        ConfigError: fields that the version decides.
-    """
-    from pipelines.sequence.extension import Places, own_settings, settled
-    from sapt_core.config.experiment import ExperimentConfig, load_places
-    from sapt_core.config.overrides import parsed
-    from sapt_core.versions.manifest import Manifest
-
-    lengths = {name: usual[name] for name in ("max_source_tokens", "max_target_tokens")}
-    if not isinstance(ground.onto, Manifest):
-        assert config is not None  # noqa: S101 - a pool begins with one
-        return config.model_copy(update={"benchmark": config.benchmark.model_copy(update=lengths)})
-    tracking = ground.tracking or load_places([]).tracking
-    places = Places(ground.store.model_dump(mode="json"), tracking.model_dump(mode="json"))
-    own = own_settings(ground.onto, ground.onto.recipe, [arguments.task], ".", places)
-    own["benchmark"] |= {**lengths, "template": usual["template"], "metric": usual["metric"]}
-    said = [each for each in arguments.overrides if not each.startswith(("store.", "tracking."))]
-    return settled(ground.onto, own, parsed(said, ExperimentConfig), "An import")
-
-
-def _read_data(
-    arguments: argparse.Namespace, ground: _Ground, config: ExperimentConfig | None, usual: Mapping[str, Any]
-) -> Task:
-    """The adapter's task with its rows.
-
-    Raises:
-        SnapshotError: the version lacks so much of its own tasks that none can come to them.
-        SaptError: with all faults of the files and the settings.
-    """
-    from omegaconf import OmegaConf
-
-    from cluster.store import open_store
-    from pipelines.sequence.base import read_base
-    from pipelines.sequence.completing import fitted
-    from sapt_core.config.experiment import validated
-    from sapt_core.config.preflight import check_backbone
-    from sapt_core.data.tasks import load_additions
-    from sapt_core.task_settings import TaskConfig
-    from sapt_core.versions.manifest import Manifest
-
-    store, settings = open_store(ground.store), _settings(arguments, ground, config, usual)
-    if isinstance(ground.onto, Manifest):
-        read_base(ground.onto, store)
-    told = {"definition": arguments.definition, "template": usual["template"], "metric": usual["metric"]}
-    given = OmegaConf.create({"name": arguments.task, "path": str(arguments.data), **told})
-    addition = validated(TaskConfig, [given], "What the command line says of the task")
-    tasks = load_additions([addition], settings.benchmark)
-    if isinstance(ground.onto, Manifest):
-        fitted(settings, ground.onto.backbone, store, tasks)
-    else:
-        check_backbone(settings, tasks)
-    return tasks[0]
-
-
-def _completed(
-    manifest: Manifest, ground: _Ground, config: ExperimentConfig | None, data: Task | None, given: _Given
-) -> Manifest:
-    """The version with what later tasks need of all its tasks, of the imported one as far as there is data.
-
-    As it is where the version before carries nothing, or a pool begins without data.
-    """
-    from cluster.stages import InlineExecutor
-    from cluster.store import open_store
-    from cluster.store.lookups import Lookups
-    from pipelines.pools.scoring import executor_of
-    from pipelines.sequence.completing import build_completion, fitted, given_samples, nothing_of
-    from sapt_core.io.hashing import canonical_hash
-    from sapt_core.versions.manifest import Manifest
-
-    before = ground.onto.carried if isinstance(ground.onto, Manifest) else () if data is not None else None
-    if before is None:
-        return manifest
-    store = open_store(ground.store)
-    tasks = {} if data is None else {len(before): data}
-    own = nothing_of(canonical_hash(list(given.rows)), {"train": len(given.rows)}) if data is None else None
-    settings, memory = fitted(
-        _settings(given.arguments, ground, config, given.usual), manifest.backbone, store, [*tasks.values()]
-    )
-    completion = build_completion(
-        settings,
-        manifest,
-        [*before, own],
-        tasks,
-        store,
-        lineage=given.lineage,
-        samples=given_samples(settings, [task.name for task in tasks.values()], store),
-        memory=memory,
-    )
-    known = Lookups(store)
-    with ExitStack() as stack:
-        if data is None:
-            return completion.run(known, InlineExecutor(store))
-        return completion.run(known, executor_of([completion.stage], known, settings, given.arguments, stack))
-
-
 def read_rows(path: Path) -> tuple[list[str], str]:
     """Inputs of a task and its definition, empty where the file has none.
 
@@ -323,7 +145,7 @@ def read_rows(path: Path) -> tuple[list[str], str]:
     return list(map(str, texts)), str(wordings[0] if isinstance(wordings, list) else wordings)
 
 
-def _lineage(ground: _Ground, folder: Path, task: LearntTask, rows: Sequence[str]) -> Lineage:
+def _lineage(ground: Ground, folder: Path, task: LearntTask, rows: Sequence[str]) -> Lineage:
     """The version before, and a name of the next that is known before it is made."""
     from cluster.tracking.lines import Lineage
     from sapt_core.io.hashing import canonical_hash
@@ -339,7 +161,7 @@ def _lineage(ground: _Ground, folder: Path, task: LearntTask, rows: Sequence[str
     return Lineage(asked, (*(ground.lineage or "" for _ in range(ground.index)), name), tasks=tasks)
 
 
-def _publish(manifest: Manifest, ground: _Ground, lineage: Lineage, rows: Sequence[str]) -> int:
+def _publish(manifest: Manifest, ground: Ground, lineage: Lineage, rows: Sequence[str]) -> int:
     """Register the version; returns its number."""
     from pipelines.pools.made import register
     from sapt_core.io.hashing import canonical_hash
