@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -209,6 +207,10 @@ def tasks_of_file(path: Path) -> tuple[dict[str, Any], list[Any]]:
     Raises:
         ValueError: it cannot be read, or is none of tasks.
     """
+    # A served version has these sections, and no files of them.
+    from omegaconf import OmegaConf  # noqa: PLC0415
+    from omegaconf.errors import OmegaConfBaseException  # noqa: PLC0415
+
     try:
         content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except FileNotFoundError as error:

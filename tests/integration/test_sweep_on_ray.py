@@ -137,10 +137,10 @@ def test_a_killed_driver_keeps_what_ended(folder: Path) -> None:
     calm = folder / "calm"
     calm.mkdir()
     shutil.copy(folder / "mlflow.db", calm / "mlflow.db")
-    undisturbed = written(calm, "")
+    undisturbed = written(calm, "", space=WEIGHTS)
     done = run(["pipelines/sweep.py", "--config", str(undisturbed), "--inline"], environment())
     assert done.code == 0, done.err
-    path = written(folder, "concurrent: 2")
+    path = written(folder, "concurrent: 2", space=WEIGHTS)
     arguments = ["pipelines/sweep.py", "--config", str(path)]
     for seconds in (15, 25):
         driver = start(arguments, environment())
