@@ -80,7 +80,8 @@ def readable(data: bytes) -> Iterator[str]:
     with suppress(pa.ArrowInvalid, OSError):
         yield from texts_of(pa.ipc.open_stream(data).read_all().to_pylist())
     with suppress(SafetensorError):
-        yield from texts_of([each.flatten().tolist() for each in load_tensors(data).values()])
+        numbers = [each for each in load_tensors(data).values() if not each.is_floating_point()]
+        yield from texts_of([each.flatten().tolist() for each in numbers])
     with suppress(ValueError):
         yield from texts_of(json.loads(data))
 
