@@ -19,7 +19,7 @@ from pipelines.sequence.making import ATTENDED_ON
 from sapt_core.backbones.loading import folder_of
 from sapt_core.config.experiment import ExperimentConfig, read_mapping, validated
 from sapt_core.config.overrides import parsed
-from sapt_core.data.prepare import read_split
+from sapt_core.data.prepare import read_examples
 from sapt_core.data.task import Example, LearntTask, Task, name_faults
 from sapt_core.data.tasks import load_additions
 from sapt_core.errors import ConfigError, SnapshotError
@@ -135,8 +135,8 @@ def _check_again(base: Base, additions: Sequence[TaskConfig], *, anew: bool) -> 
 def _sealed_rows(base: Base, place: int, store: ArtifactStore) -> frozenset[Example]:
     """The rows that a task is scored on."""
     tokens = base.carried[place].tokens
-    splits = [read_split(store.get(tokens[name])) for name in sorted(bodies.SEALED) if name in tokens]
-    return frozenset(Example(row["input"], tuple(row["references"])) for split in splits for row in split)
+    splits = [read_examples(store.get(tokens[name])) for name in sorted(bodies.SEALED) if name in tokens]
+    return frozenset(row for split in splits for row in split)
 
 
 def _tell_of_same_rows(base: Base, tasks: Sequence[Task], store: ArtifactStore) -> None:

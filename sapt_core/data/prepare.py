@@ -351,6 +351,12 @@ def read_split(data: bytes) -> datasets.Dataset:
     return datasets.Dataset.from_buffer(pa.py_buffer(data))
 
 
+def read_examples(data: bytes) -> list[Example]:
+    """The rows of such a split as text, without a data set around them: a pool of many tasks has hundreds."""
+    columns = pa.ipc.open_stream(pa.py_buffer(data)).read_all().select(["input", "references"]).to_pydict()
+    return [Example(text, tuple(right)) for text, right in zip(*columns.values(), strict=True)]
+
+
 def prepare_task(
     task: Task,
     tokenizer: PreTrainedTokenizerBase,
