@@ -16,7 +16,10 @@ from pipelines import continual, extend
 from pipelines.running.publishing import _datasets
 from pipelines.sequence.experiment import find_experiment, load_experiment
 from sapt_core.errors import DataError
+from sapt_core.settings import TrackingConfig
 from tests.pipelines.commands import QUICKSTART, TINY, Outcome
+
+pytest_plugins = ["tests.mlflow_servers"]
 
 Call = Callable[[Callable[[], None], list[str]], Outcome]
 ROWS = [{"text": f"the {word} was seen on day {n}", "label": n % 2} for n, word in enumerate(("fox", "owl") * 6)]
@@ -61,19 +64,29 @@ def settings(tmp_path: Path) -> list[str]:
     return [*small, *more]
 
 
-def test_every_kind_is_learnt_and_another_comes_to_it(call: Call, tmp_path: Path, settings: list[str]) -> None:
+def test_every_kind_is_learnt_and_another_comes_to_it(
+    call: Call, tmp_path: Path, settings: list[str], sqlite_tracking: TrackingConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To registered versions: each is learnt inline, and published from the records of that."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # what asks for Ray ends with exit code 3
     tasks = written(tmp_path / "data")
-    given = ["--config", config(tmp_path, tasks[:-2]), "--inline", "--summary", str(tmp_path / "summary.json")]
-    ended = call(continual.main, [*given, *settings])
+    tracking = f"tracking.uri={sqlite_tracking.uri}"
+    given = ["--config", config(tmp_path, tasks[:-2]), *settings, tracking, "tracking.model=kinds"]
+    ended = call(continual.main, [*given, "--inline", "--summary", "summary.json"])
     assert ended.code == 0, ended.out + ended.err
     assert "after g: AP" in ended.out
-    version = json.loads((tmp_path / "summary.json").read_text())["snapshot"]
-    (tmp_path / "tasks.yaml").write_text(yaml.safe_dump(tasks[-2:]))
+    ended = call(continual.main, given)
+    assert "registered: kinds version 7" in ended.out, ended.err
+    version = json.loads(Path("summary.json").read_text())["snapshot"]
+    Path("tasks.yaml").write_text(yaml.safe_dump(tasks[-2:]))
     shutil.move(tmp_path / "data" / "a.csv", tmp_path / "gone.csv")
-    later = ["--snapshot", version, "--tasks", str(tmp_path / "tasks.yaml"), "--inline"]
-    ended = call(extend.main, [*later, f"store.uri={tmp_path}/store"])
+    later = ["--tasks", "tasks.yaml", f"store.uri={tmp_path}/store"]
+    ended = call(extend.main, ["--snapshot", version, *later, "--inline"])
     assert ended.code == 0, ended.out + ended.err
     assert "after i: AP" in ended.out
+    ended = call(extend.main, ["--from", "models:/kinds@latest", *later[:2], tracking])
+    assert "registered: kinds version 9" in ended.out, ended.err
 
 
 def test_what_has_run_is_found_when_its_files_are_gone(call: Call, tmp_path: Path, settings: list[str]) -> None:
