@@ -15,7 +15,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sapt_core.backbones.device import Precision, autocast
-from sapt_core.data.prepare import PreparedTask, PromptEncoder
+from sapt_core.data.encoding import PromptEncoder
+from sapt_core.data.prepare import PreparedTask
 from sapt_core.data.templates import ANSWER_MARKER, INPUT_MARKER, PromptPieces
 from sapt_core.io.blobs import Checkpoints
 from sapt_core.pool.model import SaptModel
