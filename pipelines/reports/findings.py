@@ -279,7 +279,7 @@ def collect(
             for task, answer, rows in zip(manifest.tasks, commonest, now, strict=True)
         ),
         bare=tuple(bare.get(name) for name in graph.tasks[:tasks]),
-        data=tuple(_data(record, store) for record in prepared),
+        data=tuple(_data(record, store, texts=retention.keeps_all) for record in prepared),
         records=tuple(record.key for record in used.values()),
         finished_at=max(record.finished_at for record in used.values()),
     )
@@ -318,11 +318,12 @@ def _commonest(
     return [commonest_answer(each) for each in rows[: len(prepared)]]
 
 
-def _data(prepared: StageRecord | None, store: ArtifactStore) -> DataFindings | None:
+def _data(prepared: StageRecord | None, store: ArtifactStore, *, texts: bool) -> DataFindings | None:
+    """What was counted of a task, with its labels where ``texts`` of rows may stay."""
     if prepared is None or "facts" not in prepared.metrics:
         return None
     labels, cut = {}, prepared.metrics["cut"]
-    if LABELS in prepared.outputs and LABELS not in prepared.erased:
+    if texts and LABELS in prepared.outputs and LABELS not in prepared.erased:
         labels = json.loads(store.get(prepared.outputs[LABELS]))
     return DataFindings(
         TaskFacts.joined(prepared.metrics["facts"], labels),
