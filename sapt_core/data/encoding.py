@@ -200,6 +200,14 @@ class PromptEncoder:
             self._wordings[template] = wording_of(template, self.tokenizer)
         return self._wordings[template]
 
+    def takes(self, template: str, definition: str, text: str) -> bool:
+        """Whether a template can be filled in with an input."""
+        try:
+            self.wording(template).prompts(definition, [text])
+        except DataError:
+            return False
+        return True
+
     def ends(self, template: str, definition: str, inputs: Sequence[str]) -> list[str]:
         """What prompts end in, all that the ids of answers behind them can depend on: the last letter, and blanks."""
         return [marked.text[-1:] + before for marked, before in self._texts(template, definition, inputs)]
