@@ -26,7 +26,7 @@ from pipelines.console.tables import wide_console
 from pipelines.sequence.bodies import kept_inputs, pooling_model, prepared_task
 from pipelines.sequence.experiment import load_experiment
 from sapt_core.backbones.loading import load_backbone
-from sapt_core.data.prepare import PromptEncoder
+from sapt_core.data.encoding import PromptEncoder
 from sapt_core.errors import SaptError
 from sapt_core.judging.decoding import pooled_embeddings
 from sapt_core.pool.attention import SharedAttention

@@ -12,17 +12,15 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pipelines.console import cli
+from pipelines.console import cli, taskrows
 from pipelines.console.commands import pasted
 from sapt_core.errors import ConfigError, FaultsError, SaptError
 
 if TYPE_CHECKING:
     from sapt_core.config.experiment import ExperimentConfig
-    from sapt_core.data.facts import TaskFacts
-    from sapt_core.data.prepare import PromptEncoder
+    from sapt_core.data.encoding import EncodedRow, PromptEncoder
     from sapt_core.data.task import Task
 
-LABELS_SHOWN = 20
 SPLITS = ("train", "dev", "test")
 
 
@@ -50,7 +48,8 @@ def _opened(config: ExperimentConfig) -> tuple[tuple[Task, ...], PromptEncoder]:
     from sapt_core.backbones.reference import load_model_config, location
     from sapt_core.backbones.tokens import load_tokenizer
     from sapt_core.data import load_sequence
-    from sapt_core.data.prepare import PromptEncoder
+    from sapt_core.data.encoding import PromptEncoder
+    from sapt_core.data.prepare import check_templates
 
     faults: list[SaptError] = []
     tasks, encoder = None, None
@@ -60,16 +59,16 @@ def _opened(config: ExperimentConfig) -> tuple[tuple[Task, ...], PromptEncoder]:
         faults.append(error)
     try:
         folder, path = location(config.backbone), config.backbone.path
+        tokenizer, both = load_tokenizer(folder, path), bool(load_model_config(folder, path).is_encoder_decoder)
         encoder = PromptEncoder(
-            load_tokenizer(folder, path),
-            max_source_tokens=config.benchmark.max_source_tokens,
-            is_encoder_decoder=bool(load_model_config(folder, path).is_encoder_decoder),
+            tokenizer, max_source_tokens=config.benchmark.max_source_tokens, is_encoder_decoder=both
         )
+        check_templates(tasks or (), tokenizer, is_encoder_decoder=both)
     except SaptError as error:
         faults.append(error)
+    if len(faults) == 1:
+        raise faults[0]
     if tasks is None or encoder is None:
-        if len(faults) == 1:
-            raise faults[0]
         raise FaultsError("The tasks cannot be shown:", [str(fault).replace("\n", "\n  ") for fault in faults])
     return tasks, encoder
 
@@ -87,65 +86,45 @@ def _show(
     tasks: Sequence[Task], encoder: PromptEncoder, config: ExperimentConfig, arguments: argparse.Namespace
 ) -> None:
     from pipelines.console.tables import text_table, wide_console
-    from sapt_core.data.facts import facts_of
+    from sapt_core.data.facts import encoded, facts_of
+    from sapt_core.template_settings import told
 
     console = wide_console()
     longest = config.benchmark.max_target_tokens
-    facts = {task.name: facts_of(task, encoder, longest) for task in tasks}
     title = (
         "Tokens of prompts and answers: median / longest, and rows that lose some to benchmark.max_source_tokens="
         f"{encoder.max_source_tokens} and max_target_tokens={longest}"
     )
-    header = ["task", "rows", "prompt", "cut", "answer", "cut", "unknown", "repeated", "split"]
-    rows = [
-        [
-            name,
-            str(of.rows),
-            f"{of.prompt_tokens[0]} / {of.prompt_tokens[1]}",
-            str(of.prompts_cut),
-            f"{of.answer_tokens[0]} / {of.answer_tokens[1]}",
-            str(of.answers_cut),
-            f"{of.unknown} of {of.written}",
-            str(of.repeated),
-            split,
-        ]
-        for name, each in facts.items()
-        for split, of in each.splits.items()
-    ]
-    console.print(text_table(title, header, rows))
+    made = {
+        task.name: {split: encoded(task, getattr(task, split), encoder, longest) for split in SPLITS} for task in tasks
+    }
+    facts = {task.name: facts_of(task, made[task.name], encoder.tokenizer) for task in tasks}
+    rows = [row for name, each in facts.items() for row in taskrows.cells(name, each)]
+    console.print(text_table(title, taskrows.HEAD, rows))
     for task in tasks:
-        told = [f"\n{task.name}: template {task.template}, metric {task.metric}", *_told(facts[task.name])]
-        console.print("\n".join([*told, *_rows(task, encoder, config, arguments)]), soft_wrap=True)
+        head = f"\n{task.name}: template {told(task.template)}, metric {task.metric}"
+        shown = _rows(task, made[task.name][arguments.split], encoder, config, arguments)
+        console.print("\n".join([head, *taskrows.lines(facts[task.name], task.cut), *shown]), soft_wrap=True)
     if config.method.shared_attention:
         console.print("\n⟦ ⟧ holds what the query is made of, which chooses the blocks.")
 
 
-def _told(facts: TaskFacts) -> list[str]:
-    """What a table has no place for."""
-    told = []
-    if facts.labels:
-        shown = [f"{label!r} {'/'.join(map(str, counts))}" for label, counts in facts.labels.items()]
-        more = [f"and {len(shown) - LABELS_SHOWN} more"] if len(shown) > LABELS_SHOWN else []
-        told.append(f"answers (train/dev/test): {', '.join([*shown[:LABELS_SHOWN], *more])}")
-    if facts.shared:
-        told.append(f"{facts.shared} inputs of test are in train or dev as well: scores are too high")
-    return told
-
-
-def _rows(task: Task, encoder: PromptEncoder, config: ExperimentConfig, arguments: argparse.Namespace) -> list[str]:
-    """The first rows of a split, token by token."""
-    from sapt_core.data.facts import encoded
-
-    rows = getattr(task, arguments.split)[: arguments.rows]
+def _rows(
+    task: Task,
+    every: Sequence[EncodedRow],
+    encoder: PromptEncoder,
+    config: ExperimentConfig,
+    arguments: argparse.Namespace,
+) -> list[str]:
+    """The first rows of a split, token by token: the prompt that is read, and the answer that is written."""
     lines = []
-    for place, (row, made) in enumerate(
-        zip(rows, encoded(task, rows, encoder, config.benchmark.max_target_tokens), strict=True)
-    ):
+    rows = zip(getattr(task, arguments.split)[: arguments.rows], every, strict=False)
+    for place, (row, made) in enumerate(rows):
         prompt = _tokens(encoder, made.prompt.prompt_ids)
         if config.method.shared_attention:
             start = 0 if config.attention.query == "prompt" else made.prompt.query_start
             prompt = [*prompt[:start], f"⟦{' '.join(prompt[start:])}⟧"]
-        cut = ", its middle taken out" if made.prompt.truncated else ""
+        cut = f" of {made.prompt.tokens}, its middle taken out" if made.prompt.truncated else ""
         lines += [
             f"{arguments.split} row {place}",
             f"  reads {len(made.prompt.prompt_ids)} tokens{cut}: {' '.join(prompt)}",

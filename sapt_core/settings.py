@@ -17,9 +17,9 @@ from sapt_core.task_settings import (
     Section,
     TaskDefaults,
     TaskList,
-    TemplateName,
     told_in_full,
 )
+from sapt_core.template_settings import TEMPLATE_NAMES, TemplateText
 
 MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 
@@ -49,8 +49,12 @@ class BenchmarkConfig(Section):
     defaults: TaskDefaults | None = Field(
         None, exclude=True, description="What tasks have that do not say otherwise; over those of tasks_file."
     )
-    template: TemplateName | None = Field(
-        None, description="Prompt; default: the suite's. none: inputs are whole prompts, as TRACE's are."
+    template: TemplateText | None = Field(
+        None,
+        description=f"Prompt; default: the suite's. There are {', '.join(TEMPLATE_NAMES)}, chat: SYSTEM TEXT, and "
+        "Jinja text of your own (docs/data.md). none: inputs are whole prompts, as TRACE's are; chat: the tokenizer's "
+        "own chat template; apart: prompt and answer are tokenised each by itself, as the published code does it for "
+        "decoder-only models.",
     )
     metric: MetricList | None = Field(
         None,
@@ -103,7 +107,8 @@ class BenchmarkConfig(Section):
             (self.template or task.template) and (self.metric or task.metric) for task in every
         ):
             raise ValueError(
-                "suite folder needs template (superni, long_sequence or none) and metric (rouge_l or exact_match, or "
+                "suite folder needs template (superni, chat, Jinja text: docs/data.md) and metric (rouge_l or "
+                "exact_match, or "
                 "for other scripts than the Latin one rouge_l_unicode or exact_match_unicode)"
             )
         if self.tasks is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any
 
 import yaml
 from pydantic import (
@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from sapt_core.metric_settings import MetricList
+from sapt_core.template_settings import TemplateText
 
 HUB_REVISION = r"^[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)*$"
 
@@ -39,7 +40,6 @@ NameList = Annotated[tuple[str, ...], BeforeValidator(_names, json_schema_input_
 """Names, from a command line with commas between them."""
 
 HUB_ID = r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)?"
-TemplateName: TypeAlias = Literal["superni", "long_sequence", "none"]
 
 
 class Section(BaseModel):
@@ -103,7 +103,7 @@ class TaskDefaults(Section):
     splits: SplitsConfig = Field(SplitsConfig(), description="What is learnt, and what scored.")
     columns: ColumnsConfig = Field(ColumnsConfig(), description="What is read, and what answered.")
     definition: str | None = Field(None, description="Instruction before every input; default: the data's own.")
-    template: TemplateName | None = Field(None, description="Prompt; default: benchmark.template.")
+    template: TemplateText | None = Field(None, description="Prompt; default: benchmark.template.")
     metric: MetricList | None = Field(
         None, description="Score, or several with the leading one first; default: benchmark.metric."
     )

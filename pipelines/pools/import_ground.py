@@ -61,13 +61,13 @@ def find_ground(arguments: argparse.Namespace, config: ExperimentConfig | None) 
     from sapt_core.backbones.reference import identify
     from sapt_core.config.experiment import load_places
     from sapt_core.data.cl_benchmark import METRICS
-    from sapt_core.data.templates import TEMPLATES
+    from sapt_core.template_settings import TEMPLATE_NAMES
     from sapt_core.versions.importing import PoolKind
 
     if arguments.onto is None:
         assert config is not None  # noqa: S101 - main sees to it
         read = config.benchmark
-        suite = read.suite if read.suite in TEMPLATES else "superni"
+        suite = read.suite if read.suite in TEMPLATE_NAMES else "superni"
         usual = {
             "template": read.template or suite,
             "metric": next(iter(read.metrics), METRICS.get(read.suite, "exact_match")),

@@ -14,10 +14,13 @@ from cluster.stages import Stage, StageRecord, done
 from cluster.store import ArtifactStore
 from cluster.store.lookups import Lookups
 from pipelines.reports.answers import Answer, drawn, read_predictions
+from pipelines.sequence.bodies import LABELS
 from pipelines.sequence.experiment import Experiment
 from pipelines.sequence.making import StageMaker
 from pipelines.sequence.scored import Scored, read_scored
+from sapt_core.data.facts import TaskFacts
 from sapt_core.data.prepare import read_split
+from sapt_core.data.task import CutOff
 from sapt_core.io.hashing import canonical_hash
 from sapt_core.judging.analysis import (
     Circumstances,
@@ -69,6 +72,19 @@ class SampleFindings:
 
 
 @dataclass(frozen=True)
+class DataFindings:
+    """What was counted when a task was prepared.
+
+    Attributes:
+        facts: figures; without labels where these may not stay.
+        cut: what was cut off the train rows, if anything.
+    """
+
+    facts: TaskFacts
+    cut: CutOff | None
+
+
+@dataclass(frozen=True)
 class Findings:
     """A sequence after one of its versions, with T tasks.
 
@@ -85,6 +101,8 @@ class Findings:
         answers: of each task some of its scored rows, drawn whatever was answered; none where rows may not stay.
         constant: for each task the score of giving always its commonest answer; None where no rows tell which that is.
         bare: for each task the score of the bare backbone; None where it was not measured.
+        data: for each task what was counted of its rows; None of one that was learnt before, or by a release that
+            did not count.
         records: keys of the records that all this was read from.
         finished_at: when the last of them was written (UTC).
     """
@@ -100,6 +118,7 @@ class Findings:
     answers: tuple[tuple[Answer, ...], ...]
     constant: tuple[float | None, ...]
     bare: tuple[float | None, ...]
+    data: tuple[DataFindings | None, ...]
     records: tuple[str, ...]
     finished_at: datetime
 
@@ -234,7 +253,8 @@ def collect(
     qualities = dict(enumerate(compared, start=before))
     first = [read_predictions(scored[matrix.learnt(task)][task], store) for task in range(tasks)]
     now = [first[task] if task == newest else read_predictions(scored[-1][task], store) for task in range(tasks)]
-    commonest = _commonest(experiment, take(graph.prepare[:tasks]), store)
+    prepared = take(graph.prepare[:tasks])
+    commonest = _commonest(experiment, prepared, store)
     return Findings(
         experiment=experiment,
         manifest=manifest,
@@ -259,6 +279,7 @@ def collect(
             for task, answer, rows in zip(manifest.tasks, commonest, now, strict=True)
         ),
         bare=tuple(bare.get(name) for name in graph.tasks[:tasks]),
+        data=tuple(_data(record, store, texts=retention.keeps_all) for record in prepared),
         records=tuple(record.key for record in used.values()),
         finished_at=max(record.finished_at for record in used.values()),
     )
@@ -295,6 +316,19 @@ def _commonest(
     ]
     rows += [[row.references for row in task.train] for task in experiment.tasks if task not in experiment.again]
     return [commonest_answer(each) for each in rows[: len(prepared)]]
+
+
+def _data(prepared: StageRecord | None, store: ArtifactStore, *, texts: bool) -> DataFindings | None:
+    """What was counted of a task, with its labels where ``texts`` of rows may stay."""
+    if prepared is None or "facts" not in prepared.metrics:
+        return None
+    labels, cut = {}, prepared.metrics["cut"]
+    if texts and LABELS in prepared.outputs and LABELS not in prepared.erased:
+        labels = json.loads(store.get(prepared.outputs[LABELS]))
+    return DataFindings(
+        TaskFacts.joined(prepared.metrics["facts"], labels),
+        None if cut is None else CutOff(**{**cut, "splits": tuple(cut["splits"])}),
+    )
 
 
 def _rows(record: StageRecord | None) -> Rows | None:

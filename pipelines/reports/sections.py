@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from pipelines.console import taskrows
 from pipelines.console.tables import interval
 from pipelines.reports.answers import SHOWN_ROWS, Answer, cut
 from pipelines.reports.findings import Findings
@@ -158,6 +159,25 @@ def _held_against(findings: Findings) -> Table:
     )
     head = ("task", "learnt", "score when just learnt", "always the commonest answer", "bare backbone", "alone", "now")
     return Table("Learnt: better than both of the baselines, as far as they are known", head, rows, left=2)
+
+
+def data(findings: Findings) -> Section | None:
+    """What the tasks came to as tokens, as it was counted when they were prepared."""
+    known = [(name, each) for name, each in zip(findings.tasks, findings.data, strict=True) if each is not None]
+    if not known:
+        return None
+    benchmark = findings.experiment.config.benchmark
+    rows = tuple(row for name, each in known for row in taskrows.cells(name, each.facts))
+    notes = [(name, "; ".join(taskrows.lines(each.facts, each.cut))) for name, each in known]
+    text = (
+        f"Tokens of prompts and answers (median / longest), rows that lose some to max_source_tokens="
+        f"{benchmark.max_source_tokens} and max_target_tokens={benchmark.max_target_tokens}, tokens of answers that "
+        "the tokenizer does not know, and rows whose input an earlier row of the split has. sapt data show has the "
+        "rows themselves, token by token."
+    )
+    parts: list[Part] = [text, Table("Rows of every task that was prepared here", taskrows.HEAD, rows)]
+    told = tuple(note for note in notes if note[1])
+    return Section("data", "Data", (*parts, Points(told)) if told else tuple(parts))
 
 
 def answers(findings: Findings) -> Section | None:
@@ -379,6 +399,7 @@ def settings(findings: Findings) -> Section:
 SECTIONS: tuple[Callable[[Findings], Section | None], ...] = (
     warnings,
     scores,
+    data,
     answers,
     attention,
     alignment,

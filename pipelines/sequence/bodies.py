@@ -23,7 +23,9 @@ from pipelines.sequence.progress import progress
 from sapt_core.backbones.device import default_device
 from sapt_core.backbones.loading import load_backbone, load_embeddings, load_encoding
 from sapt_core.backbones.reference import BackboneRef
-from sapt_core.data.prepare import PreparedTask, PromptEncoder, prepare_task, read_split
+from sapt_core.data.encoding import PromptEncoder
+from sapt_core.data.prepare import PreparedTask, prepare_task, read_split
+from sapt_core.data.rendering import ends_of
 from sapt_core.data.task import LearntTask, Task
 from sapt_core.errors import StoreError
 from sapt_core.io.blobs import BlobStore
@@ -59,6 +61,8 @@ Input = TypeVar("Input")
 SEALED = frozenset({"dev.arrow", "test.arrow"})  # of a task's tokens: rows that nothing is learnt from
 CARRIED = SEALED | {"meta.json"}  # scores and attention need no more
 
+LABELS = "labels.json"  # how often each answer is given, where answers are labels: text of rows
+
 WEIGHT_DIGITS = 4  # of a row's weights, one a block: enough to look at
 
 COST_ROWS = 16  # a batch that the cost of a forward is counted on
@@ -69,7 +73,9 @@ disable_progress_bar()  # type: ignore[no-untyped-call]  # of loading weights: a
 def prepare(context: StageContext) -> StageResult:
     """Tokenise a task.
 
-    Reads ``task`` (blob of its text), ``backbone``, ``max_source_tokens``, ``max_target_tokens``.
+    Reads ``task`` (blob of its text), ``backbone``, ``max_source_tokens``, ``max_target_tokens``. Told what was ``cut``
+    off the train rows. Metrics: ``rows``, ``cut`` and the ``facts`` of ``TaskFacts`` that are figures; the counts of
+    labels, which are text of rows, are an output of their own, where there are any.
     """
     reads = context.reads
     task = Task.from_json(context.store.get(reads["task"]))
@@ -83,7 +89,11 @@ def prepare(context: StageContext) -> StageResult:
     )
     outputs = {name: context.store.put(data) for name, data in prepared.to_blobs().items()}
     rows = {split: len(getattr(prepared, split)) for split in ("train", "dev", "test")}
-    return StageResult(outputs=outputs, metrics={"rows": rows, "truncated": prepared.truncated})
+    assert prepared.facts is not None  # noqa: S101 - it was just prepared
+    facts, labels = prepared.facts.parted()
+    if labels:
+        outputs[LABELS] = context.store.put(json.dumps(labels).encode())
+    return StageResult(outputs=outputs, metrics={"rows": rows, "facts": facts, "cut": context.told.get("cut")})
 
 
 def pseudo_samples(context: StageContext) -> StageResult:
@@ -438,6 +448,7 @@ def _score(
         max_new_tokens=max_target_tokens,
         precision=precision,
         choices=task_choices(task, rows, tokenizer, model, joined=joined, max_target_tokens=max_target_tokens),
+        ends=ends_of(task.template, tokenizer),
     )
     references = [list(row["references"]) for row in rows]
     predictions = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeAlias
 
 from cluster.stages import Stage, StageContext, StageResult
@@ -183,7 +183,7 @@ class StageMaker:
             kind="prepare",
             version=VERSIONS["prepare"],
             body=bodies.prepare,
-            told=self.named,
+            told=self.named if task.cut is None else {**self.named, "cut": asdict(task.cut)},
             reads={
                 "task": task.digest,
                 "backbone": self.backbone,

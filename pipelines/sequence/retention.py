@@ -1,7 +1,8 @@
 """What of the data of finished sequences must not stay in the store, and its removal.
 
-The rows of a task lie in the blob of its text, in its tokens and in what was answered to them. Nothing else has any:
-what later tasks reflect on or rehearse is bounded before a sequence starts, and checkpoints hold parameters.
+The rows of a task lie in the blob of its text, in its tokens, in the counts of its answers and in what was answered to
+them. Nothing else has any: what later tasks reflect on or rehearse is bounded before a sequence starts, and
+checkpoints hold parameters.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from cluster.stages import Stage, StageRecord
 from cluster.store.cleaning import all_records, kept_outputs
 from cluster.store.erasing import Erased, erase
 from cluster.store.lookups import Lookups
-from pipelines.sequence.bodies import SEALED
+from pipelines.sequence.bodies import LABELS, SEALED
 from pipelines.sequence.experiment import DESCRIPTION, Experiment
 from sapt_core.settings import RetentionConfig
 
@@ -95,7 +96,7 @@ def enforce(finished: Sequence[tuple[Experiment, Mapping[Stage, StageRecord]]], 
                 claims |= dict.fromkeys(naming)
     for experiment, learnt in bound:
         for stage, record in learnt.items():
-            if names := with_rows(stage, experiment.config.retention):
+            if names := with_rows(stage, experiment.config.retention) & record.outputs.keys():
                 prepared = stage if stage.kind == "prepare" else stage.inputs["task"]
                 if prepared.reads["task"] not in claimed:
                     wanted[record.key] |= names
@@ -109,7 +110,8 @@ def with_rows(stage: Stage, retention: RetentionConfig) -> frozenset[str]:
     """
     if stage.kind == "prepare":
         train = frozenset() if retention.train_rows == "all" else frozenset({"train.arrow"})
-        return train if retention.sealed_rows else train | SEALED
+        rows = train if retention.sealed_rows else train | SEALED
+        return rows | {LABELS} if rows else rows
     if stage.kind in SCORED and stage.inputs["task"].kind == "prepare" and not retention.sealed_rows:
         return frozenset({"predictions"})
     return frozenset()

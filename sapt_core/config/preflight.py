@@ -16,7 +16,7 @@ from sapt_core.backbones.reference import BackboneRef, load_model_config, locati
 from sapt_core.backbones.tokens import check_tokens, load_tokenizer
 from sapt_core.backbones.traits import first_position
 from sapt_core.config.experiment import ExperimentConfig
-from sapt_core.data.prepare import check_fits, check_writable
+from sapt_core.data.prepare import check_fits, check_templates, check_writable
 from sapt_core.data.task import Task
 from sapt_core.errors import BackboneError, ConfigError, DataError
 from sapt_core.judging.choices import choices_of, label_encoder
@@ -39,8 +39,8 @@ def check_backbone(config: ExperimentConfig, tasks: Sequence[Task]) -> None:
         BackboneError: weight files that are not of the configured model or quantised, target modules that match nothing
             or what no block can learn at, soft prompts that the model cannot read, prompts and answers longer than its
             positions, ids that it has no row for, or a tokenizer that cannot be loaded or cannot write a marker.
-        DataError: tasks whose template leaves no room for an input, whose labels cannot be told apart, or whose right
-            answers would all score 0.
+        DataError: tasks whose template cannot be filled in with all rows or leaves no room for an input, whose labels
+            cannot be told apart, or whose right answers would all score 0.
     """
     folder, path = location(config.backbone), config.backbone.path
     model_config = load_model_config(folder, path)
@@ -55,6 +55,7 @@ def check_backbone(config: ExperimentConfig, tasks: Sequence[Task]) -> None:
     check_tokens(model, tokenizer, path)
     if config.generates:
         check_writable(tokenizer, config.generator.content)
+    check_templates(tasks, tokenizer, is_encoder_decoder=bool(model_config.is_encoder_decoder))
     check_fits(
         tasks,
         tokenizer,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from sapt_core.data.prepare import EncodedRow, PromptEncoder
+from sapt_core.data.encoding import EncodedRow, PromptEncoder
 from sapt_core.data.task import Example, Task, are_labels
 
 
@@ -36,7 +36,7 @@ class SplitFacts(NamedTuple):
 
 
 class TaskFacts(NamedTuple):
-    """Figures of a task.
+    """Figures of a task; the names of labels are all that it has of its text.
 
     Attributes:
         splits: by name.
@@ -49,12 +49,30 @@ class TaskFacts(NamedTuple):
     labels: dict[str, tuple[int, int, int]]
     shared: int
 
+    def parted(self) -> tuple[dict[str, Any], dict[str, list[int]]]:
+        """What is figures alone, and the labels, both as JSON has them."""
+        splits = {name: each._asdict() for name, each in self.splits.items()}
+        return {"splits": splits, "shared": self.shared}, {name: list(counts) for name, counts in self.labels.items()}
 
-def facts_of(task: Task, encoder: PromptEncoder, max_target_tokens: int) -> TaskFacts:
+    @classmethod
+    def joined(cls, figures: Mapping[str, Any], labels: Mapping[str, Sequence[int]]) -> TaskFacts:
+        """What ``parted`` took apart."""
+        lengths = ("prompt_tokens", "answer_tokens")
+        splits = {
+            name: SplitFacts(**{**each, **{field: tuple(each[field]) for field in lengths}})
+            for name, each in figures["splits"].items()
+        }
+        counts = {name: (train, dev, test) for name, (train, dev, test) in labels.items()}
+        return cls(splits, counts, figures["shared"])
+
+
+def facts_of(task: Task, made: Mapping[str, Sequence[EncodedRow]], tokenizer: PreTrainedTokenizerBase) -> TaskFacts:
     """Count.
 
-    Raises:
-        DataError: the words of the template alone leave no room for an input.
+    Args:
+        task: as text.
+        made: of each split its rows, encoded.
+        tokenizer: that did it.
     """
     splits = {"train": task.train, "dev": task.dev, "test": task.test}
     learnt = {row.input for row in (*task.train, *task.dev)}
@@ -67,7 +85,7 @@ def facts_of(task: Task, encoder: PromptEncoder, max_target_tokens: int) -> Task
             for answer, _ in every.most_common()
         }
     return TaskFacts(
-        {split: _facts(task, rows, encoder, max_target_tokens) for split, rows in splits.items()},
+        {split: _facts(rows, made[split], tokenizer) for split, rows in splits.items()},
         labels,
         len(learnt & {row.input for row in task.test}),
     )
@@ -77,24 +95,20 @@ def encoded(task: Task, rows: Sequence[Example], encoder: PromptEncoder, max_tar
     """Rows as the model reads and learns them: the first right answer of each.
 
     Raises:
-        DataError: the words of the template alone leave no room for an input.
+        BackboneError, DataError: as ``PromptEncoder.rows``.
     """
     pairs = [(row.input, row.references[0]) for row in rows]
     return encoder.rows(task.template, task.definition, pairs, max_target_tokens)
 
 
-def _facts(task: Task, rows: Sequence[Example], encoder: PromptEncoder, max_target_tokens: int) -> SplitFacts:
-    learnt = encoded(task, rows, encoder, max_target_tokens)
-    whole = encoder.uncut()
-    full = encoded(task, rows, whole, whole.max_source_tokens)
-    written = _bare(encoder.tokenizer, rows)
-    unknown = encoder.tokenizer.unk_token_id
+def _facts(rows: Sequence[Example], made: Sequence[EncodedRow], tokenizer: PreTrainedTokenizerBase) -> SplitFacts:
+    written, unknown = _bare(tokenizer, rows), tokenizer.unk_token_id
     return SplitFacts(
         rows=len(rows),
-        prompt_tokens=_typical([len(row.prompt.prompt_ids) for row in full]),
-        answer_tokens=_typical([len(row.answer_ids) for row in full]),
-        prompts_cut=sum(row.prompt.truncated for row in learnt),
-        answers_cut=sum(row.answer_cut for row in learnt),
+        prompt_tokens=_typical([row.prompt.tokens for row in made]),
+        answer_tokens=_typical([row.tokens for row in made]),
+        prompts_cut=sum(row.prompt.truncated for row in made),
+        answers_cut=sum(row.answer_cut for row in made),
         unknown=0 if unknown is None else sum(ids.count(unknown) for ids in written),
         written=sum(map(len, written)),
         repeated=len(rows) - len({row.input for row in rows}),
@@ -110,4 +124,4 @@ def _bare(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example]) -> list[l
 
 
 def _typical(lengths: Sequence[int]) -> tuple[int, int]:
-    return int(np.median(lengths)), max(lengths)
+    return (int(np.median(lengths)), max(lengths)) if lengths else (0, 0)

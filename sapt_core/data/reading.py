@@ -20,6 +20,7 @@ from sapt_core.data.rows import RowReader, definition_of, is_text
 from sapt_core.data.sources import Source
 from sapt_core.data.task import Example
 from sapt_core.task_settings import TaskConfig
+from sapt_core.template_settings import keeps_turns
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +103,13 @@ def read_split(
     told: list[str] = []
     try:
         rows = split.open()
-        reader = RowReader(task.columns, task.label_names, rows.classes)
+        reader = RowReader(
+            task.columns,
+            task.label_names,
+            rows.classes,
+            turns=keeps_turns(task.template or ""),
+            answered=not inputs_alone,
+        )
         missing = None if rows.columns is None else reader.missing(rows.columns)
         if missing is not None:
             faults.append(f"{split.name}: {missing}")

@@ -16,6 +16,7 @@ from typing import Any, TypeGuard
 
 from sapt_core.data.files import kind
 from sapt_core.data.task import Example
+from sapt_core.data.turns import as_input, as_lines
 from sapt_core.task_settings import ColumnsConfig
 
 USUAL = {
@@ -35,11 +36,15 @@ class RowReader:
         columns: what they are called.
         label_names: answers by label; None where answers are what they are.
         classes: names that the data itself has for the numbers in a column.
+        turns: whether the input of a chat keeps its turns, see ``sapt_core.data.turns``; else it is their text.
+        answered: whether a chat has to have an answer.
     """
 
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     label_names: Mapping[str, str] | None = None
     classes: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    turns: bool = False
+    answered: bool = True
 
     def missing(self, there: Sequence[str]) -> str | None:
         """What a table lacks that is read, and what it has instead; None if nothing."""
@@ -57,8 +62,8 @@ class RowReader:
         if absent:
             return f"has no {' and no '.join(absent)}; it has: {', '.join(map(str, row)) or 'nothing'}"
         if self._is_chat([*row]):
-            turns = _turns(row[self._called("messages")[0]])
-            return turns if isinstance(turns, str) else self._example({"input": turns[0], "output": turns[1]})
+            chat = self._chat(row[self._called("messages")[0]])
+            return chat if isinstance(chat, str) else self._example(chat)
         columns = {
             role: next((name for name in self._called(role) if name in row), None) for role in ("input", "output")
         }
@@ -80,6 +85,22 @@ class RowReader:
         columns = self.columns
         inputs = columns.input is not None or {*USUAL["input"]} & {*there}
         return columns.messages is not None or (not inputs and USUAL["messages"][0] in there)
+
+    def _chat(self, messages: Any) -> dict[str, str | None] | str:
+        """A chat's input and answer, or what is wrong with it."""
+        if not isinstance(messages, list) or not messages:
+            return f"messages is {'empty' if messages == [] else kind(messages)}, not a list of turns"
+        for number, turn in enumerate(messages):
+            if not isinstance(turn, dict) or not (is_text(turn.get("role")) and is_text(turn.get("content"))):
+                return f"messages: turn {number} is no object with role and content, both text"
+        answers = [number for number, turn in enumerate(messages) if turn["role"] == "assistant"]
+        if self.answered and not answers:
+            return "messages has no turn of role assistant, the last of which is the answer: leave the row out"
+        before = messages[: answers[-1]] if answers else messages
+        if not any(turn["content"].strip() for turn in before):
+            return "messages: nothing is said before the answer of the assistant"
+        text = as_input(before) if self.turns else as_lines(before)
+        return {"input": text, "output": messages[answers[-1]]["content"] if answers else None}
 
     def _named(self, column: str, output: Any) -> Any:
         """An answer of the data's own classes by its name; the number -1 stands for none."""
@@ -126,22 +147,6 @@ class RowReader:
 def definition_of(row: Any, columns: ColumnsConfig) -> Any:
     """The instruction that stands in a row; None where there is none."""
     return row.get(columns.definition or USUAL["definition"][0]) if isinstance(row, dict) else None
-
-
-def _turns(messages: Any) -> tuple[str, str | None] | str:
-    """A chat's input and answer, which may be None, or what is wrong with it.
-
-    The one turn before an answer is the input as it is; of several each begins with its role.
-    """
-    if not isinstance(messages, list) or not messages:
-        return f"messages is {'empty' if messages == [] else kind(messages)}, not a list of turns"
-    for number, turn in enumerate(messages):
-        if not isinstance(turn, dict) or not (is_text(turn.get("role")) and is_text(turn.get("content"))):
-            return f"messages: turn {number} is no object with role and content, both text"
-    answers = [number for number, turn in enumerate(messages) if turn["role"] == "assistant"]
-    before = messages[: answers[-1]] if answers else messages
-    shown = [turn["content"] if len(before) == 1 else f"{turn['role']}: {turn['content']}" for turn in before]
-    return "\n".join(shown), messages[answers[-1]]["content"] if answers else None
 
 
 def _says_something(character: str) -> bool:

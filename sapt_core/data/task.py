@@ -6,7 +6,7 @@ import hashlib
 import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -26,6 +26,21 @@ class Example:
 
 
 @dataclass(frozen=True)
+class CutOff:
+    """Splits that were cut off train.
+
+    Attributes:
+        splits: which.
+        seed: that chose their rows.
+        by_answer: whether as many rows of every answer were taken as is its share.
+    """
+
+    splits: tuple[str, ...]
+    seed: int
+    by_answer: bool
+
+
+@dataclass(frozen=True)
 class Task:
     """A named task: its instruction and its rows.
 
@@ -34,11 +49,12 @@ class Task:
         definition: the instruction put before every input; may be empty.
         train, dev, test: rows; dev is split off train, never read from the folder's dev.json,
             which in the published data repeats the test rows.
-        template: prompt template name, see ``sapt_core.data.templates``.
+        template: of its prompts, see ``sapt_core.template_settings``.
         metric: name of the score that leads, see ``sapt_core.judging.scoring``.
         other_metrics: scores that stand beside it.
         answers: ``free``, or ``labels`` where nothing but a label may be answered.
         label_names: the labels; none where they are the answers of the train rows.
+        cut: what was cut off train, if anything; known where the data was read, and no part of the task.
     """
 
     name: str
@@ -51,10 +67,12 @@ class Task:
     other_metrics: tuple[str, ...] = ()
     answers: str = "free"
     label_names: tuple[str, ...] = ()
+    cut: CutOff | None = field(default=None, compare=False)
 
     def to_json(self) -> bytes:
         """The whole task, canonically: equal tasks give equal bytes."""
         values = asdict(self)
+        del values["cut"]
         # Left out where they say nothing, as tasks of earlier releases lack them.
         for name in ("other_metrics", "answers", "label_names"):
             if values[name] == type(self).__dataclass_fields__[name].default:
@@ -169,6 +187,7 @@ class LearntTask(BaseModel):
     """What inference and later reports need to know of a task.
 
     Attributes:
+        template: of its prompts, see ``sapt_core.template_settings``; a newer release's may be another.
         labels: the only answers that may be given; none where anything may be.
     """
 

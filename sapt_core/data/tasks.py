@@ -16,7 +16,7 @@ from pathlib import Path
 from sapt_core.data.cl_benchmark import METRICS, named_tasks
 from sapt_core.data.reading import SplitRows, read_split
 from sapt_core.data.sources import open_folder, open_source
-from sapt_core.data.task import Example, LearntTask, Task, are_labels, dev_rows, stratified_rows
+from sapt_core.data.task import CutOff, Example, LearntTask, Task, are_labels, dev_rows, stratified_rows
 from sapt_core.errors import DataError
 from sapt_core.metric_settings import metric_names
 from sapt_core.settings import BenchmarkConfig
@@ -106,7 +106,7 @@ def check_parted(tasks: Sequence[Task]) -> None:
     """
     torn = [task.name for task in tasks if task.template == "none" and task.definition]
     if torn:
-        fault = f"{', '.join(torn)}: nothing would part definition and input; give superni or long_sequence"
+        fault = f"{', '.join(torn)}: nothing would part definition and input; give another template"
         raise DataError("benchmark.template=none is for inputs that are whole prompts:", [fault])
 
 
@@ -184,7 +184,6 @@ def _read_task(
     inputs = [row.input for row in train]
     if names.dev is None:
         train, dev = _parted(train, config.dev_fraction, seed, by_answer=by_answer)
-    splits = {"train": tuple(train), "dev": tuple(dev), "test": tuple(test)}
     leading, *others = metric_names(entry.metric)
     task = Task(
         name=entry.name,
@@ -194,10 +193,16 @@ def _read_task(
         other_metrics=tuple(others),
         answers=config.answers,
         label_names=tuple((entry.label_names or {}).values()) if config.answers == "labels" else (),
-        **splits,
+        train=tuple(train),
+        dev=tuple(dev),
+        test=tuple(test),
     )
-    if by_answer and (cut := [split for split, is_cut in (("test", cut_test), ("dev", names.dev is None)) if is_cut]):
-        _tell_of_cut(task, cut, seed)
+    cut = tuple(split for split, is_cut in (("test", cut_test), ("dev", names.dev is None)) if is_cut)
+    if cut:
+        every = [row.references[0] for row in (*task.train, *task.dev, *task.test)]
+        task = replace(task, cut=CutOff(cut, seed, by_answer and are_labels(every)))
+    if by_answer and task.cut is not None:
+        _tell_of_cut(task, task.cut)
     _warn_of_rows(task, inputs)
     answers = {row.references for row in (*task.train, *task.dev)}
     if config.train_rows is not None and len(answers) == 1:
@@ -227,11 +232,10 @@ def _parted(
     return [row for place, row in enumerate(rows) if place not in cut], [rows[place] for place in sorted(cut)]
 
 
-def _tell_of_cut(task: Task, cut: Sequence[str], seed: int) -> None:
-    told = " and ".join(f"{task.rows[split]} {split} rows" for split in cut)
-    every = [row.references[0] for row in (*task.train, *task.dev, *task.test)]
-    how = ", of every answer alike" if are_labels(every) else ""
-    logger.warning("%s: %s were split off train, by benchmark.split_seed=%d%s", task.name, told, seed, how)
+def _tell_of_cut(task: Task, cut: CutOff) -> None:
+    told = " and ".join(f"{task.rows[split]} {split} rows" for split in cut.splits)
+    how = ", of every answer alike" if cut.by_answer else ""
+    logger.warning("%s: %s were split off train, by benchmark.split_seed=%d%s", task.name, told, cut.seed, how)
 
 
 def _warn_of_rows(task: Task, learnt: Sequence[str]) -> None:

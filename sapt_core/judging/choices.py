@@ -10,7 +10,8 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from sapt_core.data.prepare import PreparedTask, PromptEncoder
+from sapt_core.data.encoding import PromptEncoder
+from sapt_core.data.prepare import PreparedTask
 from sapt_core.pool.model import SaptModel
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from sapt_core.backbones.device import Precision, autocast
 from sapt_core.judging.choices import Choices
@@ -26,6 +26,7 @@ def answer(
     max_new_tokens: int,
     precision: Precision,
     choices: Sequence[Choices] = (),
+    ends: Sequence[int] = (),
 ) -> tuple[list[str], Tensor]:
     """Decode an answer for every prompt, without sampling.
 
@@ -37,6 +38,7 @@ def answer(
         max_new_tokens: longest answer.
         precision: of the matmuls.
         choices: for each row the only answers that it may get, however long they are; none: it may get any.
+        ends: ids that end an answer beside those of the backbone, such as the end of a chat's turn.
 
     Returns:
         Answers in the order of ``rows`` and the mixture weights (N, T) they were made with.
@@ -48,6 +50,7 @@ def answer(
     order = sorted(range(len(rows)), key=lengths.__getitem__)
     groups = [order] if model.pads else [list(alike) for _, alike in groupby(order, key=lengths.__getitem__)]
     batches = [group[i : i + config.batch_size] for group in groups for i in range(0, len(group), config.batch_size)]
+    options = {"eos_token_id": _with(model.backbone.generation_config, ends)} if ends else {}
     texts = [""] * len(rows)
     weights: list[Tensor] = [torch.empty(0)] * len(rows)
     with model.mode(training=False):
@@ -62,6 +65,7 @@ def answer(
                     num_beams=config.num_beams,
                     do_sample=False,
                     pad_token_id=tokenizer.pad_token_id,
+                    **options,
                 )
             answers = tokenizer.batch_decode(generated, skip_special_tokens=True)
             for place, (ids, each) in enumerate(zip(generated.tolist(), given, strict=False)):
@@ -70,6 +74,12 @@ def answer(
                 texts[index] = text.strip()
                 weights[index] = row
     return texts, torch.stack(weights)
+
+
+def _with(config: GenerationConfig, ends: Sequence[int]) -> list[int]:
+    """The ids that end an answer of the backbone, and more."""
+    own = config.eos_token_id
+    return list(dict.fromkeys([*(own if isinstance(own, list) else [] if own is None else [own]), *ends]))
 
 
 def _following(choices: Sequence[Choices], pad: int) -> Callable[[int, list[int]], list[int]]:

@@ -24,7 +24,8 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from sapt_core.backbones.device import autocast
 from sapt_core.data.collate import Batch
-from sapt_core.data.prepare import PreparedTask, PromptEncoder
+from sapt_core.data.encoding import PromptEncoder
+from sapt_core.data.prepare import PreparedTask
 from sapt_core.data.task import LearntTask
 from sapt_core.errors import DivergenceError
 from sapt_core.io.blobs import BlobStore

@@ -111,6 +111,7 @@ class _Writer:
         )
         wanted = max(1, round(method.share * len(self.lesson.rows)))
         torch.manual_seed(step_seed(self.lesson.seed, "sample", index))
+        encoder = self.lesson.encoder(task)
         found, _ = sample(
             model,
             self.lesson.tokenizer,
@@ -118,6 +119,7 @@ class _Writer:
             wanted=wanted,
             config=config,
             precision=self.lesson.train.precision,
+            takes=lambda text: encoder.takes(task.template, task.definition, text),
         )
         return found
 

@@ -15,7 +15,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sapt_core.backbones.device import Precision, autocast
-from sapt_core.data.prepare import PreparedTask, PromptEncoder
+from sapt_core.data.encoding import PromptEncoder
+from sapt_core.data.prepare import PreparedTask
 from sapt_core.data.templates import ANSWER_MARKER, INPUT_MARKER, PromptPieces
 from sapt_core.io.blobs import Checkpoints
 from sapt_core.pool.model import SaptModel
@@ -37,8 +38,8 @@ class PseudoSamples:
         answers: their answers, if pairs are generated; else none.
         wanted: how many were asked for.
         generated: texts sampled in all.
-        malformed, empty, duplicate: texts dropped for having not exactly one of each marker, no input
-            or answer, or an input there already was.
+        malformed, empty, duplicate: texts dropped for having not exactly one of each marker, or an input
+            that the task's template does not take, no input or answer, or an input there already was.
         copied: kept inputs that repeat a train input word for word.
         known_answers: kept answers that a train row has too.
     """
@@ -100,7 +101,16 @@ def generate_pseudo_samples(
     wanted = max(config.min_samples, round(config.share * len(rows)))
     torch.manual_seed(step_seed(seed, "sample"))
     ((kept, counts),) = shared(
-        1, lambda _: sample(model, tokenizer, source, wanted=wanted, config=config, precision=precision)
+        1,
+        lambda _: sample(
+            model,
+            tokenizer,
+            source,
+            wanted=wanted,
+            config=config,
+            precision=precision,
+            takes=lambda text: encoder.takes(task.template, task.definition, text),
+        ),
     )
     known = set(answers)
     samples = PseudoSamples(
@@ -134,6 +144,7 @@ def sample(
     wanted: int,
     config: GeneratorConfig,
     precision: Precision,
+    takes: Callable[[str], bool],
 ) -> tuple[dict[str, str], dict[str, int]]:
     """Clean inputs with their answers, in the order they came, and what became of all texts.
 
@@ -144,6 +155,7 @@ def sample(
         wanted: inputs to keep at most.
         config: content, and how texts are drawn.
         precision: of the matmuls.
+        takes: whether an input can be asked; others are malformed.
     """
     collator = model.collator(tokenizer.pad_token_id)
     device = next(model.backbone.parameters()).device
@@ -166,6 +178,8 @@ def sample(
             fault, cleaned, answer = clean(text, config.content)
             if fault is None and cleaned in kept:
                 fault = "duplicate"
+            elif fault is None and not takes(cleaned):
+                fault = "malformed"
             if fault is not None:
                 counts[fault] += 1
             elif len(kept) < wanted:

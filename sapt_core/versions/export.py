@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sapt_core.backbones.loading import load_embeddings
 from sapt_core.backbones.reference import stored_model_config
-from sapt_core.data.prepare import PromptEncoder
+from sapt_core.data.encoding import PromptEncoder
 from sapt_core.errors import SnapshotError
 from sapt_core.io.blobs import BlobStore
 from sapt_core.judging.decoding import pooled_embeddings

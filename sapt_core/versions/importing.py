@@ -14,9 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sapt_core.backbones.loading import load_embeddings
 from sapt_core.backbones.reference import BackboneRef, skeleton
-from sapt_core.data.prepare import PromptEncoder
+from sapt_core.data.encoding import PromptEncoder
 from sapt_core.data.task import LearntTask, name_faults
-from sapt_core.data.templates import TEMPLATES
 from sapt_core.errors import FaultsError
 from sapt_core.io.blobs import BlobStore
 from sapt_core.judging.decoding import pooled_embeddings
@@ -26,6 +25,7 @@ from sapt_core.pool.blocks.base import embedding_matrix
 from sapt_core.pool.model import SaptModel
 from sapt_core.pool.pool import PETPool
 from sapt_core.settings import AttentionConfig, LoRAConfig, PETConfig
+from sapt_core.template_settings import template_fault
 from sapt_core.training.reflection import GaussianQueries
 from sapt_core.versions.adapters import TITLE, read_adapter
 from sapt_core.versions.loading import empty_pool, load_router, store_router
@@ -124,8 +124,8 @@ def kind_faults(kind: PoolKind) -> list[str]:
 def task_faults(task: LearntTask, parent: Manifest | None) -> list[str]:
     """What is against a task's name and settings."""
     faults = [f"--task {task.name}: {fault}" for fault in name_faults(task.name, parent.names if parent else ())]
-    if task.template not in TEMPLATES:
-        faults.append(f"there is no template {task.template!r}; there are: {', '.join(TEMPLATES)}")
+    if (fault := template_fault(task.template)) is not None:
+        faults.append(fault)
     faults += metric_faults([task.metric])
     if task.template == "none" and task.definition:
         faults.append("with template none inputs are whole prompts: leave the definition empty")

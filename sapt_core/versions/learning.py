@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sapt_core.backbones.device import Precision
 from sapt_core.backbones.reference import BackboneRef
 from sapt_core.data.prepare import PreparedTask
+from sapt_core.data.rendering import ends_of
 from sapt_core.data.task import LearntTask
 from sapt_core.errors import DivergenceError, SnapshotError
 from sapt_core.io.blobs import BlobStore, Checkpoints
@@ -351,6 +352,7 @@ def _score_dev(
             max_new_tokens=max_new_tokens,
             precision=precision,
             choices=task_choices(task, rows, tokenizer, model, joined=joined, max_target_tokens=max_new_tokens),
+            ends=ends_of(task.template, tokenizer),
         )
     scored = [(text, row["references"], row["input"]) for text, row in zip(texts, rows, strict=True)]
     predictions, references, inputs = zip(*(each for part in gathered(scored) for each in part), strict=True)

@@ -10,13 +10,15 @@ from transformers import PreTrainedTokenizerBase
 
 from sapt_core.backbones.device import default_device
 from sapt_core.backbones.loading import load_backbone
-from sapt_core.data.prepare import EncodedPrompt, PromptEncoder
+from sapt_core.data.encoding import EncodedPrompt, PromptEncoder
+from sapt_core.data.rendering import ends_of
 from sapt_core.errors import FaultsError, RequestError
 from sapt_core.io.blobs import BlobStore
 from sapt_core.judging.choices import Choices, choices_of
 from sapt_core.judging.decoding import answer
 from sapt_core.pool.model import SaptModel
 from sapt_core.settings import EvaluationConfig
+from sapt_core.template_settings import template_fault
 from sapt_core.versions.loading import load_pool
 from sapt_core.versions.manifest import Manifest
 from sapt_core.versions.requests import Request, Row, read_rows, refuse, rows_of
@@ -53,6 +55,13 @@ class Predictor:
             )
             for room in {task.max_source_tokens for task in manifest.tasks}
         }
+        ends: dict[str | None, tuple[int, ...]] = {
+            task.name: ends_of(task.template, tokenizer)
+            for task in manifest.tasks
+            if template_fault(task.template) is None  # one of a newer release is refused where it is asked for
+        }
+        every = tuple(dict.fromkeys(end for of_task in ends.values() for end in of_task))
+        self._taught_ends = {**ends, None: every}
 
     @classmethod
     def load(cls, manifest: bytes, store: BlobStore) -> Predictor:
@@ -137,13 +146,14 @@ class Predictor:
                 if value is not None and value < 1
             ],
         )
-        asked: dict[tuple[str | None, bool], list[int]] = {}
+        asked: dict[tuple[str | None, bool, tuple[int, ...]], list[int]] = {}
         for place, request in requests.items():
             told = request.task if self.manifest.method.needs_task else None
             labels = request.task is not None and bool(request.task.labels)
-            asked.setdefault((None if told is None else told.name, labels), []).append(place)
+            key = (None if told is None else told.name, labels, self._ends(request))
+            asked.setdefault(key, []).append(place)
         found: dict[int, Prediction] = {}
-        for (name, labels), places in asked.items():
+        for (name, labels, ends), places in asked.items():
             answers, weights = answer(
                 self._attach(name),
                 self._tokenizer,
@@ -152,11 +162,16 @@ class Predictor:
                 max_new_tokens=max_new_tokens or max(task.max_target_tokens for task in self.manifest.tasks),
                 precision="auto",
                 choices=[self._choices(requests[place]) for place in places] if labels else (),
+                ends=ends,
             )
             blocks = self.manifest.blocks_for(name)
             for place, text, row in zip(places, answers, weights, strict=True):
                 found[place] = Prediction(text, dict(zip(blocks, row.tolist(), strict=True)))
         return [found[place] for place in range(len(rows))]
+
+    def _ends(self, request: Request) -> tuple[int, ...]:
+        """Ids that end an answer as the task was taught; to a full prompt those of any task."""
+        return self._taught_ends[None if request.task is None else request.task.name]
 
     def _choices(self, request: Request) -> Choices:
         """The only answers to an input of a task with labels."""

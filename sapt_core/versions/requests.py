@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from sapt_core.data.task import LearntTask
-from sapt_core.data.templates import TEMPLATES
 from sapt_core.errors import RequestError, SaptError
+from sapt_core.template_settings import template_fault
 from sapt_core.versions.manifest import Manifest
 
 
@@ -130,10 +130,10 @@ def _task(manifest: Manifest, name: object) -> LearntTask:
     if not isinstance(name, str):
         raise SaptError(f"task is not text but {type(name).__name__}; the version knows: {_known(manifest)}")
     task = find_task(manifest, name)
-    if task.template not in TEMPLATES:
+    if (fault := template_fault(task.template)) is not None:
         raise SaptError(
-            f"the version puts inputs of {task.name} into template {task.template!r}, which this release has not (it "
-            f"has: {', '.join(TEMPLATES)}): update SAPT on Ray, or give prompt"
+            f"the version puts inputs of {task.name} into a template that this release cannot fill in ({fault}): "
+            "update SAPT on Ray, or give prompt"
         )
     return task
 

@@ -112,6 +112,12 @@ def test_nothing_is_written_behind_the_taught_end(name: str, tmp_path: Path) -> 
     texts, _ = answer(bare, tokenizer, rows, EvaluationConfig(), max_new_tokens=9, precision="float32")
     assert texts == [""]
     assert len(calls) == 1
+    # Where a chat's turn ends is told with its rows.
+    bias[EOS], bias[9] = 0, 1
+    for ends, count in (((), 9), ((9,), 1)):
+        calls.clear()
+        answer(bare, tokenizer, rows, EvaluationConfig(), max_new_tokens=9, precision="float32", ends=ends)
+        assert len(calls) == count
 
 
 def test_the_decoder_starts_in_answers_as_it_did_in_training(tmp_path: Path) -> None:

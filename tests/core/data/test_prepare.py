@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from sapt_core.data import load_sequence
-from sapt_core.data.prepare import SPLITS, PreparedTask, PromptEncoder, check_fits, prepare_task
+from sapt_core.data.encoding import PromptEncoder
+from sapt_core.data.prepare import SPLITS, PreparedTask, check_fits, prepare_task
 from sapt_core.data.task import Example, Task
 from sapt_core.data.templates import TEMPLATES, PromptPieces
 from sapt_core.errors import BackboneError, DataError
@@ -144,7 +145,8 @@ def test_encoder_decoder_rows_that_fit_are_what_the_tokenizer_gives(t5: PreTrain
             assert row["answer_ids"] == t5(given_row.references[0])["input_ids"]
             assert row["answer_ids"][-1] == t5.eos_token_id
             assert (row["input"], row["references"]) == (given_row.input, list(given_row.references))
-    assert prepared.truncated == {split: {"prompts": 0, "answers": 0} for split in SPLITS}
+    assert prepared.facts is not None
+    assert all((each.prompts_cut, each.answers_cut) == (0, 0) for each in prepared.facts.splits.values())
 
 
 def test_decoder_only_prompts_begin_with_bos_and_do_not_end(
@@ -344,7 +346,8 @@ def test_answers_are_cut_but_keep_their_end(t5: PreTrainedTokenizerFast) -> None
     assert (ids, cut) == ([*whole[: len(whole) - 2], t5.eos_token_id], True)
     assert (same, uncut) == (whole, False)
     prepared = prepare_task(task(), t5, max_source_tokens=400, max_target_tokens=2, is_encoder_decoder=True)
-    assert prepared.truncated["train"]["answers"] == sum(
+    assert prepared.facts is not None
+    assert prepared.facts.splits["train"].answers_cut == sum(
         len(t5(row.references[0])["input_ids"]) > 2 for row in task().train
     )
 

@@ -215,7 +215,7 @@ def chats() -> Iterator[list[dict[str, str]]]:
     for number in range(6):
         question, reply = {"role": "user", "content": f"q{number}"}, {"role": "assistant", "content": f"a{number}"}
         yield [question, reply] if number % 2 else [{"role": "system", "content": "Be brief."}, question, reply]
-    yield [{"role": "user", "content": "nobody answers"}]
+    yield [{"role": "user", "content": "q9"}, {"role": "assistant", "content": "..."}]
 
 
 def test_chats_are_read_up_to_their_last_answer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -228,10 +228,12 @@ def test_chats_are_read_up_to_their_last_answer(tmp_path: Path, caplog: pytest.L
     assert rows["system: Be brief.\nuser: q2"] == ("a2",)
     assert len(rows) == 6
     assert "chats.jsonl: 1 of 7 rows left out" in caplog.text
-    path.write_text(json.dumps({"messages": [{"role": "user"}]}) + "\n" + json.dumps({"messages": "hi"}))
+    faulty = [[{"role": "user"}], "hi", [{"role": "user", "content": "nobody answers"}]]
+    path.write_text("\n".join(json.dumps({"messages": each}) for each in faulty))
     assert [fault.partition(": row ")[2] for fault in faults_of(path, {"columns": {}})] == [
         "0: messages: turn 0 is no object with role and content, both text",
         "1: messages is text, not a list of turns",
+        "2: messages has no turn of role assistant, the last of which is the answer: leave the row out",
     ]
 
 

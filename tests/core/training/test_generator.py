@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import cycle
 from typing import Any
 
@@ -152,6 +153,21 @@ def test_pairs_keep_the_first_answer_of_an_input_and_count_those_that_the_task_h
     samples, _ = run("t5", share=0.3, content="pairs")
     assert (samples.inputs, samples.answers) == (("w1 w2", "w3"), (known, "w9 w9 w9"))
     assert (samples.known_answers, samples.malformed, samples.duplicate) == (1, 3, 7)
+
+
+def test_a_text_that_the_template_does_not_take_is_malformed(monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted(monkeypatch, ["w30 __inp__ w1 w2", "w30 __inp__ w3"])
+    task = replace(tiny_task(0), template="{{ input.split()[1] }}")
+    samples, _ = generate_pseudo_samples(
+        tiny_backbone("t5"),
+        tiny_tokenizer(),
+        task,
+        config("t5", max_attempts=2),
+        precision="float32",
+        seed=0,
+        checkpoints=KeptCheckpoints(),
+    )
+    assert (samples.inputs, samples.malformed, samples.duplicate) == (("w1 w2",), 3, 2)
 
 
 def test_it_stops_at_the_wanted_number(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -194,7 +194,7 @@ def test_find_task_by_its_name_or_its_number(store: DictStore, tmp_path: Path) -
 
 def test_rows_as_they_are_given(store: DictStore, tmp_path: Path) -> None:
     manifest = version(store, tmp_path / "t5")
-    newer = manifest.model_copy(update={"tasks": (learnt("qa_hard", template="chat"), *TASKS[1:])})
+    newer = manifest.model_copy(update={"tasks": (learnt("qa_hard", template="of_tomorrow"), *TASKS[1:])})
     rows = {
         Row(prompt="w1"): None,
         Row(input="w1", task="task7"): None,
@@ -210,7 +210,7 @@ def test_rows_as_they_are_given(store: DictStore, tmp_path: Path) -> None:
         assert faults.get(place, "").startswith(said or "")
         assert (place in faults) == (said is not None)
     (fault,) = read_rows(newer, [Row(input="w1", task="qa_hard")])[1].values()
-    assert "template 'chat', which this release has not (it has: superni, long_sequence, none)" in fault
+    assert "a template that this release cannot fill in (there is no template 'of_tomorrow'; there are superni" in fault
 
 
 def test_damage_is_found_when_it_is_loaded(store: DictStore, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from sapt_core.methods.base import known_methods
 
 ROOT = Path(__file__).resolve().parents[3]
 WRITTEN = Path(__file__).with_name("stage_versions.json")
-TOKENS = ("data/prepare", "data/templates")
+TOKENS = ("data/prepare", "data/encoding", "data/rendering", "data/templates", "data/turns", "template_settings")
 MODEL = (
     "pool/attention",
     "pool/blocks",
