@@ -64,7 +64,9 @@ class Completion:
         key = self._hold(known) if self.tasks else ""
         records = run_graph([self.stage], known, executor)
         if self.tasks and not retention.keeps_all:
-            wanted = {record.key: names for stage, record in records.items() if (names := with_rows(stage, retention))}
+            wanted = {
+                record.key: names for stage, record in records.items() if (names := with_rows(stage, record, retention))
+            }
             wanted[key] = frozenset(f"{place:03d}" for place in self.tasks)
             erase(wanted, all_records(store), known)
         return Manifest.from_bytes(store.get(records[self.stage].outputs["manifest"]))

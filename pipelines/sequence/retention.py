@@ -96,22 +96,22 @@ def enforce(finished: Sequence[tuple[Experiment, Mapping[Stage, StageRecord]]], 
                 claims |= dict.fromkeys(naming)
     for experiment, learnt in bound:
         for stage, record in learnt.items():
-            if names := with_rows(stage, experiment.config.retention) & record.outputs.keys():
+            if names := with_rows(stage, record, experiment.config.retention):
                 prepared = stage if stage.kind == "prepare" else stage.inputs["task"]
                 if prepared.reads["task"] not in claimed:
                     wanted[record.key] |= names
     return Removal(erase(wanted, records, known), tuple(claimed.values()), tuple(claims))
 
 
-def with_rows(stage: Stage, retention: RetentionConfig) -> frozenset[str]:
-    """Outputs of a stage that hold rows which may not stay.
+def with_rows(stage: Stage, record: StageRecord, retention: RetentionConfig) -> frozenset[str]:
+    """Outputs of a stage's record that hold rows which may not stay.
 
     What a version carries of tasks that it knew was allowed when it was learnt.
     """
     if stage.kind == "prepare":
         train = frozenset() if retention.train_rows == "all" else frozenset({"train.arrow"})
         rows = train if retention.sealed_rows else train | SEALED
-        return rows | {LABELS} if rows else rows
+        return (rows | {LABELS}) & record.outputs.keys() if rows else rows
     if stage.kind in SCORED and stage.inputs["task"].kind == "prepare" and not retention.sealed_rows:
         return frozenset({"predictions"})
     return frozenset()

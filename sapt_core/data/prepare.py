@@ -191,7 +191,7 @@ def _unfilled(task: Task, encoder: PromptEncoder) -> list[str]:
             try:
                 (marked,) = wording.prompts(task.definition, [row.input])
             except DataError as error:
-                fault = error.faults[0].removeprefix("input 0: ")
+                fault = error.faults[0]
             else:
                 start, end = marked.input
                 fault = "" if marked.text[start:end].strip() else "nothing of the input is left in the prompt"

@@ -68,7 +68,7 @@ class Wording(ABC):
         """A prompt an input.
 
         Raises:
-            DataError: with every input that the template cannot be filled in with; inputs count from 0.
+            DataError: with every input that the template cannot be filled in with; of several they count from 0.
         """
 
     def shorter(self, text: str) -> str | None:
@@ -108,7 +108,8 @@ class _Rendered(Wording):
             try:
                 found.append(self._marked(definition, text, self.fill(definition, text)))
             except RENDERING_FAULTS as error:
-                faults.append(f"input {place}: {type(error).__name__}: {' '.join(str(error).split())}")
+                which = f"input {place}: " if len(inputs) > 1 else ""
+                faults.append(f"{which}{type(error).__name__}: {' '.join(str(error).split())}")
         if faults:
             raise DataError(TITLE, faults)
         return found

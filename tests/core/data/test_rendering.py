@@ -96,8 +96,13 @@ def test_blanks_around_an_answer_are_those_of_the_model_s_turn() -> None:
     assert ends_of("chat", tokenizer) == ()  # its own end token, at which it stops anyhow
 
 
-def test_an_empty_thought_is_no_answer() -> None:
-    tokenizer = chat_tokenizer(THINKING)
+@pytest.mark.parametrize("opened", ["", "<think>\n"])
+def test_an_empty_thought_is_no_answer(opened: str) -> None:
+    tokenizer = chat_tokenizer(
+        THINKING.replace("assistant\n' }}{% endif %}", f"assistant\n{opened}' }}}}{{% endif %}}")
+    )
+    asked = tokenizer.apply_chat_template([CHAT[0]], add_generation_prompt=True, tokenize=False)
+    assert asked.endswith(f"<|im_start|>assistant\n{opened}")
     row = row_of(tokenizer, "chat", "", "alpha", "positive")
     assert read(tokenizer, row)[1:] == (
         "alpha<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n", "positive<|im_end|>",

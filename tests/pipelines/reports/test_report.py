@@ -40,7 +40,7 @@ from tests.pipelines.commands import (
 pytest_plugins = ["tests.mlflow_servers"]
 
 Call = Callable[[Callable[[], None], list[str]], Outcome]
-SECTIONS = ["warnings", "scores", "answers", "attention", "alignment", "training", "settings"]
+SECTIONS = ["warnings", "scores", "data", "answers", "attention", "alignment", "training", "settings"]
 
 PLOTS = {"scores", "attention", "attention-history", "alignment", "curves"}
 
@@ -96,6 +96,7 @@ def test_the_report_of_a_finished_run(finished: Finished, call: Call, tmp_path: 
     assert page.sections == [
         "warnings",
         "scores",
+        "data",
         "answers",
         "attention",
         "alignment",
@@ -149,6 +150,7 @@ def test_an_older_version(finished: Finished, call: Call, tmp_path: Path, monkey
     assert Page(page.read_text()).sections == [
         "warnings",
         "scores",
+        "data",
         "answers",
         "attention",
         "alignment",
