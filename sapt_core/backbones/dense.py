@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -52,6 +53,9 @@ Format = Literal["auto", "float32", "bfloat16"]
 VERSION = 1
 
 _MAGIC = b"GGUF"
+
+# What the reader says of a number that no release until now gave a kind.
+_UNKNOWN_KIND = re.compile(r"(\d+)\)? is not a valid GGMLQuantizationType")
 _RECORD = "made_of_gguf.json"
 
 # Values, not blocks: of these a file's weights may be as they are.
@@ -174,8 +178,8 @@ def read_gguf(file: Path, name: str) -> GGUFReader:
     try:
         reader = GGUFReader(file)
     except (*UNREADABLE, IndexError, OverflowError, MemoryError) as error:
-        if "GGMLQuantizationType" in str(error):  # a number that no release until now gave a kind
-            raise BackboneError(f"backbone {name}: {file.name}: {_unreadable([reason(error)])}") from error
+        if number := _UNKNOWN_KIND.search(str(error)):
+            raise BackboneError(f"backbone {name}: {file.name}: {_unreadable([number[1]])}") from error
         raise BackboneError(
             f"backbone {name}: {file.name} is damaged or cut short ({reason(error)}); fetch it again"
         ) from error
