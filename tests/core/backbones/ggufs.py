@@ -21,7 +21,7 @@ TURN_END = TOKENS.index("<|im_end|>")
 TEMPLATE = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"
 
 
-def llama(*, tied: bool = True, heads: int = 4, groups: int = 2, bias: bool = False) -> LlamaForCausalLM:
+def llama(*, tied: bool = True, heads: int = 4, groups: int = 2, positions: int = 128) -> LlamaForCausalLM:
     """Rows of 32, the least that blocks of weights are made of."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(
@@ -32,9 +32,8 @@ def llama(*, tied: bool = True, heads: int = 4, groups: int = 2, bias: bool = Fa
             num_hidden_layers=2,
             num_attention_heads=heads,
             num_key_value_heads=groups,
-            max_position_embeddings=128,
+            max_position_embeddings=positions,
             tie_word_embeddings=tied,
-            attention_bias=bias,
             bos_token_id=1,
             eos_token_id=0,
         )
