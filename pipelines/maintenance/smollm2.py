@@ -207,11 +207,11 @@ def check(folder: Path) -> str:
 def ask(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question: str) -> str:
     """The model's own answer, greedy and as long as a sentence, to a question put in its chat template."""
     turns = [{"role": "user", "content": question}]
-    prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    text = str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+    prompt = tokenizer(text, add_special_tokens=False, return_tensors="pt")
     with torch.no_grad():
         ids = model.generate(**prompt, max_new_tokens=32, do_sample=False)  # type: ignore[operator]
-    text: str = tokenizer.decode(ids[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
-    return text.strip()
+    return str(tokenizer.decode(ids[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
 
 
 def _origin() -> str:
@@ -235,7 +235,7 @@ def _is_whole(folder: Path) -> bool:
     """Whether all is there that ``SHA256SUMS`` names, as it names it."""
     try:
         lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
-        sums = dict(reversed(line.split("  ", 1)) for line in lines)
+        sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
         return bool(sums) and all(_sha256(folder / name) == digest for name, digest in sums.items())
     except (OSError, ValueError):
         return False

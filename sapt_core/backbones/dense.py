@@ -253,8 +253,8 @@ def _check_read(reader: GGUFReader, model: PreTrainedModel, loaded: Mapping[str,
     if architecture in GGUF_CONFIG_ARCHS:
         left = sorted(loaded["unexpected_keys"])
     else:
-        processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)()
-        read: Mapping[str, str] = get_gguf_hf_weights_map(model, processor)  # type: ignore[no-untyped-call]
+        processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)()  # type: ignore[no-untyped-call]
+        read: Mapping[str, str] = get_gguf_hf_weights_map(model, processor)
         known = {each.removesuffix(".weight") for each in read}
         left = sorted(each.name for each in reader.tensors if each.name.removesuffix(".weight") not in known)
     if not left:
