@@ -42,6 +42,7 @@ from transformers.modeling_gguf_pytorch_utils import (
 from sapt_core.backbones.checkpoint import check_fetched, check_loaded
 from sapt_core.backbones.faults import UNREADABLE, reason
 from sapt_core.backbones.files import cache_folder, file_digest, remember
+from sapt_core.backbones.rotary import llama3_scaling
 from sapt_core.errors import BackboneError, ServiceError
 from sapt_core.io.hashing import canonical_hash
 
@@ -56,6 +57,9 @@ _MAGIC = b"GGUF"
 
 # What the reader says of a number that no release until now gave a kind.
 _UNKNOWN_KIND = re.compile(r"(\d+)\)? is not a valid GGMLQuantizationType")
+_ARCHITECTURE = "general.architecture"
+_TABLES = "rope_"  # what tensors are called that scale rotary positions
+
 _RECORD = "made_of_gguf.json"
 
 # Values, not blocks: of these a file's weights may be as they are.
@@ -140,6 +144,8 @@ def write_dense(file: Path, folder: Path, dtype: Format, name: str) -> PreTraine
     of: dict[str, Any] = {"gguf_file": "model.gguf", "trust_remote_code": False}
     try:
         config = AutoConfig.from_pretrained(alone, **of)
+        if scaling := _scaling(reader):
+            config.rope_parameters = {**config.rope_parameters, **scaling}
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         found: Any = kind.from_pretrained(
             alone,
@@ -194,7 +200,7 @@ def _faults(reader: GGUFReader) -> Iterable[str]:
         yield f"holds no whole model (general.type is {kind})"
     if parts > 1:
         yield f"is one of {parts} parts: join them (llama-gguf-split --merge) and give the whole"
-    architecture = _value(reader, "general.architecture", None)
+    architecture = _value(reader, _ARCHITECTURE, None)
     names = {*GGUF_SUPPORTED_ARCHITECTURES, *GGUF_CONFIG_ARCHS} - _NO_ARCHITECTURES
     # transformers lists its own names, and llama.cpp writes some without the underscore, or with another sign for it.
     if _plain(str(architecture)) not in {_plain(each) for each in names}:
@@ -203,10 +209,19 @@ def _faults(reader: GGUFReader) -> Iterable[str]:
     if unknown := sorted(kind.name for kind in kinds if kind not in readable_kinds()):
         yield _unreadable(unknown)
     scaled = _value(reader, f"{architecture}.rope.scaling.type", "none")
-    tables = sorted(tensor.name for tensor in reader.tensors if tensor.name.startswith("rope_"))
-    if (scaled != "none" and architecture not in {"gpt-oss", "gpt_oss"}) or tables:
-        by = f"a table ({', '.join(tables)})" if tables else f"rope.scaling.type {scaled}"
+    tables = ", ".join(tensor.name for tensor in reader.tensors if tensor.name.startswith(_TABLES))
+    if (scaled != "none" and architecture not in {"gpt-oss", "gpt_oss"}) or (tables and not _scaling(reader)):
+        by = f"a table ({tables})" if tables else f"rope.scaling.type {scaled}"
         yield f"its rotary positions are scaled by {by}, which transformers leaves out: give the model as safetensors"
+
+
+def _scaling(reader: GGUFReader) -> Mapping[str, Any] | None:
+    """What a table of rotary positions stands for, which transformers passes over; None if there is none known."""
+    tables = [tensor for tensor in reader.tensors if tensor.name.startswith(_TABLES)]
+    if [tensor.name for tensor in tables] != ["rope_freqs.weight"] or _value(reader, _ARCHITECTURE, None) != "llama":
+        return None
+    theta, width = (_value(reader, f"llama.rope.{key}", 0) for key in ("freq_base", "dimension_count"))
+    return llama3_scaling(tables[0].data, float(theta), int(width)) if theta and width else None
 
 
 def _unreadable(kinds: Iterable[str]) -> str:
@@ -249,7 +264,7 @@ def _check_read(reader: GGUFReader, model: PreTrainedModel, loaded: Mapping[str,
 
     The older of transformers' two readers passes over what it cannot name, without a word.
     """
-    architecture = str(_value(reader, "general.architecture", ""))
+    architecture = str(_value(reader, _ARCHITECTURE, ""))
     if architecture in GGUF_CONFIG_ARCHS:
         left = sorted(loaded["unexpected_keys"])
     else:
@@ -257,6 +272,7 @@ def _check_read(reader: GGUFReader, model: PreTrainedModel, loaded: Mapping[str,
         read: Mapping[str, str] = get_gguf_hf_weights_map(model, processor)
         known = {each.removesuffix(".weight") for each in read}
         left = sorted(each.name for each in reader.tensors if each.name.removesuffix(".weight") not in known)
+    left = [each for each in left if not each.startswith(_TABLES)]  # read, or refused
     if not left:
         return
     shown = ", ".join(left[:3]) + (", …" if len(left) > 3 else "")

@@ -21,7 +21,9 @@ TURN_END = TOKENS.index("<|im_end|>")
 TEMPLATE = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"
 
 
-def llama(*, tied: bool = True, heads: int = 4, groups: int = 2, positions: int = 128) -> LlamaForCausalLM:
+def llama(
+    *, tied: bool = True, heads: int = 4, groups: int = 2, positions: int = 128, rope: dict[str, Any] | None = None
+) -> LlamaForCausalLM:
     """Rows of 32, the least that blocks of weights are made of."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(
@@ -33,6 +35,7 @@ def llama(*, tied: bool = True, heads: int = 4, groups: int = 2, positions: int 
             num_attention_heads=heads,
             num_key_value_heads=groups,
             max_position_embeddings=positions,
+            rope_parameters=rope,
             tie_word_embeddings=tied,
             bos_token_id=1,
             eos_token_id=0,

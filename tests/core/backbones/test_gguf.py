@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFReader, GGUFWriter, dequantize, get_tensor_name_map, quantize
-from numpy import float32, ones
+from numpy import arange, float32, ones
 from torch import nn
 from transformers import Lfm2Config, Lfm2ForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -249,6 +249,24 @@ def test_no_weight_stays_packed_where_there_are_kernels_for_it(tmp_path: Path, m
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_the_positions_of_llama_3_are_scaled_as_they_were(factor: float, tmp_path: Path) -> None:
+    scaling = {"rope_type": "llama3", "rope_theta": 5e5, "factor": factor, "low_freq_factor": 1.0}
+    scaling |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    plain, wanted = llama(heads=1, groups=1), llama(heads=1, groups=1, rope=scaling)
+    bare = llama(heads=1, groups=1, rope={"rope_type": "default", "rope_theta": 5e5})
+    # The table as who converts the model makes it: what it divides the plain frequencies by.
+    table = (bare.model.rotary_emb.inv_freq / wanted.model.rotary_emb.inv_freq).numpy()
+    assert table.min() == 1
+    assert table.max() == pytest.approx(factor)
+    assert len(set(table.tolist())) > 2
+    write_gguf(tmp_path / "model.gguf", wanted, more=lambda w: appended(w, "rope_freqs.weight", table))
+    model, _ = loaded(given(tmp_path))
+    far = torch.arange(100_000, 100_006)[None]
+    torch.testing.assert_close(model(IDS, position_ids=far).logits, wanted(IDS, position_ids=far).logits)
+    assert (plain(IDS, position_ids=far).logits - wanted(IDS, position_ids=far).logits).abs().max() > 0.1
+
+
 def appended(writer: GGUFWriter, name: str, data: Any) -> None:
     writer.add_tensor(name, data)
 
@@ -261,7 +279,10 @@ def appended(writer: GGUFWriter, name: str, data: Any) -> None:
             lambda w: w.add_rope_scaling_type(_Named("yarn")),
             r"scaled by rope.scaling.type yarn, which transformers leaves",
         ),
-        (lambda w: appended(w, "rope_freqs.weight", ones(4, float32)), r"scaled by a table \(rope_freqs.weight\)"),
+        (
+            lambda w: appended(w, "rope_freqs.weight", arange(1, 5, dtype=float32)),
+            r"scaled by a table \(rope_freqs.weight\)",
+        ),
         (
             lambda w: appended(w, "blk.0.attn_q.bias", ones(32, float32)),
             r"LlamaForCausalLM, as .* has no place for 1 of its 21 tensors \(blk.0.attn_q.bias\)",
