@@ -38,6 +38,7 @@ _PACKAGES = (
     "accelerate",
     "boto3",
     "datasets",
+    "gguf",
     "httpx2",
     "huggingface-hub",
     "mlflow",

@@ -15,11 +15,13 @@ from zipfile import ZipFile
 
 import torch
 from gguf import GGUFReader, dequantize
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from sapt_core.backbones.dense import write_dense
+from sapt_core.backbones.faults import reason
 from sapt_core.errors import BackboneError, ConfigError, ServiceError
 from sapt_core.io.shipped import INSTALLED
 
@@ -91,9 +93,9 @@ def install(folder: Path) -> Iterator[str]:
         (partial / ORIGIN).write_text(_origin(), encoding="utf-8")
         (partial / SUMS).write_text(_sums(partial), encoding="utf-8")
         partial.rename(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ServiceError(
-            f"{folder} cannot be written ({error.strerror}): give a folder of yours with a gigabyte free as --out"
+            f"{folder} cannot be written ({reason(error)}): give a folder of yours with a gigabyte free as --out"
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

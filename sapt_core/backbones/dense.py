@@ -20,6 +20,7 @@ from uuid import uuid4
 import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, dequantize
+from safetensors import SafetensorError
 from tokenizers import pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -103,9 +104,9 @@ def dense_folder(file: Path, digest: str, dtype: Format, name: str) -> Path:
         except OSError:
             if not folder.is_dir():  # another process was first otherwise
                 raise
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ServiceError(
-            f"{folder.parent} cannot be used ({error.strerror}): set XDG_CACHE_HOME to a folder with free space, four "
+            f"{folder.parent} cannot be used ({reason(error)}): set XDG_CACHE_HOME to a folder with free space, four "
             "bytes a weight, that this user can write to"
         ) from error
     finally:
