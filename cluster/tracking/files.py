@@ -43,6 +43,7 @@ _PACKAGES = (
     "huggingface-hub",
     "mlflow",
     "numpy",
+    "omegaconf",
     "pandas",
     "pydantic",
     "regex",
