@@ -158,7 +158,9 @@ def write_dense(file: Path, folder: Path, dtype: Format, name: str) -> PreTraine
             **of,
         )
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(alone, **of)
-    except UNREADABLE as error:
+    except Exception as error:  # tokenizers has no kind of its own: what it cannot read is an Exception and no more
+        if type(error) is not Exception and not isinstance(error, UNREADABLE):
+            raise
         raise BackboneError(f"backbone {name}: {file.name} cannot be read: {reason(error)}") from error
     model: PreTrainedModel = found[0]
     loaded: Mapping[str, Any] = found[1]

@@ -324,6 +324,7 @@ def unknown_kind(data: bytes) -> bytes:
     [
         (renamed, r"architecture lluma cannot be read; these can: bloom, .*llama, .*qwen35"),
         (unknown_kind, r"weights of kind 99 cannot be read; these can: .*Q4_K"),
+        (lambda data: data.replace(b"1 2", b"1 \x01"), r"model.gguf cannot be read: .* out of vocabulary"),
         (lambda data: data[: len(data) // 2], r"model.gguf is damaged or cut short \(.*\); fetch it again"),
         (lambda data: data[:300], r"model.gguf is damaged or cut short"),
         (lambda data: b"PK" + data, r"model.gguf is no GGUF file"),
