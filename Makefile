@@ -1,4 +1,4 @@
-# make env | test | run | lint | reference | clean, from a clean checkout with Python 3.11+ and nothing else.
+# make env | test | run | lint | reference | backbone-smollm2 | clean, from a clean checkout with Python 3.11+ and nothing else.
 # Another interpreter: make env PYTHON=python3.12
 
 PYTHON ?= python3
@@ -9,7 +9,7 @@ PLACES :=
 LATER := --task place --data pipelines/data/place.csv --definition 'Tell where this happened, in a single word.' \
 	evaluation.batch_size=50 cluster.train_workers=0
 
-.PHONY: env test run lint reference clean
+.PHONY: env test run lint reference backbone-smollm2 clean
 
 env: $(INSTALLED)
 
@@ -54,6 +54,10 @@ reference: env
 	@$(BIN)/sapt fields --schema experiment > pipelines/configs/schema.json
 	@$(BIN)/sapt fields --schema comparison > pipelines/configs/comparisons/schema.json
 	@$(BIN)/sapt fields --schema sweep > pipelines/configs/sweeps/schema.json
+
+# A small real model, written outside the repository. FOLDER: where, if not below ~/.cache.
+backbone-smollm2: env
+	@$(BIN)/python pipelines/fetch_smollm2.py $(if $(FOLDER),--out $(FOLDER))
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

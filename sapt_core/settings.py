@@ -122,14 +122,19 @@ class BenchmarkConfig(Section):
 
 
 class BackboneConfig(Section):
-    """The frozen model: a folder or a hub id."""
+    """The frozen model: a folder or a hub id, of which one GGUF file may be all that is read."""
 
     path: str = Field(min_length=1, description="Folder with a Hugging Face model and tokenizer, or a hub id.")
     revision: str | None = Field(
         None, pattern=HUB_REVISION, description="Hub revision (commit); pin it, so that records stay valid."
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="auto: the checkpoint's own, float32 for float16."
+        "auto", description="auto: the checkpoint's own, float32 for float16 and for quantised GGUF files."
+    )
+    gguf_file: str | None = Field(
+        None,
+        pattern=r"^[^/\\]+\.gguf$",
+        description="Name of a GGUF file there with model and tokenizer; its weights are made dense, once a machine.",
     )
 
 

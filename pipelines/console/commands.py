@@ -18,6 +18,7 @@ SCRIPTS = {
     "pool": "pool",
     "store": "store",
     "pretrain": "pretrain_tiny",
+    "fetch-smollm2": "fetch_smollm2",
     "fields": "fields",
 }
 """The file in ``pipelines`` that each command of ``sapt`` is, in the order people need them."""

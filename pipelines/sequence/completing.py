@@ -170,7 +170,7 @@ def fitted(
     Raises:
         SaptError: with all that is against them.
     """
-    here = {"path": str(folder_of(ref, store)), "revision": None}
+    here = {"path": str(folder_of(ref, store)), "revision": None, "gguf_file": None}
     local = config.model_copy(update={"backbone": config.backbone.model_copy(update=here)})
     check_backbone(local, tasks)
     return with_precision(config, settle_precision(local, ref).train.precision), weight_bytes(local.backbone)

@@ -265,7 +265,7 @@ def assemble(
     samples = attempt(lambda: _given_samples(config, (tasks or ())[:learnt]))
     ref = attempt(lambda: identified(config.backbone))
     if ref is not None:
-        there = {} if folder is None else {"path": str(folder), "revision": None}
+        there = {} if folder is None else {"path": str(folder), "revision": None, "gguf_file": None}
         here = config.model_copy(update={"backbone": config.backbone.model_copy(update=there)})
         attempt(lambda: check_backbone(here, tasks or ()))
         settled = attempt(lambda: settle_precision(here, ref))

@@ -269,7 +269,7 @@ def own_settings(
             "max_source_tokens": lengths.max_source_tokens,
             "max_target_tokens": lengths.max_target_tokens,
         },
-        "backbone": manifest.backbone.model_dump(mode="json", include={"path", "revision", "dtype"}),
+        "backbone": manifest.backbone.model_dump(mode="json", include={"path", "revision", "dtype", "gguf_file"}),
         "pet": manifest.pet.model_dump(mode="json"),
         "method": manifest.method.model_dump(mode="json"),
         # FWT compares with every task learnt alone, the old ones too, whose rows need not be there any more.

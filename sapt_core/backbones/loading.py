@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sapt_core.backbones.checkpoint import check_loaded, own_dtype, weight_files
+from sapt_core.backbones.dense import dense_folder
 from sapt_core.backbones.faults import UNREADABLE, reason
 from sapt_core.backbones.files import cache_folder, copy_of, file_digest, remember
 from sapt_core.backbones.hub import fetched
 from sapt_core.backbones.last import Given, Last, Loaded
-from sapt_core.backbones.reference import FILES, BackboneRef, load_model_config, location, model_class, skeleton
+from sapt_core.backbones.reference import FILES, BackboneRef, load_model_config, model_class, skeleton, source
 from sapt_core.backbones.tokens import answer_settings, load_tokenizer
 from sapt_core.errors import BackboneError, ServiceError
 from sapt_core.io.blobs import BlobStore
@@ -37,7 +38,7 @@ def store_backbone(config: BackboneConfig, ref: BackboneRef, store: BlobStore) -
         BackboneError: a file has changed since it was looked at.
     """
     for name, digest in (ref.files or {}).items():
-        if store.put_file(location(config) / name, digest) != digest:
+        if store.put_file(source(config) / name, digest) != digest:
             raise BackboneError(f"backbone.path {config.path}: {name} has changed meanwhile; run again")
 
 
@@ -139,13 +140,18 @@ def _read_matrix(folder: Path, model: PreTrainedModel, layer: nn.Embedding, name
 
 
 def folder_of(ref: BackboneRef, store: BlobStore) -> Path:
-    """A folder on this machine with the backbone's files; what is not here is fetched.
+    """A folder on this machine that transformers loads the backbone from; what is not here is fetched.
 
     Raises:
-        BackboneError: a hub model that cannot be reached.
+        BackboneError: a hub model that cannot be reached, or a GGUF file that cannot be read.
         StoreError: a file is not in the store, or is damaged.
     """
-    return fetched(ref.path, ref.revision, FILES) if ref.files is None else _materialise(ref, store)
+    if ref.files is None:
+        return fetched(ref.path, ref.revision, FILES)
+    folder = _materialise(ref, store)
+    if ref.gguf_file is None:
+        return folder
+    return dense_folder(folder / ref.gguf_file, ref.files[ref.gguf_file], ref.dtype, ref.path)
 
 
 def _materialise(ref: BackboneRef, store: BlobStore) -> Path:

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from sapt_core.backbones.checkpoint import check_fetched, own_dtype, read_headers
+from sapt_core.backbones.dense import dense_folder, dense_place
 from sapt_core.backbones.faults import UNREADABLE, reason
 from sapt_core.backbones.files import file_digest
 from sapt_core.backbones.hub import fetched
@@ -42,6 +43,9 @@ FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 # One of them holds a vocabulary; without any, transformers makes up an empty tokenizer.
 TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab.*")
 
+# A whole model in one file, which is taken where a config names it.
+GGUF = "*.gguf"
+
 _HUB_ID = re.compile(HUB_ID)
 _SEPARATOR = re.compile(r"[/\\\0]")
 
@@ -54,6 +58,8 @@ class BackboneRef(BaseModel):
         revision: hub commit, None for a folder.
         files: sha256 of every file; None for a hub model of an earlier release, which named it by its commit alone.
         dtype: number format of the frozen weights; auto is the checkpoint's own.
+        gguf_file: the only one of ``files``, which holds model and tokenizer and is made dense wherever it is loaded;
+            None for a folder that transformers loads as it is.
         joined: prompts and their answers are tokenised as one text, as for a decoder-only model they are. Versions
             that were learnt with the two tokenised apart do not say so, and answer as they were taught.
     """
@@ -65,6 +71,7 @@ class BackboneRef(BaseModel):
     revision: str | None = Field(None, pattern=HUB_REVISION)
     files: dict[str, Digest] | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    gguf_file: str | None = Field(None, exclude_if=lambda file: file is None)
     # Left out where it is not so: encoder-decoders, to which it means nothing, keep their names.
     joined: bool = Field(False, exclude_if=lambda joined: not joined)
 
@@ -73,7 +80,7 @@ class BackboneRef(BaseModel):
     def _plain_names(cls, files: Mapping[str, str] | None) -> Mapping[str, str] | None:
         """Names become paths on every machine that reads somebody else's version."""
         for name in files or {}:
-            if _SEPARATOR.search(name) or not any(fnmatchcase(name, pattern) for pattern in FILES):
+            if _SEPARATOR.search(name) or not any(fnmatchcase(name, pattern) for pattern in (*FILES, GGUF)):
                 raise ValueError(f"{name!r} is no plain name of a model's file ({', '.join(FILES)})")
         return files
 
@@ -82,6 +89,13 @@ class BackboneRef(BaseModel):
         # Of a folder, path is what messages call it and nothing else.
         if self.files is None and not _HUB_ID.fullmatch(self.path):
             raise ValueError(f"{self.path!r} is no hub id (owner/name), and there are no files")
+        return self
+
+    @model_validator(mode="after")
+    def _gguf_alone(self) -> BackboneRef:
+        ggufs = [name for name in self.files or {} if fnmatchcase(name, GGUF)]
+        if ggufs != [self.gguf_file] * (self.gguf_file is not None) or (ggufs and len(self.files or {}) > 1):
+            raise ValueError("a GGUF file is a whole backbone: gguf_file names it, and there is no other file")
         return self
 
     @property
@@ -107,6 +121,8 @@ def identify(config: BackboneConfig) -> BackboneRef:
         BackboneError: neither a model folder nor a hub model that can be reached, pickled weights only, no tokenizer,
             files that git did not fetch or that are damaged, or a class that is neither encoder-decoder nor causal.
     """
+    if config.gguf_file is not None:
+        return _identify_gguf(config, config.gguf_file)
     folder, name = location(config), config.path
     names = [
         path.name
@@ -114,6 +130,11 @@ def identify(config: BackboneConfig) -> BackboneRef:
         for path in sorted(folder.glob(pattern))
         if path.is_file() and not _SEPARATOR.search(path.name)
     ]
+    ggufs = ", ".join(sorted(path.name for path in folder.glob(GGUF)))
+    if not any(name.endswith(".safetensors") for name in names) and ggufs:
+        raise BackboneError(
+            f"backbone.path {name}: GGUF files lie there and no *.safetensors: name one as backbone.gguf_file ({ggufs})"
+        )
     if not any(name.endswith(".safetensors") for name in names):
         raise BackboneError(
             f"backbone.path {name}: no *.safetensors there; "
@@ -145,25 +166,49 @@ def identify(config: BackboneConfig) -> BackboneRef:
         "dtype": dtype,
         "joined": not model_config.is_encoder_decoder,
     }
-    if located(name).is_dir():
+    return _named(config, folder, given)
+
+
+def _identify_gguf(config: BackboneConfig, file: str) -> BackboneRef:
+    model_config = load_model_config(location(config), config.path)
+    model_class(model_config)
+    folder = source(config)
+    given: dict[str, Any] = {
+        "files": {file: file_digest(folder / file)},
+        "dtype": config.dtype,
+        "gguf_file": file,
+        "joined": not model_config.is_encoder_decoder,
+    }
+    return _named(config, folder, given)
+
+
+def _named(config: BackboneConfig, folder: Path, given: Mapping[str, Any]) -> BackboneRef:
+    if located(config.path).is_dir():
         return BackboneRef(path=folder.resolve().name, **given)
-    return BackboneRef(path=name, revision=folder.name, **given)
+    return BackboneRef(path=config.path, revision=folder.name, **given)
 
 
 def weight_bytes(config: BackboneConfig) -> int:
     """Size of a folder's weights, which is about what a process takes that has loaded them; 0 of what is not here."""
     folder = located(config.path)
+    if config.gguf_file is not None and (file := folder / config.gguf_file).is_file():
+        folder = dense_place(file_digest(file), config.dtype)
     return sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder.is_dir() else 0
 
 
-def load_model_config(folder: Path, name: str) -> PretrainedConfig:
+def load_model_config(folder: Path, name: str, gguf_file: str | None = None) -> PretrainedConfig:
     """The model's configuration alone, without weights.
+
+    Args:
+        folder: the model's.
+        name: what messages call it.
+        gguf_file: of the folder, to be read in the place of its config.json.
 
     Raises:
         BackboneError: it cannot be found or read.
     """
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, gguf_file=gguf_file, trust_remote_code=False)
     except UNREADABLE as error:
         raise BackboneError(
             f"backbone.path {name}: not a model that can be loaded ({reason(error)}); "
@@ -181,11 +226,12 @@ def stored_model_config(ref: BackboneRef, store: BlobStore) -> PretrainedConfig:
     """
     if ref.files is None:
         return load_model_config(fetched(ref.path, ref.revision, FILES), ref.path)
-    if "config.json" not in ref.files:
+    file = ref.gguf_file or "config.json"
+    if file not in ref.files:
         raise BackboneError(f"backbone {ref.path}: the version names no config.json among its files")
     with tempfile.TemporaryDirectory() as folder:
-        store.fetch_to(ref.files["config.json"], Path(folder, "config.json"))
-        return load_model_config(Path(folder), ref.path)
+        store.fetch_to(ref.files[file], Path(folder, file))
+        return load_model_config(Path(folder), ref.path, ref.gguf_file)
 
 
 def model_class(config: PretrainedConfig) -> type[AutoModelForSeq2SeqLM] | type[AutoModelForCausalLM]:
@@ -223,7 +269,24 @@ def skeleton(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def location(config: BackboneConfig) -> Path:
-    """The folder of the configured backbone on this machine; a hub model is fetched first, if it is not there yet.
+    """The folder of the configured backbone that transformers loads as it is; of a GGUF file the one made of it.
+
+    Raises:
+        BackboneError: as for ``source``, or a GGUF file that cannot be read.
+        ServiceError: no folder can be made of a GGUF file, for want of room or rights.
+    """
+    folder = source(config)
+    if config.gguf_file is None:
+        return folder
+    file = folder / config.gguf_file
+    if not file.is_file():
+        there = ", ".join(sorted(path.name for path in folder.glob(GGUF))) or "none"
+        raise BackboneError(f"backbone.path {config.path}: no file {file.name} there; GGUF files there: {there}")
+    return dense_folder(file, file_digest(file), config.dtype, config.path)
+
+
+def source(config: BackboneConfig) -> Path:
+    """The folder of the backbone's own files on this machine; a hub model is fetched first, if it is not there yet.
 
     Raises:
         BackboneError: neither a folder nor a hub model that can be reached.
@@ -231,6 +294,11 @@ def location(config: BackboneConfig) -> Path:
     folder = located(config.path)
     if folder.is_dir():
         return folder
+    if folder.is_file() and fnmatchcase(folder.name, GGUF):
+        raise BackboneError(
+            f"backbone.path {config.path}: give the folder, and the file as backbone.gguf_file "
+            f"(backbone.path={Path(config.path).parent} backbone.gguf_file={folder.name})"
+        )
     if folder.exists() or not _HUB_ID.fullmatch(config.path):
         raise BackboneError(f"backbone.path {config.path}: not a folder; give a model folder or a hub id (owner/name)")
-    return fetched(config.path, config.revision, FILES)
+    return fetched(config.path, config.revision, FILES if config.gguf_file is None else (config.gguf_file,))

@@ -161,7 +161,7 @@ class ExperimentConfig(PlacesConfig):
             "tracking": True,
             "registry": True,
             "benchmark": {"data_dir", "unseen"},
-            "backbone": {"path", "revision"},
+            "backbone": {"path", "revision", "gguf_file"},
             "train": {"checkpoint_every_steps"},
             "reflection": {"data_dir"},
         }
@@ -180,6 +180,8 @@ class ExperimentConfig(PlacesConfig):
         fields = self.model_dump(mode="json", exclude=unread)
         if self.benchmark.answers == "free":
             del fields["benchmark"]["answers"]
+        if self.backbone.gguf_file is None:
+            fields["backbone"].pop("gguf_file", None)
         return fields
 
 

@@ -12,12 +12,14 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+import torch
 
 from sapt_core.backbones import hub, loading
 from sapt_core.backbones.loading import load_backbone, store_backbone
 from sapt_core.backbones.reference import BackboneRef, identify, stored_model_config
 from sapt_core.errors import BackboneError
 from tests.core.backbones.folders import config, saved
+from tests.core.backbones.ggufs import llama, write_gguf
 from tests.core.tiny import DictStore
 
 COMMIT = "c0ffee" + "0" * 34
@@ -119,6 +121,24 @@ def test_a_hub_model_is_fetched_once_and_travels_by_content(tmp_path: Path, monk
     assert backbone.config.model_type == "t5"
     assert tokenizer("w3")["input_ids"]
     assert stored_model_config(ref, store).model_type == "t5"
+
+
+def test_of_a_hub_models_gguf_files_the_one_that_is_named_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, wanted = published(tmp_path), llama()
+    write_gguf(folder / "mine.gguf", wanted)
+    (folder / "larger.gguf").write_bytes(b"GGUF")
+    model, given, store = Hub(folder), config(MODEL, gguf_file="mine.gguf"), DictStore()
+    with serving(model, monkeypatch):
+        ref = identify(given)
+        store_backbone(given, ref, store)
+        with pytest.raises(BackboneError, match=r"no file other\.gguf there"):
+            identify(config(MODEL, gguf_file="other.gguf"))
+    assert {path.rpartition("/")[2] for path in model.asked if "/resolve/" in path} == {"mine.gguf"}
+    assert (ref.path, ref.revision, ref.gguf_file) == (MODEL, COMMIT, "mine.gguf")
+    backbone, _ = load_backbone(ref, store)
+    assert torch.equal(backbone.model.embed_tokens.weight, wanted.model.embed_tokens.weight)
 
 
 @pytest.mark.parametrize("revision", [None, COMMIT])
