@@ -24,8 +24,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 test: env
 	@echo "test: what needs no server, two files at a time"
 	@$(BIN)/python -m pytest -m "not integration" --numprocesses 2 --dist loadfile
-	@echo "test: with Ray, MLflow and S3, one after another"
-	@$(BIN)/python -m pytest -m integration
+	@echo "test: with Ray, MLflow and S3, two files at a time"
+	@$(BIN)/python -m pytest -m integration --numprocesses 2 --dist loadfile
 
 # PLACES: store.uri and tracking.uri, if not below runs/.
 run: env
