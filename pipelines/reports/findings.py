@@ -31,6 +31,7 @@ from sapt_core.judging.analysis import (
 )
 from sapt_core.judging.baselines import commonest_answer, constant_score
 from sapt_core.judging.metrics import ScoreMatrix
+from sapt_core.pool.probe.verdict import Verdict
 from sapt_core.versions.manifest import Manifest
 
 Rows = tuple[tuple[float, ...], ...]
@@ -85,6 +86,7 @@ class Findings:
         answers: of each task some of its scored rows, drawn whatever was answered; none where rows may not stay.
         constant: for each task the score of giving always its commonest answer; None where no rows tell which that is.
         bare: for each task the score of the bare backbone; None where it was not measured.
+        probe: what the backbone was found to do with blocks on it; None of a sequence that was learnt without looking.
         records: keys of the records that all this was read from.
         finished_at: when the last of them was written (UTC).
     """
@@ -100,6 +102,7 @@ class Findings:
     answers: tuple[tuple[Answer, ...], ...]
     constant: tuple[float | None, ...]
     bare: tuple[float | None, ...]
+    probe: Verdict | None
     records: tuple[str, ...]
     finished_at: datetime
 
@@ -234,6 +237,7 @@ def collect(
     qualities = dict(enumerate(compared, start=before))
     first = [read_predictions(scored[matrix.learnt(task)][task], store) for task in range(tasks)]
     now = [first[task] if task == newest else read_predictions(scored[-1][task], store) for task in range(tasks)]
+    (probed,) = take((graph.probe,))
     commonest = _commonest(experiment, take(graph.prepare[:tasks]), store)
     return Findings(
         experiment=experiment,
@@ -259,6 +263,7 @@ def collect(
             for task, answer, rows in zip(manifest.tasks, commonest, now, strict=True)
         ),
         bare=tuple(bare.get(name) for name in graph.tasks[:tasks]),
+        probe=None if probed is None else Verdict(**probed.metrics),
         records=tuple(record.key for record in used.values()),
         finished_at=max(record.finished_at for record in used.values()),
     )

@@ -354,6 +354,20 @@ def pseudo_samples(findings: Findings) -> Section | None:
     )
 
 
+def backbone(findings: Findings) -> Section | None:
+    """What was seen of the backbone before anything was learnt on it."""
+    found = findings.probe
+    if found is None:
+        return None
+    rows = tuple((name, f"{figure:.1e}") for name, figure in found.figures.items())
+    table = Table(f"Largest differences; up to {found.allowed:g} is rounding", ("compared", "difference"), rows)
+    text = (
+        f"{found}. A few short rows went through it with a block on it, alone and beside others. Differences of logits "
+        "are shares of their spread over the vocabulary, those of gradients of the largest."
+    )
+    return Section("backbone", "Backbone", (text, table))
+
+
 def settings(findings: Findings) -> Section:
     """Every field that counts, and what it was read from."""
     experiment = findings.experiment
@@ -384,6 +398,7 @@ SECTIONS: tuple[Callable[[Findings], Section | None], ...] = (
     alignment,
     training,
     pseudo_samples,
+    backbone,
     settings,
 )
 

@@ -101,6 +101,7 @@ def test_the_report_of_a_finished_run(finished: Finished, call: Call, tmp_path: 
         "alignment",
         "training",
         "pseudo-samples",
+        "backbone",
         "settings",
     ]
     assert all(image["alt"] for image in page.images)

@@ -10,7 +10,7 @@ import torch
 from sapt_core.backbones.reference import skeleton
 from sapt_core.errors import BackboneError
 from sapt_core.pool.blocks.lora import find_sites, is_linear
-from sapt_core.pool.probe import check_embeddings, check_sites, look
+from sapt_core.pool.probe.unloaded import check_embeddings, check_sites, look
 from tests.core.classes import tiny_config, tiny_model
 from tests.core.pool.test_classes import TARGETS
 
