@@ -17,8 +17,9 @@ import os
 import resource
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -31,8 +32,9 @@ from transformers.utils import logging
 
 from benchmarks.tiny_configs import classes, reads_more_than_text, tiny_config
 from cluster.store.local import LocalStore
+from sapt_core.backbones import loading
 from sapt_core.backbones.loading import load_backbone, store_backbone
-from sapt_core.backbones.reference import BackboneRef, identify, model_class, skeleton
+from sapt_core.backbones.reference import identify, model_class, skeleton
 from sapt_core.backbones.tokens import check_tokens
 from sapt_core.data import load_sequence
 from sapt_core.data.collate import Sharing, Together, stricter
@@ -59,13 +61,14 @@ from sapt_core.settings import (
     TrainConfig,
 )
 from sapt_core.versions.learning import LearningSettings, Workplace, learn_task
-from sapt_core.versions.loading import load_version
+from sapt_core.versions.loading import load_pool, load_version
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = ROOT / "pipelines/backbones/tiny"
 SECONDS, GIBIBYTES = 180, 6  # of one class
 SPREAD = 0.2  # of the random weights: enough that places and neighbours matter
 LARGEST = 3_000_000  # weights of a class that was made small
+ALLOWED = 5e-3  # what the probe lets pass for rounding
 STEPS, ROWS, LENGTHS = 3, 12, {"max_source_tokens": 48, "max_target_tokens": 6}
 
 Word = Literal["works", "equal lengths", "one by one", "LoRA only", "refused", "not text", "not tried"]
@@ -80,6 +83,8 @@ class Found:
         word: the verdict in a word.
         notes: why, and what else is to be known.
         seconds: that it took.
+        training, answering: which rows may share a batch.
+        prompts: whether soft prompts are taken.
         figures: the probe's.
         targets: last names of the linears that LoRA was on.
         unfit: last names of those that the product refuses, with the reason.
@@ -90,6 +95,9 @@ class Found:
     word: Word
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    training: Together = "any"
+    answering: Together = "any"
+    prompts: bool = False
     figures: Mapping[str, float] = field(default_factory=dict)
     targets: Sequence[str] = ()
     unfit: Mapping[str, str] = field(default_factory=dict)
@@ -163,37 +171,38 @@ def _limited(key: str, answers: Any) -> None:
 
 def attempt(key: str, folder: Path) -> Found:
     """Try a class here, in an empty folder."""
-    name, kind = classes()[key], key.partition("/")[2]
-    if reads_more_than_text(kind):
-        return Found(name, "not text")
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(TOKENIZER)
+    found = Found(classes()[key], "works")
+    if reads_more_than_text(key.partition("/")[2]):
+        found.word = "not text"
+        return found
     try:
-        config = tiny_config(key, len(tokenizer))
-        weights = sum(each.numel() for each in skeleton(config).parameters())
-    except BackboneError as error:
-        return Found(name, "refused", [str(error)])
-    except Exception as error:
-        return Found(name, "not tried", [_said(error)])
-    if weights > LARGEST:
-        return Found(name, "not tried", [f"it was not made small: {weights:,} weights"])
-    found = Found(name, "works")
-    try:
-        torch.manual_seed(0)
-        _save(model_class(config).from_config(config), tokenizer, folder / "model")
-        store = LocalStore(folder / "store")
-        place = BackboneConfig(path=str(folder / "model"))
-        ref = identify(place)
-        store_backbone(place, ref, store)
-        model, tokenizer = load_backbone(ref, store)
-        check_tokens(model, tokenizer, kind)
+        place = _loaded(key, folder)
     except SaptError as error:
-        return Found(name, "refused", [str(error)])
+        found.word, found.notes = "refused", [str(error)]
     except Exception as error:
-        return Found(name, "not tried", [f"saving and loading: {_said(error)}"])
-    _try_lora(found, model, tokenizer, ref, store)
-    if found.word != "refused":
-        _try_prompts(found, model, tokenizer, ref, store)
+        found.word, found.notes = "not tried", [_said(error)]
+    else:
+        _try_lora(found, place)
+        if found.word != "refused":
+            _try_prompts(found, place)
     return found
+
+
+def _loaded(key: str, folder: Path) -> Workplace:
+    """The class, small and random, as it comes back from a folder of its own."""
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(TOKENIZER)
+    config = tiny_config(key, len(tokenizer))
+    bare = skeleton(config)
+    weights = sum(each.numel() for each in bare.parameters())
+    if weights > LARGEST:
+        raise ValueError(f"it was not made small: {weights:,} weights")
+    check_tokens(bare, tokenizer, key.partition("/")[2])
+    torch.manual_seed(0)
+    _save(model_class(config).from_config(config), tokenizer, folder / "model")
+    store, place = LocalStore(folder / "store"), BackboneConfig(path=str(folder / "model"))
+    ref = identify(place)
+    store_backbone(place, ref, store)
+    return Workplace(*load_backbone(ref, store), ref, store, store.checkpoints(canonical_hash(key)))
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -205,16 +214,14 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
     tokenizer.save_pretrained(folder)
 
 
-def _try_lora(
-    found: Found, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ref: BackboneRef, store: LocalStore
-) -> None:
-    fit = _fit(found, model)
+def _try_lora(found: Found, place: Workplace) -> None:
+    fit = _fit(found, place.backbone)
     verdict = None
     while fit and verdict is None:
         try:
-            verdict = _probed(model, tokenizer, LoRAConfig(r=2, target_modules=tuple(fit)))
+            verdict = _probed(place, LoRAConfig(r=2, target_modules=tuple(fit)))
         except BackboneError as error:
-            unreached = [each for each in fit if _refused(model, tokenizer, each)]
+            unreached = [each for each in fit if _refused(place, each)]
             if not unreached or len(unreached) == len(fit):
                 found.word, found.notes = "refused", [str(error)]
                 return
@@ -227,36 +234,36 @@ def _try_lora(
     pet = LoRAConfig(r=2, target_modules=tuple(fit))
     _tell(found, verdict)
     try:
-        probe(model, tokenizer, pet, checkpointing=True)
+        probe(place.backbone, place.tokenizer, pet, checkpointing=True)
     except BackboneError as error:
         found.checkpointing = False
-        found.notes.append(str(error).partition("configured: ")[2])
-    _learn(found, pet, verdict, model, tokenizer, ref, store)
+        if "does not support" not in str(error):
+            found.notes.append(str(error).partition("configured: ")[2])
+    _learn(found, pet, verdict, place)
 
 
-def _try_prompts(
-    found: Found, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ref: BackboneRef, store: LocalStore
-) -> None:
+def _try_prompts(found: Found, place: Workplace) -> None:
     pet = PromptConfig(length=3)
     try:
         with torch.device("meta"):
-            check_embeddings(skeleton(model.config))
-        verdict = _probed(model, tokenizer, pet)
+            check_embeddings(skeleton(place.backbone.config))
+        verdict = _probed(place, pet)
     except BackboneError as error:
         found.word = "LoRA only"
         found.notes.append(str(error))
         return
+    found.prompts = True
     _tell(found, verdict)
-    _learn(found, pet, verdict, model, tokenizer, ref, store)
+    _learn(found, pet, verdict, place)
 
 
-def _probed(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pet: PETConfig) -> Verdict:
-    return probe(model, tokenizer, pet, checkpointing=False)
+def _probed(place: Workplace, pet: PETConfig) -> Verdict:
+    return probe(place.backbone, place.tokenizer, pet, checkpointing=False)
 
 
-def _refused(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: str) -> bool:
+def _refused(place: Workplace, target: str) -> bool:
     try:
-        _probed(model, tokenizer, LoRAConfig(r=2, target_modules=(target,)))
+        _probed(place, LoRAConfig(r=2, target_modules=(target,)))
     except BackboneError:
         return True
     return False
@@ -278,24 +285,17 @@ def _fit(found: Found, model: PreTrainedModel) -> list[str]:
 
 
 def _tell(found: Found, verdict: Verdict) -> None:
+    found.training = stricter(found.training, verdict.training)
+    found.answering = stricter(found.answering, verdict.answering)
     found.figures = {name: max(figure, found.figures.get(name, 0.0)) for name, figure in verdict.figures.items()}
     words: dict[Together, Word] = {"any": "works", "alike": "equal lengths", "alone": "one by one"}
-    order: tuple[Word, ...] = tuple(words.values())
-    word = words[stricter(verdict.training, verdict.answering)]
-    found.word = max(found.word, word, key=order.index)
+    found.word = words[stricter(found.training, found.answering)]
 
 
-def _learn(  # noqa: PLR0917
-    found: Found,
-    pet: PETConfig,
-    verdict: Verdict,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    ref: BackboneRef,
-    store: LocalStore,
-) -> None:
+def _learn(found: Found, pet: PETConfig, verdict: Verdict, place: Workplace) -> None:
     """Learn a task for some steps, store the version, load it again and ask both."""
-    task = _task(tokenizer, is_encoder_decoder=bool(model.config.is_encoder_decoder))
+    tokenizer, store = place.tokenizer, place.store
+    task = _task(tokenizer, is_encoder_decoder=bool(place.backbone.config.is_encoder_decoder))
     settings = LearningSettings(
         method=find_method("sequential")(),
         pet=pet,
@@ -308,19 +308,17 @@ def _learn(  # noqa: PLR0917
     learnt = LearntTask(
         name=task.name, definition=task.definition, template=task.template, metric=task.metric, **LENGTHS
     )
-    sharing = Sharing(**verdict.otherwise)
     try:
-        place = Workplace(model, tokenizer, ref, store, store.checkpoints(canonical_hash(pet.type)), sharing=sharing)
-        manifest, curve = learn_task(place, settings, task, learnt, parent=None, kept=())
-        answers = []
-        for _ in range(2):
-            loaded, _ = load_version(manifest, store, task.name)
-            answers.append(_answered(loaded, tokenizer, task))
-            load_backbone.__globals__["_load_cached"].cache_clear()
+        apart = replace(place, sharing=Sharing(**verdict.otherwise))
+        manifest, curve = learn_task(apart, settings, task, learnt, parent=None, kept=())
+        pool = load_pool(manifest, store, place.backbone)
+        answers = [_answered(SaptModel(place.backbone, pool, apart.sharing), tokenizer, task)]
+        loading._load_cached.cache_clear()  # so that the backbone is read again too
+        answers.append(_answered(load_version(manifest, store, task.name)[0], tokenizer, task))
         if not torch.equal(*(weights for _, weights in answers)) or answers[0][0] != answers[1][0]:
             found.notes.append(f"{pet.type}: a version that is loaded again answers otherwise")
-        if not curve[-1]["loss"] < curve[0]["loss"]:
-            found.notes.append(f"{pet.type}: the loss did not fall in {STEPS} steps ({curve[-1]['loss']:.3g})")
+        if not any(entry["loss"] < curve[0]["loss"] for entry in curve[1:]):
+            found.notes.append(f"{pet.type}: the loss did not fall in {STEPS} steps")
     except Exception as error:
         found.word = "refused"
         found.notes.append(f"{pet.type}: {_said(error)}")
@@ -354,11 +352,36 @@ def _write(path: Path, results: Mapping[str, Any]) -> None:
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """The table in Markdown."""
-    lines = ["| class | type | verdict | why |", "|---|---|---|---|"]
-    for key, found in sorted(results.items()):
-        lines.append(f"| {found['name']} | {key.partition('/')[2]} | {found['word']} | {'; '.join(found['notes'])} |")
+    """The table in Markdown: how many of each kind, then all that were tried."""
+    tried = {key: found for key, found in results.items() if found["word"] not in {"not text", "not tried"}}
+    counts = Counter(found["word"] for found in tried.values())
+    said = ", ".join(f"{count} {word}" for word, count in counts.most_common())
+    left = Counter(found["word"] for key, found in results.items() if key not in tried)
+    lines = [
+        f"Made by `python -m benchmarks.backbones` with transformers {version('transformers')}. Of {len(tried)} classes: "
+        f"{said}. Left out: {left['not text']} that read pictures or sound or are parts of other models"
+        + (f", {left['not tried']} that could not be made small." if left["not tried"] else "."),
+        "",
+        "| Class | Type | Verdict | Soft prompts | Checkpointing | Remarks |",
+        "|---|---|---|---|---|---|",
+    ]
+    for key, found in sorted(tried.items(), key=lambda item: (item[1]["name"].lower(), item[0])):
+        refused = found["word"] == "refused"
+        marks = ["" if refused else "yes" if found[field] else "no" for field in ("prompts", "checkpointing")]
+        cells = [found["name"], key.partition("/")[2], found["word"], *marks, _remarks(found)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _remarks(found: Mapping[str, Any]) -> str:
+    unfit: dict[str, list[str]] = {}
+    for name, why in found["unfit"].items():
+        unfit.setdefault(why, []).append(f"`{name}`")
+    parts = [f"not LoRA on {', '.join(names)}: {why}" for why, names in unfit.items()]
+    beyond = [name for name, figure in found["figures"].items() if figure > ALLOWED]
+    parts += [f"moves: {', '.join(beyond)}"] if beyond else []
+    parts += found["notes"]
+    return "; ".join(parts).replace("|", "/")
 
 
 if __name__ == "__main__":

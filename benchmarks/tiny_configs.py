@@ -104,17 +104,171 @@ SIZES: Mapping[str, Any] = {
     "index_topk": 64,
 }
 
-# What a class needs beside that, or otherwise; None leaves a field as the class has it.
-OTHERWISE: Mapping[str, Mapping[str, Any]] = {}
+_GEMMA = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "vocab_size": "vocab_size",
+}
+_BERT = {
+    "model_type": "bert",
+    "vocab_size": "vocab_size",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+_BLT = {
+    "vocab_size": "vocab_size",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 256,
+}
+_SLIDING = ["sliding_attention", "full_attention"] * 2
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
-_NO_TEXT = (
-    "vision_config",
-    "audio_config",
-    "audio_encoder_config",
-    "audio_encoder",
-    "encoder_config.audio",
-    "vq_config",
-)
+# What a class needs beside that, or otherwise.
+OTHERWISE: Mapping[str, Mapping[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "blt": {
+        "patcher_config": _BLT,
+        "encoder_config": _BLT,
+        "decoder_config": _BLT,
+        "global_config": _BLT,
+        "encoder_hash_byte_group_vocab": 64,
+    },
+    "cohere_compass_text": {
+        "layer_types": _SLIDING,
+        "rope_parameters": {"sliding_attention": _ROPE, "full_attention": _ROPE},
+    },
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "deepseek_v4": {"num_key_value_heads": 1, "o_groups": 2, "o_lora_rank": 8, "hc_mult": 2},
+    "dots3_note_text": {
+        "head_dim": 16,
+        "shared_experts_intermediate_size": 24,
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4,
+        "swa_q_lora_rank": 16,
+        "swa_kv_lora_rank": 16,
+        "swa_head_dim": 16,
+        "swa_qk_nope_head_dim": 8,
+        "swa_v_head_dim": 8,
+    },
+    "encoder-decoder": {
+        "encoder": _BERT,
+        "decoder": {**_BERT, "is_decoder": True, "add_cross_attention": True},
+    },
+    "falcon_h1": {"mamba_d_ssm": 64},
+    "fsmt": {"src_vocab_size": "vocab_size", "tgt_vocab_size": "vocab_size"},
+    "gemma3n_text": {
+        "layer_types": _SLIDING,
+        "num_kv_shared_layers": 2,
+        "activation_sparsity_pattern": [0.0] * 4,
+        "vocab_size_per_layer_input": "vocab_size",
+        "hidden_size_per_layer_input": 8,
+        "laurel_rank": 8,
+    },
+    "gemma4_text": {
+        "vocab_size_per_layer_input": "vocab_size",
+        "hidden_size_per_layer_input": 8,
+        "global_head_dim": 8,
+        "layer_types": _SLIDING,
+    },
+    "gemma4_unified_text": {"global_head_dim": 8, "layer_types": _SLIDING},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "inkling2_text": {
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 2,
+        "swa_head_dim": 8,
+        "rel_extent": 64,
+        "unpadded_vocab_size": "vocab_size",
+    },
+    "inkling_text": {
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 2,
+        "swa_head_dim": 8,
+        "rel_extent": 64,
+    },
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "kimi_linear": {"linear_head_dim": 8, "linear_num_heads": 4},
+    "led": {"max_encoder_position_embeddings": 256, "max_decoder_position_embeddings": 256, "attention_window": 8},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
+    "longcat_flash": {"zero_expert_num": 2},
+    "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1},
+    "nemotron_h": {
+        "layers_block_type": ["mamba", "attention", "moe", "mamba"],
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "n_groups": 1,
+    },
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 64,
+        "indexer_compress_ratio": 4,
+        "hc_count": 2,
+        "hc_lowrank": 8,
+        "ngram_vocab_size_base": 64,
+        "split_ngram_parts": 1,
+    },
+    "reformer": {
+        "attn_layers": ["local", "lsh"],
+        "attention_head_size": 8,
+        "axial_pos_shape": (16, 16),
+        "axial_pos_embds_dim": (8, 24),
+        "local_attn_chunk_length": 8,
+        "lsh_attn_chunk_length": 8,
+        "num_buckets": 4,
+    },
+    "rembert": {"input_embedding_size": 32, "output_embedding_size": 32},
+    "roc_bert": {
+        "pronunciation_embed_dim": 8,
+        "pronunciation_vocab_size": "vocab_size",
+        "shape_embed_dim": 8,
+        "shape_vocab_size": "vocab_size",
+    },
+    "t5gemma": {"encoder": _GEMMA, "decoder": _GEMMA},
+    "xlstm": {"hidden_size": 128, "embedding_dim": 128, "num_heads": 2},  # widths are rounded up to 64
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {
+        "layers_block_type": ["mamba", "hybrid"] * 2,
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "num_key_value_heads": 4,
+    },
+    "zamba2": {
+        "layers_block_type": ["mamba", "hybrid"] * 2,
+        "n_mamba_heads": 4,
+        "num_key_value_heads": 4,
+        "adapter_rank": 4,
+    },
+    "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
+}
+
+# Types that read pictures or sound, and heads that are no models by themselves.
+_NO_TEXT = {"vision_config", "audio_config", "audio_encoder_config", "audio_encoder", "vq_config"}
+_OF_OTHERS = {
+    "fuyu",
+    "gemma4_assistant",
+    "gemma4_unified_assistant",
+    "granite_speech",
+    "granite_speech_plus",
+    "t5gemma2",
+    "trocr",
+    "vibevoice_asr",
+    "whisper",
+}
 
 PAD, END = 0, 1  # of the tokenizer
 
@@ -139,14 +293,18 @@ def tiny_config(key: str, vocabulary: int) -> PretrainedConfig:
         given |= {"decoder_start_token_id": PAD}
     elif "is_decoder" in fields:
         given |= {"is_decoder": True, "is_encoder_decoder": False}
-    for field, value in {**OTHERWISE.get(name, {}), **OTHERWISE.get(key, {})}.items():
-        given[field] = value
-        if value is None:
-            del given[field]
-    return config(**given)
+    if "kv_lora_rank" in fields:  # attention whose heads share what their keys are made of, and no keys
+        given["num_key_value_heads"] = given["num_attention_heads"]
+    given |= OTHERWISE.get(name, {})
+    return config(**_filled(given, vocabulary))
+
+
+def _filled(given: Mapping[str, Any], vocabulary: int) -> dict[str, Any]:
+    """Fields with the vocabulary's size where it is named."""
+    sizes = {field: vocabulary if value == "vocab_size" else value for field, value in given.items()}
+    return {field: _filled(value, vocabulary) if isinstance(value, dict) else value for field, value in sizes.items()}
 
 
 def reads_more_than_text(name: str) -> bool:
-    """Whether a type of models is for pictures or sound."""
-    parts = getattr(CONFIG_MAPPING[name], "sub_configs", None) or {}
-    return any(part in _NO_TEXT for part in parts) or name in {"whisper", "trocr"}
+    """Whether a type of models is for pictures or sound, or a part of another model."""
+    return name in _OF_OTHERS or not _NO_TEXT.isdisjoint(getattr(CONFIG_MAPPING[name], "sub_configs", None) or ())

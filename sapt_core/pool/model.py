@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from sapt_core.backbones.tokens import decoder_inputs
 from sapt_core.backbones.traits import first_position, keeps_last_logits, takes_positions
 from sapt_core.data.collate import ALL_SHARE, Batch, Collator, Sharing
 from sapt_core.pool.attention import max_pool
@@ -98,7 +99,7 @@ class SaptModel(nn.Module):
         assert batch.labels is not None  # noqa: S101 - a training batch has labels
         labels = batch.labels.shape[1]
         if self.is_encoder_decoder:
-            options["decoder_input_ids"] = self.backbone.prepare_decoder_input_ids_from_labels(batch.labels)  # type: ignore[operator]
+            options["decoder_input_ids"] = decoder_inputs(self.backbone, batch.labels)
         elif self._keeps_last_logits:
             options["logits_to_keep"] = labels
         with self.pool.blocks.on(self.backbone):

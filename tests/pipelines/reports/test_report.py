@@ -154,6 +154,7 @@ def test_an_older_version(finished: Finished, call: Call, tmp_path: Path, monkey
         "attention",
         "alignment",
         "training",
+        "backbone",
         "settings",
     ]
 
