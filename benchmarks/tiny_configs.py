@@ -12,6 +12,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 
+PAD, END = 0, 1  # of the tokenizer
+
 # Layers enough for the patterns of hybrid classes, heads that share keys, experts of which some are left out.
 SIZES: Mapping[str, Any] = {
     "hidden_size": 32,
@@ -123,6 +125,7 @@ _BERT = {
     "num_attention_heads": 4,
 }
 _BLT = {
+    "hidden_size_global": 32,
     "vocab_size": "vocab_size",
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -204,6 +207,7 @@ OTHERWISE: Mapping[str, Mapping[str, Any]] = {
     "led": {"max_encoder_position_embeddings": 256, "max_decoder_position_embeddings": 256, "attention_window": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
     "longcat_flash": {"zero_expert_num": 2},
+    "m2m_100": {"decoder_start_token_id": END},  # padding in front of an answer has no place
     "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1},
     "nemotron_h": {
         "layers_block_type": ["mamba", "attention", "moe", "mamba"],
@@ -211,6 +215,7 @@ OTHERWISE: Mapping[str, Mapping[str, Any]] = {
         "mamba_head_dim": 16,
         "n_groups": 1,
     },
+    "nllb-moe": {"decoder_start_token_id": END},
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,
@@ -238,6 +243,8 @@ OTHERWISE: Mapping[str, Mapping[str, Any]] = {
         "shape_embed_dim": 8,
         "shape_vocab_size": "vocab_size",
     },
+    "seamless_m4t": {"decoder_start_token_id": END},
+    "seamless_m4t_v2": {"decoder_start_token_id": END},
     "t5gemma": {"encoder": _GEMMA, "decoder": _GEMMA},
     "xlstm": {"hidden_size": 128, "embedding_dim": 128, "num_heads": 2},  # widths are rounded up to 64
     "xmod": {"default_language": "en_XX"},
@@ -269,8 +276,6 @@ _OF_OTHERS = {
     "vibevoice_asr",
     "whisper",
 }
-
-PAD, END = 0, 1  # of the tokenizer
 
 
 def classes() -> dict[str, str]:

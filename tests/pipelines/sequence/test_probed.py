@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import AutoTokenizer, CTRLConfig, CTRLLMHeadModel
 
 from pipelines import continual
@@ -43,12 +42,11 @@ def test_prompts_go_alone_where_the_probe_says_so(
 ) -> None:
     def alone(model: Any, *given: Any, **named: Any) -> Any:
         layer = model.get_decoder().block[0]
-        with torch.no_grad():
-            handle = layer.register_forward_hook(lambda _m, _i, out: (out[0] + out[0].mean(0, keepdim=True), *out[1:]))
-            try:
-                return probe(model, *given, **named)
-            finally:
-                handle.remove()
+        handle = layer.register_forward_hook(lambda _m, _i, out: (out[0] + out[0].mean(0, keepdim=True), *out[1:]))
+        try:
+            return probe(model, *given, **named)
+        finally:
+            handle.remove()
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bodies, "probe_backbone", alone)
