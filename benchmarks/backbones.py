@@ -69,6 +69,7 @@ SECONDS, GIBIBYTES = 180, 6  # of one class
 SPREAD = 0.2  # of the random weights: enough that places and neighbours matter
 LARGEST = 3_000_000  # weights of a class that was made small
 ALLOWED = 5e-3  # what the probe lets pass for rounding
+WHY = ("never called", "given rows of several texts without their order", "routers of experts that give no tensor")
 STEPS, ROWS, LENGTHS = 3, 12, {"max_source_tokens": 48, "max_target_tokens": 6}
 
 Word = Literal["works", "equal lengths", "one by one", "LoRA only", "refused", "not text", "not tried"]
@@ -279,7 +280,7 @@ def _fit(found: Found, model: PreTrainedModel) -> list[str]:
         try:
             check_sites(bare, find_sites(bare, (target,)), "pet")
         except BackboneError as error:
-            unfit[target] = "never called" if "never called" in str(error) else "rows of several texts mixed"
+            unfit[target] = next((why for why in WHY if why in str(error)), str(error))
     found.unfit = unfit
     return [target for target in last_names(every) if target not in unfit]
 

@@ -55,7 +55,11 @@ def test_prompts_go_alone_where_the_probe_says_so(
     overrides = [*TINY, f"store.uri={copied.store}", "evaluation.single_task=false"]
     ended = call(continual.main, ["--config", QUICKSTART, "--inline", *overrides])
     assert ended.code == 0, ended.err
-    assert "is taught and asked with single rows in a batch: trained beside a row of its length" in ended.out
+    said = " ".join(ended.out.split())
+    print(ended.out)
+    assert (
+        "is taught and asked with single rows in a batch: trained beside a row of its length, its logits move" in said
+    )
     after = records(copied.store)
     assert after["probe"][0]["values"] == {"training": "alone", "answering": "alone"}
     for name in ("train[00 animal]", "train[01 basket]"):

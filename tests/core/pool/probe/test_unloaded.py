@@ -67,6 +67,14 @@ def test_linears_that_cannot_tell_texts_apart_are_refused_by_name() -> None:
     assert "encoder_attn.q_proj" in str(caught.value), "what can be named in their place"
 
 
+def test_a_router_that_gives_no_tensor_is_refused_by_name() -> None:
+    with pytest.raises(BackboneError, match=r"2 of 2 are routers of experts that give no tensor") as caught:
+        check("phimoe", "router")
+    assert "self_attn.q_proj" in str(caught.value)
+    assert "mlp.router" not in str(caught.value).partition("name others")[2]
+    check("phimoe", "q_proj", "v_proj")
+
+
 @pytest.mark.parametrize("kind", ["ctrl"])
 def test_a_class_that_does_not_generate_from_embeddings_is_refused(kind: str) -> None:
     with pytest.raises(BackboneError, match=r"CTRLLMHeadModel does not generate from embeddings.*pet\.type=lora"):
