@@ -360,10 +360,10 @@ def backbone(findings: Findings) -> Section | None:
     if found is None:
         return None
     rows = tuple((name, f"{figure:.1e}") for name, figure in found.figures.items())
-    table = Table(f"Largest differences; up to {found.allowed:g} is rounding", ("compared", "difference"), rows)
+    table = Table(f"How far it is off; up to {found.allowed:g} is rounding", ("compared", "off by"), rows)
     text = (
-        f"{found}. A few short rows went through it with a block on it, alone and beside others. Differences of logits "
-        "are shares of their spread over the vocabulary, those of gradients of the largest."
+        f"{found}. A few short rows went through it with a block on it, alone and beside others. Logits are off by the "
+        "root of their mean square as a share of their standard deviation, gradients by the largest of the largest."
     )
     return Section("backbone", "Backbone", (text, table))
 

@@ -25,7 +25,7 @@ from sapt_core.pool.blocks.lora import LoRABlocks
 from sapt_core.pool.model import SaptModel
 from sapt_core.pool.pool import new_pool
 from sapt_core.pool.probe.verdict import Verdict
-from sapt_core.settings import FullConfig, PETConfig
+from sapt_core.settings import LoRAConfig, PETConfig
 
 Found = TypeVar("Found")
 Row = Mapping[str, list[int]]
@@ -37,7 +37,7 @@ _LENGTHS = ((4, 1), (7, 3), (7, 3))
 UNRUN = (*UNREADABLE, LookupError, ArithmeticError, AssertionError)
 
 _SEED = 0
-_SIZE = 0.05  # of the block's random numbers: an update that is seen, and gradient for both of its factors
+_SIZE = 0.02  # of random numbers in the place of a new block's zeros: an update, and gradient for both of its factors
 
 
 def probe(
@@ -75,24 +75,21 @@ class _Probe:
         self.pet = pet
         self.model = SaptModel(backbone, new_pool(backbone, pet, None)).to(backbone.device)
         self.model.pool.add()
-        if not isinstance(pet, FullConfig):
-            noise = {name: value + _SIZE * torch.randn_like(value) for name, value in self._block.items()}
-            self.model.pool.blocks.load_current(noise)
+        if isinstance(pet, LoRAConfig):
+            block = self.model.pool.blocks.current_state()
+            started = {name: value if value.any() else _SIZE * torch.randn_like(value) for name, value in block.items()}
+            self.model.pool.blocks.load_current(started)
         self.rows = _rows(tokenizer, self.model)
         self.collator = self.model.collator(int(tokenizer.pad_token_id))
         self.pad = int(tokenizer.pad_token_id)
         self.ends = tokenizer.eos_token_id is not None
         self.name = type(backbone).__name__
         half = next(each.dtype for each in backbone.parameters() if each.is_floating_point()) != torch.float32
-        # What rounding comes to in the weights' format; a token in the wrong place moves logits by their spread.
+        # Over what rounding comes to in the weights' format; a token in the wrong place moves logits by their spread.
         self.allowed = 0.25 if half else 5e-3
         self.figures: dict[str, float] = {}
         self.failed: dict[str, str] = {}
         self.faults: list[str] = []
-
-    @property
-    def _block(self) -> dict[str, Tensor]:
-        return self.model.pool.blocks.current_state()
 
     def verdict(self, *, checkpointing: bool) -> Verdict:
         short, long, beside = self.rows
@@ -223,7 +220,7 @@ class _Probe:
             self.faults.append(f"asked for the logits of the last positions alone, it gives others ({found:.2g})")
 
     def _figure(self, name: str, given: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-        """The largest difference of logits as a share of their spread; kept under ``name``."""
+        """How far logits are off, as a share of their spread, of the row that is worst; kept under ``name``."""
         found = max(map(_difference, given, wanted))
         if not math.isfinite(found):
             raise ValueError("its logits are those of other tokens")
@@ -330,13 +327,14 @@ def _vocabularies(backbone: PreTrainedModel) -> list[Any]:
 
 
 def _difference(given: Tensor, wanted: Tensor) -> float:
+    """Root of the mean square by which logits are off, as a share of their standard deviation."""
     if given.shape != wanted.shape:
         return torch.inf
     both = wanted.isfinite() & given.isfinite()
     if not torch.equal(given[~both], wanted[~both]):  # a token that may not be said is as far off in both
         return torch.inf
     spread = wanted[both].std().clamp(min=torch.finfo(torch.float32).tiny)
-    return float((given[both] - wanted[both]).abs().max() / spread)
+    return float((given[both] - wanted[both]).square().mean().sqrt() / spread)
 
 
 @contextmanager

@@ -18,8 +18,8 @@ class Verdict:
         model: its class.
         training, answering: which rows may share a forward.
         expected: which prompts may, by what the class says of itself.
-        figures: by what was compared, the largest difference found: of logits as a share of their spread over the
-            vocabulary, of gradients as a share of the largest.
+        figures: by what was compared, how far it was off: logits by the root of their mean square as a share of their
+            standard deviation, gradients by the largest as a share of the largest.
         allowed: what a difference may come to, for rounding.
         failed: by what was compared, what the class said where it could not be.
     """

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, CTRLConfig, CTRLLMHeadModel
 
+from cluster.store import LocalStore
 from pipelines import continual
 from pipelines.sequence import bodies
 from sapt_core.pool.probe.loaded import probe
@@ -56,15 +57,12 @@ def test_prompts_go_alone_where_the_probe_says_so(
     ended = call(continual.main, ["--config", QUICKSTART, "--inline", *overrides])
     assert ended.code == 0, ended.err
     said = " ".join(ended.out.split())
-    print(ended.out)
-    assert (
-        "is taught and asked with single rows in a batch: trained beside a row of its length, its logits move" in said
-    )
+    assert "is taught and asked with single rows in a batch: asked beside a row of its length" in said
     after = records(copied.store)
     assert after["probe"][0]["values"] == {"training": "alone", "answering": "alone"}
     for name in ("train[00 animal]", "train[01 basket]"):
         assert len(after[name]) == 2
-        blobs = [(copied.store / "blobs" / each["outputs"]["manifest"]).read_bytes() for each in after[name]]
+        blobs = [LocalStore(copied.store).get(each["outputs"]["manifest"]) for each in after[name]]
         assert {Manifest.from_bytes(blob).answering for blob in blobs} == {"any", "alone"}
     assert len(after["prepare[00 animal]"]) == 1
 
