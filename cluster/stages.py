@@ -56,6 +56,8 @@ class Stage:
         cpus, gpus: what a plain task takes, or each worker.
         told: what the body is told beside what it reads: names and habits that change no result; in no key.
         memory: bytes of main memory that it takes too, as far as known: the weights of a backbone that is loaded.
+        quiet: names of inputs that it waits for and that count in its key only where they give values. A record that
+            was made without such an input is as good as one made with one that gave none.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Stage:
     gpus: float = 0
     told: Mapping[str, Json] = field(default_factory=dict)
     memory: int = 0
+    quiet: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -177,7 +180,11 @@ class Executor(Protocol[Handle]):
 
 def stage_key(stage: Stage, inputs: Mapping[str, StageRecord]) -> str:
     """sha256 (hex) of everything the stage's result depends on."""
-    contents = {name: canonical_hash(record.content(stage.uses.get(name))) for name, record in inputs.items()}
+    contents = {
+        name: canonical_hash(record.content(stage.uses.get(name)))
+        for name, record in inputs.items()
+        if record.values or name not in stage.quiet
+    }
     return canonical_hash([RECORD_SCHEMA, stage.kind, stage.version, dict(stage.reads), contents])
 
 
@@ -409,9 +416,11 @@ def _recorded(stages: Sequence[Stage], known: Lookups) -> dict[Stage, StageRecor
     while graph.is_active():
         new = graph.get_ready()
         keys = {
-            stage: stage_key(stage, {name: records[source] for name, source in stage.inputs.items()})
+            stage: stage_key(
+                stage, {name: records[source] for name, source in stage.inputs.items() if source in records}
+            )
             for stage in new
-            if all(source in records for source in stage.inputs.values())
+            if all(source in records or name in stage.quiet for name, source in stage.inputs.items())
         }
         found = _looked_up(keys.values(), known)
         records |= {stage: found[key][0] for stage, key in keys.items() if key in found and not found[key][1]}

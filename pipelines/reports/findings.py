@@ -34,6 +34,7 @@ from sapt_core.judging.analysis import (
 )
 from sapt_core.judging.baselines import commonest_answer, constant_score
 from sapt_core.judging.metrics import ScoreMatrix
+from sapt_core.pool.probe.verdict import Verdict
 from sapt_core.versions.manifest import Manifest
 
 Rows = tuple[tuple[float, ...], ...]
@@ -103,6 +104,7 @@ class Findings:
         bare: for each task the score of the bare backbone; None where it was not measured.
         data: for each task what was counted of its rows; None of one that was learnt before, or by a release that
             did not count.
+        probe: what the backbone was found to do with blocks on it; None of a sequence that was learnt without looking.
         records: keys of the records that all this was read from.
         finished_at: when the last of them was written (UTC).
     """
@@ -119,6 +121,7 @@ class Findings:
     constant: tuple[float | None, ...]
     bare: tuple[float | None, ...]
     data: tuple[DataFindings | None, ...]
+    probe: Verdict | None
     records: tuple[str, ...]
     finished_at: datetime
 
@@ -254,6 +257,7 @@ def collect(
     first = [read_predictions(scored[matrix.learnt(task)][task], store) for task in range(tasks)]
     now = [first[task] if task == newest else read_predictions(scored[-1][task], store) for task in range(tasks)]
     prepared = take(graph.prepare[:tasks])
+    (probed,) = take((graph.probe,))
     commonest = _commonest(experiment, prepared, store)
     return Findings(
         experiment=experiment,
@@ -280,6 +284,7 @@ def collect(
         ),
         bare=tuple(bare.get(name) for name in graph.tasks[:tasks]),
         data=tuple(_data(record, store, texts=retention.keeps_all) for record in prepared),
+        probe=None if probed is None else Verdict(**probed.metrics),
         records=tuple(record.key for record in used.values()),
         finished_at=max(record.finished_at for record in used.values()),
     )

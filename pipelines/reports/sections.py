@@ -374,6 +374,20 @@ def pseudo_samples(findings: Findings) -> Section | None:
     )
 
 
+def backbone(findings: Findings) -> Section | None:
+    """What was seen of the backbone before anything was learnt on it."""
+    found = findings.probe
+    if found is None:
+        return None
+    rows = tuple((name, f"{figure:.1e}") for name, figure in found.figures.items())
+    table = Table(f"How far it is off; up to {found.allowed:g} is rounding", ("compared", "off by"), rows)
+    text = (
+        f"{found}. A few short rows went through it with a block on it, alone and beside others. Logits are off by the "
+        "root of their mean square as a share of their standard deviation, gradients by the largest of the largest."
+    )
+    return Section("backbone", "Backbone", (text, table))
+
+
 def settings(findings: Findings) -> Section:
     """Every field that counts, and what it was read from."""
     experiment = findings.experiment
@@ -405,6 +419,7 @@ SECTIONS: tuple[Callable[[Findings], Section | None], ...] = (
     alignment,
     training,
     pseudo_samples,
+    backbone,
     settings,
 )
 

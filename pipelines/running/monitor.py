@@ -23,6 +23,7 @@ from pipelines.sequence.scored import Scored, read_scored
 from sapt_core.judging.analysis import gate_ends
 from sapt_core.judging.metrics import ScoreMatrix
 from sapt_core.judging.scoring.intervals import LEVEL, Estimate
+from sapt_core.pool.probe.verdict import Verdict
 from sapt_core.versions.manifest import Manifest
 
 UNTOLD = {
@@ -33,7 +34,8 @@ UNTOLD = {
     "attend",
     "quality",
     "cost",
-}  # many and short: the rows of scores tell that they are done
+    "probe",
+}  # many and short: the rows of scores tell that they are done, and a probe tells what it found
 
 
 class Publisher(Protocol):
@@ -97,6 +99,8 @@ class Monitor:
         if event.kind == "finished" and stage.kind not in UNTOLD:
             self._say(f"{stage.name} finished in {event.record.seconds:.0f} s")
         record = event.record
+        if stage.kind == "probe" and (event.kind == "finished" or record.values):
+            self._say(f"backbone: {Verdict(**record.metrics)}")
         if self._publisher is not None and "curve" in record.metrics:
             self._publisher.stage(record, lambda: read_curve(record, self.store))
         elif self._publisher is not None and stage.kind == "quality":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import reduce
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +24,7 @@ from pipelines.sequence.progress import progress
 from sapt_core.backbones.device import default_device
 from sapt_core.backbones.loading import load_backbone, load_embeddings, load_encoding
 from sapt_core.backbones.reference import BackboneRef
+from sapt_core.data.collate import Sharing
 from sapt_core.data.encoding import PromptEncoder
 from sapt_core.data.prepare import PreparedTask, prepare_task, read_split
 from sapt_core.data.rendering import ends_of
@@ -39,6 +41,8 @@ from sapt_core.methods.base import find_method
 from sapt_core.pool.cost import bare_model, forward_cost
 from sapt_core.pool.model import SaptModel
 from sapt_core.pool.pool import new_pool
+from sapt_core.pool.probe.loaded import probe as probe_backbone
+from sapt_core.pool.probe.verdict import Verdict
 from sapt_core.settings import (
     PET_TYPES,
     AttentionConfig,
@@ -70,6 +74,33 @@ COST_ROWS = 16  # a batch that the cost of a forward is counted on
 disable_progress_bar()  # type: ignore[no-untyped-call]  # of loading weights: a stage has its own
 
 
+def probe(context: StageContext) -> StageResult:
+    """See what the backbone does with blocks on it, and refuse what cannot be learnt or answered with.
+
+    Reads ``backbone``, ``blocks`` (kinds of them) and ``gradient_checkpointing``; is told the ``fields`` of the config
+    that the blocks are of. Metrics: the fields of ``Verdict``. Values: what is to be done otherwise than the backbone's
+    class says of itself; none where there is nothing, so that what is learnt has the key that it has without a probe.
+    """
+    reads = context.reads
+    model, tokenizer = load_backbone(_backbone(context), context.store)
+    model.to(default_device())  # type: ignore[arg-type]  # transformers types it as a method of another class
+    verdict = reduce(
+        Verdict.joined,
+        [
+            probe_backbone(
+                model,
+                tokenizer,
+                PET_TYPES[kind["type"]](**kind),
+                # Of the generator, which trains without.
+                checkpointing=reads["gradient_checkpointing"] and field == "pet",
+                field=field,
+            )
+            for field, kind in zip(context.told["fields"], reads["blocks"], strict=True)
+        ],
+    )
+    return StageResult(values=verdict.otherwise, metrics=asdict(verdict))
+
+
 def prepare(context: StageContext) -> StageResult:
     """Tokenise a task.
 
@@ -99,7 +130,7 @@ def prepare(context: StageContext) -> StageResult:
 def pseudo_samples(context: StageContext) -> StageResult:
     """Generate a task's pseudo-samples: what reflection source ``generated`` keeps of it.
 
-    Reads ``generator``, ``precision``, ``seed``, ``backbone``; input ``task``.
+    Reads ``generator``, ``precision``, ``seed``, ``backbone``; inputs ``task``, ``probe``.
     """
     reads = context.reads
     task = prepared_task(context.store, context.inputs["task"])
@@ -114,6 +145,7 @@ def pseudo_samples(context: StageContext) -> StageResult:
             seed=reads["seed"],
             checkpoints=context.checkpoints,
             on_step=on_step,
+            sharing=_probed(context),
         )
     if not context.is_main:
         return StageResult()
@@ -197,9 +229,9 @@ def train(context: StageContext) -> StageResult:
     """Learn one task: the next version of the pool.
 
     Reads ``method``, ``pet``, ``attention``, ``reflection``, ``train``, ``evaluation``, ``seed``,
-    ``backbone``, ``learnt`` and, of a task that is known, ``again``: further or anew. Inputs: ``task``; ``parent``, the
-    train stage before; ``kept 00`` and on, what there is to reflect on of the other tasks that the parent knows.
-    Reads ``metrics`` too, where weights are chosen by the user's own.
+    ``backbone``, ``learnt`` and, of a task that is known, ``again``: further or anew. Inputs: ``task``; ``probe``;
+    ``parent``, the train stage before; ``kept 00`` and on, what there is to reflect on of the other tasks that the
+    parent knows. Reads ``metrics`` too, where weights are chosen by the user's own.
     """
     reads, inputs = context.reads, context.inputs
     require_sources(reads.get("metrics", {}))
@@ -207,7 +239,9 @@ def train(context: StageContext) -> StageResult:
     parent = inputs.get("parent")
     kept = [kept_inputs(context.store, record) for record in numbered(inputs, "kept")]
     with progress(context.name, context.is_main) as on_step:
-        place = Workplace(model, tokenizer, _backbone(context), context.store, context.checkpoints, on_step)
+        place = Workplace(
+            model, tokenizer, _backbone(context), context.store, context.checkpoints, on_step, _probed(context)
+        )
         manifest, curve = learn_task(
             place,
             LearningSettings(
@@ -385,7 +419,7 @@ def quality(context: StageContext) -> StageResult:
 def zero_shot(context: StageContext) -> StageResult:
     """Score the bare backbone on one task's test rows.
 
-    Reads ``backbone``, ``evaluation``, ``precision``, ``max_target_tokens``; input ``task``.
+    Reads ``backbone``, ``evaluation``, ``precision``, ``max_target_tokens``; inputs ``task``, ``probe``.
     """
     reads = context.reads
     require_sources(reads.get("metrics", {}))
@@ -393,7 +427,7 @@ def zero_shot(context: StageContext) -> StageResult:
     model, tokenizer = load_backbone(ref, context.store)
     task = prepared_task(context.store, context.inputs["task"], reads["evaluation"]["split"])
     found, _, predictions = _score(
-        bare_model(model).to(default_device()),
+        bare_model(model, _probed(context)).to(default_device()),
         tokenizer,
         task,
         EvaluationConfig(**reads["evaluation"]),
@@ -482,6 +516,11 @@ def kept_inputs(store: BlobStore, record: StageRecord) -> Sequence[str] | Gaussi
 def _backbone(context: StageContext) -> BackboneRef:
     """The backbone that a stage reads by content, under the name it is told."""
     return BackboneRef(**{**context.reads["backbone"], "path": context.told["backbone"]})
+
+
+def _probed(context: StageContext) -> Sharing:
+    """Which rows may share a forward, as the backbone's probe found it."""
+    return Sharing(**context.inputs["probe"].values)
 
 
 def numbered(inputs: Mapping[str, Input], word: str) -> list[Input]:

@@ -45,6 +45,7 @@ class SequenceGraph:
         lineage: names of these versions that are known before they are learnt: a hash of all that each is learnt from.
             Two sequences that begin with the same tasks, learnt alike, have the same first names.
         cost: what the last version costs.
+        probe: what the backbone does with blocks on it, before anything is learnt.
         prepare: one stage a task.
         unseen: names of tasks that are scored and never learnt.
         transfer: row i holds the scores of version i on the unseen tasks.
@@ -66,6 +67,7 @@ class SequenceGraph:
     complete: tuple[Stage, ...]
     lineage: tuple[str, ...]
     cost: Stage
+    probe: Stage
 
     @property
     def known(self) -> int:
@@ -103,7 +105,7 @@ class SequenceGraph:
         return self._stages(self.kept, self.complete)
 
     def _stages(self, kept: Sequence[Stage], complete: Sequence[Stage]) -> list[Stage]:
-        found = list(self.train)
+        found = [self.probe, *self.train]
         for index, row in enumerate(self.evaluate):
             found += [self.prepare[self.lessons[index]], *kept[index : index + 1], *row, *self.transfer[index]]
             found += self.attend[index : index + 1]
@@ -217,6 +219,7 @@ def build_graph(
         complete=complete,
         lineage=tuple(chain.lineage),
         cost=make.cost(train[-1], newest),
+        probe=make.probe,
         unseen=tuple(task.name for task in unseen),
         transfer=transfer,
         zero_shot=zero_shot,

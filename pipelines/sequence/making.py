@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, TypeAlias
 
 from cluster.stages import Stage, StageContext, StageResult
@@ -13,13 +14,14 @@ from sapt_core.config.experiment import ExperimentConfig
 from sapt_core.data.task import KnownTask, LearntTask, Task
 from sapt_core.judging.scoring.named import own_sources
 from sapt_core.methods.base import Method
-from sapt_core.settings import RetentionConfig, TrainConfig
+from sapt_core.settings import PETConfig, RetentionConfig, TrainConfig
 from sapt_core.training.trainer import step_seed
 from sapt_core.versions.manifest import Recipe
 
 # What each kind of stage computes; raised where its body, or what that calls, gives something else than before, so
 # that what is stored is made anew. A train stage counts its method's version too (``Method.version``).
 VERSIONS = {
+    "probe": 1,
     "prepare": 1,
     "pseudo_samples": 4,
     "given": 1,
@@ -45,6 +47,8 @@ REFLECTED_ON = frozenset({"samples", "statistics"})
 ATTENDED_ON = frozenset({"dev.arrow"})
 NAMED_BY = frozenset({"manifest"})  # it names all blobs of a version
 NOTHING: frozenset[str] = frozenset()
+
+PROBED = frozenset({"probe"})  # the input of what runs the backbone
 
 Body: TypeAlias = Callable[[StageContext], StageResult]
 
@@ -107,6 +111,27 @@ class StageMaker:
     @property
     def workers(self) -> dict[str, Any]:
         return {"workers": self.config.cluster.train_workers, **self.loading}
+
+    @cached_property
+    def probe(self) -> Stage:
+        """What the backbone does with the kinds of blocks that are learnt on it; all that run it wait for it."""
+        config = self.config
+        blocks = {"pet": config.pet, **({"generator.pet": config.generator.pet} if config.generates else {})}
+        kinds = {field: _kind_of(pet) for field, pet in blocks.items()}
+        fields = [field for field, kind in kinds.items() if field == "pet" or kind != kinds["pet"]]
+        return Stage(
+            name="probe",
+            kind="probe",
+            version=VERSIONS["probe"],
+            body=bodies.probe,
+            told={**self.named, "fields": fields},
+            reads={
+                "backbone": self.backbone,
+                "blocks": [kinds[field] for field in fields],
+                "gradient_checkpointing": config.train.gradient_checkpointing,
+            },
+            **self.loading,
+        )
 
     @property
     def recipe(self) -> Recipe:
@@ -247,8 +272,9 @@ class StageMaker:
                 **({"answers": VERSIONS["evaluate"], **_own_metrics([task.metric])} if scores else {}),
                 **({"again": "anew" if anew else "further"} if again else {}),
             },
-            inputs=inputs,
-            uses={"task": LEARNT_FROM},  # other test rows retrain nothing
+            inputs={**inputs, "probe": self.probe},
+            uses={"task": LEARNT_FROM, "probe": NOTHING},  # other test rows retrain nothing
+            quiet=PROBED,
             **self.workers,
         )
 
@@ -270,7 +296,9 @@ class StageMaker:
                     "seed": step_seed(config.seed, "generator", task.name),
                     "backbone": self.backbone,
                 },
-                **given,
+                inputs={"task": prepared, "probe": self.probe},
+                uses={"task": KEPT_FROM, "probe": NOTHING},
+                quiet=PROBED,
                 **self.workers,
             )
         if reflection.source == "memory":
@@ -322,7 +350,7 @@ class StageMaker:
     def zero_shot(self, name: str, task: Stage, metrics: Sequence[str]) -> Stage:
         """The bare backbone's scores, likewise."""
         reads = {"backbone": self.backbone, **_own_metrics(metrics)}
-        return self._scoring(name, "zero_shot", bodies.zero_shot, reads, {"task": task})
+        return self._scoring(name, "zero_shot", bodies.zero_shot, reads, {"task": task, "probe": self.probe})
 
     def cost(self, version: Stage, task: Stage) -> Stage:
         return Stage(
@@ -350,9 +378,19 @@ class StageMaker:
             },
             told=self.named,
             inputs=inputs,
-            uses={"task": frozenset({f"{config.evaluation.split}.arrow", "meta.json"}), "version": NAMED_BY},
+            uses={
+                "task": frozenset({f"{config.evaluation.split}.arrow", "meta.json"}),
+                "version": NAMED_BY,
+                "probe": NOTHING,
+            },
+            quiet=PROBED,
             **self.loading,
         )
+
+
+def _kind_of(pet: PETConfig) -> dict[str, Any]:
+    """What of a block's settings decides how a backbone takes it."""
+    return pet.model_dump(mode="json", include={"type", "target_modules"})
 
 
 def _own_metrics(names: Sequence[str]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sapt_core.backbones.faults import UNREADABLE, reason
@@ -73,10 +74,28 @@ def check_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, nam
         raise BackboneError(f"backbone {name}: {'; '.join(faults)}")
 
 
+def decoder_inputs(model: PreTrainedModel, labels: Tensor) -> Tensor:
+    """What an encoder-decoder's decoder reads in training (B, L) of labels (B, L): the class itself is asked.
+
+    Classes that do not say, such as M2M100's and Blenderbot's, shift the labels and put the configured start in front.
+
+    Raises:
+        ValueError: the configuration has no start or no padding.
+    """
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        asked: Tensor = model.prepare_decoder_input_ids_from_labels(labels)  # type: ignore[operator]
+        return asked
+    start, pad = model.config.decoder_start_token_id, model.config.pad_token_id
+    if start is None or pad is None:
+        raise ValueError("the configuration has no decoder_start_token_id or no pad_token_id")
+    shifted = labels.roll(1, dims=1)
+    shifted[:, 0] = start
+    return shifted.masked_fill(shifted < 0, pad)
+
+
 def decoder_start(model: PreTrainedModel, label: int) -> int:
     """The id that an encoder-decoder's decoder reads first in training, of an answer that is ``label`` alone."""
-    labels = torch.tensor([[label, -100]])
-    return int(model.prepare_decoder_input_ids_from_labels(labels)[0, 0])  # type: ignore[operator]
+    return int(decoder_inputs(model, torch.tensor([[label, -100]]))[0, 0])
 
 
 def answer_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
@@ -101,8 +120,6 @@ def answer_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
 
 def _decoder_faults(model: PreTrainedModel, label: int) -> list[str]:
     """Why no answer can be put in front of the decoder: the class itself is asked, as not all read the same fields."""
-    if not hasattr(model, "prepare_decoder_input_ids_from_labels"):
-        return [f"{type(model).__name__} does not say how its decoder reads labels; use a T5- or BART-class model"]
     try:
         decoder_start(model, label)
     except UNREADABLE as error:

@@ -17,6 +17,11 @@ def takes_positions(model: PreTrainedModel) -> bool:
     return "position_ids" in signature(model.forward).parameters
 
 
+def keeps_last_logits(model: PreTrainedModel) -> bool:
+    """Whether it can be asked for the logits of the last positions alone; others make those of all positions."""
+    return "logits_to_keep" in signature(model.forward).parameters
+
+
 def takes_embeddings(model: PreTrainedModel) -> bool:
     """Whether it trains on and generates from embeddings in the place of token ids, as soft prompts need."""
     reads: Any = model.get_encoder().forward if model.config.is_encoder_decoder else model.prepare_inputs_for_generation

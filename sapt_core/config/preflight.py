@@ -24,7 +24,7 @@ from sapt_core.judging.scoring.base import Metric, Row, RowMean
 from sapt_core.judging.scoring.named import METRICS, find_metric, metric_faults
 from sapt_core.metric_settings import is_own
 from sapt_core.pool.blocks.lora import find_sites, fused_experts, last_names
-from sapt_core.pool.probe import check_embeddings, check_sites
+from sapt_core.pool.probe.unloaded import check_embeddings, check_sites
 from sapt_core.settings import LoRAConfig, PETConfig, PromptConfig
 
 log = logging.getLogger(__name__)

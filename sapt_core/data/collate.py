@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -16,6 +16,39 @@ IGNORED_LABEL = -100
 
 MEGA_BATCHES = 50
 """Most batches among which rows of like length are brought together."""
+
+Together: TypeAlias = Literal["any", "alike", "alone"]
+"""Which rows may share a batch: any, with padding, those of one length, or no two."""
+
+
+def stricter(*given: Together) -> Together:
+    """What holds where all of them do."""
+    return max(given, key=get_args(Together).index)
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Which rows may share a forward in training, and which prompts where answers are generated."""
+
+    training: Together = "any"
+    answering: Together = "any"
+
+    def joined(self, other: Sharing) -> Sharing:
+        """What holds where both do."""
+        return Sharing(stricter(self.training, other.training), stricter(self.answering, other.answering))
+
+
+ALL_SHARE = Sharing()
+
+
+def parted(rows: Sequence[Mapping[str, Any]], size: int, together: Together) -> list[list[Mapping[str, Any]]]:
+    """Rows in parts of at most ``size`` that may share a forward, each part in their order."""
+    groups: dict[Any, list[Mapping[str, Any]]] = {}
+    for place, row in enumerate(rows):
+        lengths = len(row["prompt_ids"]), len(row["answer_ids"])
+        group = {"any": None, "alike": lengths, "alone": place}[together]
+        groups.setdefault(group, []).append(row)
+    return [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]
 
 
 @dataclass(frozen=True)

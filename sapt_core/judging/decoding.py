@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from sapt_core.backbones.device import Precision, autocast
+from sapt_core.data.collate import Together
 from sapt_core.judging.choices import Choices
 from sapt_core.pool.blocks.base import embedding_matrix
 from sapt_core.pool.model import SaptModel
@@ -46,9 +47,7 @@ def answer(
     collator = model.collator(tokenizer.pad_token_id)
     device = next(model.backbone.parameters()).device
     lengths = [len(row["prompt_ids"]) for row in rows]
-    # Prompts of like length share a batch; of one length, where padding would change the answers.
-    order = sorted(range(len(rows)), key=lengths.__getitem__)
-    groups = [order] if model.pads else [list(alike) for _, alike in groupby(order, key=lengths.__getitem__)]
+    groups = _groups(lengths, model.sharing.answering)
     batches = [group[i : i + config.batch_size] for group in groups for i in range(0, len(group), config.batch_size)]
     options = {"eos_token_id": _with(model.backbone.generation_config, ends)} if ends else {}
     texts = [""] * len(rows)
@@ -80,6 +79,16 @@ def _with(config: GenerationConfig, ends: Sequence[int]) -> list[int]:
     """The ids that end an answer of the backbone, and more."""
     own = config.eos_token_id
     return list(dict.fromkeys([*(own if isinstance(own, list) else [] if own is None else [own]), *ends]))
+
+
+def _groups(lengths: Sequence[int], together: Together) -> list[list[int]]:
+    """Rows that may share batches, by index: those of like length come together, to save padding."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    if together == "any":
+        return [order]
+    if together == "alike":
+        return [list(alike) for _, alike in groupby(order, key=lengths.__getitem__)]
+    return [[index] for index in order]
 
 
 def _following(choices: Sequence[Choices], pad: int) -> Callable[[int, list[int]], list[int]]:

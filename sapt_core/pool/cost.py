@@ -6,7 +6,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from sapt_core.data.collate import Batch
+from sapt_core.data.collate import ALL_SHARE, Batch, Sharing
 from sapt_core.pool.blocks.base import embedding_matrix
 from sapt_core.pool.blocks.lora import LoRABlocks
 from sapt_core.pool.model import SaptModel
@@ -14,9 +14,10 @@ from sapt_core.pool.pool import PETPool
 from sapt_core.settings import LoRAConfig
 
 
-def bare_model(backbone: PreTrainedModel) -> SaptModel:
-    """The backbone with a pool of no blocks."""
-    return SaptModel(backbone, PETPool(LoRABlocks({}, LoRAConfig()), embedding_matrix(backbone).shape[1], None))
+def bare_model(backbone: PreTrainedModel, sharing: Sharing = ALL_SHARE) -> SaptModel:
+    """The backbone with a pool of no blocks; ``sharing`` as of ``SaptModel``."""
+    pool = PETPool(LoRABlocks({}, LoRAConfig()), embedding_matrix(backbone).shape[1], None)
+    return SaptModel(backbone, pool, sharing)
 
 
 @torch.no_grad()

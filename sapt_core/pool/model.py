@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from sapt_core.backbones.traits import first_position, takes_positions
-from sapt_core.data.collate import Batch, Collator
+from sapt_core.backbones.tokens import decoder_inputs
+from sapt_core.backbones.traits import first_position, keeps_last_logits, takes_positions
+from sapt_core.data.collate import ALL_SHARE, Batch, Collator, Sharing
 from sapt_core.pool.attention import max_pool
 from sapt_core.pool.calls import Call, During, recomputed
 from sapt_core.pool.pool import PETPool
@@ -27,16 +28,25 @@ class SaptModel(nn.Module):
     The backbone is bare but while it runs: models that share it and threads that share a model take turns.
 
     Attributes:
-        pads: whether prompts of different lengths may share a batch to generate from. A decoder-only class that is
-            told no positions counts the padding in front of the shorter ones as a part of them.
+        pads: whether there may be padding in front of a text. A decoder-only class that is told no positions counts it
+            as a part of the text.
+        sharing: which rows may share a forward.
     """
 
-    def __init__(self, backbone: PreTrainedModel, pool: PETPool) -> None:
+    def __init__(self, backbone: PreTrainedModel, pool: PETPool, sharing: Sharing = ALL_SHARE) -> None:
+        """
+        Args:
+            backbone: frozen from here on.
+            pool: goes on it.
+            sharing: what a probe found, beyond what the class says of itself.
+        """
         super().__init__()
         self.backbone = backbone.requires_grad_(False)
         self.pool = pool
         self.is_encoder_decoder = bool(backbone.config.is_encoder_decoder)
         self.pads = self.is_encoder_decoder or takes_positions(backbone)
+        self.sharing = sharing.joined(Sharing(answering="any" if self.pads else "alike"))
+        self._keeps_last_logits = keeps_last_logits(backbone)
         self._first_position = first_position(backbone)
 
     @contextmanager
@@ -81,21 +91,24 @@ class SaptModel(nn.Module):
 
     def run(self, batch: Batch) -> tuple[Tensor, Call]:
         """Logits as of ``forward``, and the call they were made in."""
-        outputs, call = self._run(batch)
-        return outputs.logits, call
+        _, logits, call = self._run(batch)
+        return logits, call
 
-    def _run(self, batch: Batch, **options: Any) -> tuple[Any, Call]:
+    def _run(self, batch: Batch, **options: Any) -> tuple[Any, Tensor, Call]:
+        """All that the backbone gives, and of it the logits one a label, with the call."""
         assert batch.labels is not None  # noqa: S101 - a training batch has labels
+        labels = batch.labels.shape[1]
         if self.is_encoder_decoder:
-            options["decoder_input_ids"] = self.backbone.prepare_decoder_input_ids_from_labels(batch.labels)  # type: ignore[operator]
-        else:
-            options["logits_to_keep"] = batch.labels.shape[1]
+            options["decoder_input_ids"] = decoder_inputs(self.backbone, batch.labels)
+        elif self._keeps_last_logits:
+            options["logits_to_keep"] = labels
         with self.pool.blocks.on(self.backbone):
             pooled = self.pooled(batch)
             call = self._call(self.pool.mixture(pooled))
             inputs = self._inputs(batch, call, pooled)
             with During(call):
-                return self.backbone(**inputs, use_cache=False, **options), call
+                outputs = self.backbone(**inputs, use_cache=False, **options)
+        return outputs, outputs.logits[:, -labels:], call
 
     def attend(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
         """Logits as of ``forward``, and the attention maps (B, H, Q, K) of every layer.
@@ -103,11 +116,10 @@ class SaptModel(nn.Module):
         An encoder-decoder has the encoder's layers first, then the decoder's self-attention, then its
         cross-attention. The backbone must be in ``eager`` attention, the only one that keeps its maps.
         """
-        outputs, _ = self._run(batch, output_attentions=True)
+        outputs, logits, _ = self._run(batch, output_attentions=True)
         if self.is_encoder_decoder:
-            maps = [*outputs.encoder_attentions, *outputs.decoder_attentions, *outputs.cross_attentions]
-            return outputs.logits, maps
-        return outputs.logits, list(outputs.attentions)
+            return logits, [*outputs.encoder_attentions, *outputs.decoder_attentions, *outputs.cross_attentions]
+        return logits, list(outputs.attentions)
 
     def token_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy summed over the label tokens (a scalar, in nats, float32)."""

@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sapt_core.backbones.device import Precision, autocast
+from sapt_core.data.collate import ALL_SHARE, Sharing
 from sapt_core.data.encoding import PromptEncoder
 from sapt_core.data.prepare import PreparedTask
 from sapt_core.data.templates import ANSWER_MARKER, INPUT_MARKER, PromptPieces
@@ -65,8 +66,9 @@ def generate_pseudo_samples(
     seed: int,
     checkpoints: Checkpoints,
     on_step: Callable[[int, int], None] | None = None,
+    sharing: Sharing = ALL_SHARE,
 ) -> tuple[PseudoSamples, list[dict[str, float]]]:
-    """Train the task's generator, sample from it and keep the clean texts.
+    """Train the task's generator, sample from it and keep the clean texts; ``sharing`` as of ``SaptModel``.
 
     Returns:
         The samples and the training curve (see ``sapt_core.training.trainer.train``).
@@ -86,7 +88,7 @@ def generate_pseudo_samples(
     torch.manual_seed(step_seed(seed, "init"))
     pool = new_pool(backbone, config.pet, None)
     pool.add()
-    model = SaptModel(backbone, pool)
+    model = SaptModel(backbone, pool, sharing)
     curve = train(
         model,
         rows,
@@ -161,8 +163,9 @@ def sample(
     device = next(model.backbone.parameters()).device
     kept: dict[str, str] = {}
     counts = {"generated": 0, "malformed": 0, "empty": 0, "duplicate": 0}
+    together = 1 if model.sharing.answering == "alone" else config.batch_size
     while len(kept) < wanted and counts["generated"] < wanted * config.max_attempts:
-        size = min(config.batch_size, wanted * config.max_attempts - counts["generated"])
+        size = min(together, wanted * config.max_attempts - counts["generated"])
         batch = collator.prompts([{"prompt_ids": source}] * size).to(device)
         with autocast(device, precision):
             sequences, _ = model.generate(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from sapt_core.backbones.device import autocast
-from sapt_core.data.collate import Batch, Collator
+from sapt_core.data.collate import Batch, Collator, Together, parted
 from sapt_core.pool.model import SaptModel
 from sapt_core.settings import TrainConfig
 from sapt_core.training.objective import Penalty, Row, Term
@@ -99,7 +99,9 @@ def run_step(  # noqa: PLR0917
     mine, counts = (rows[rank::world], 1.0) if rank < len(rows) else (rows[:1], 0.0)
     loss, gate = torch.zeros(2, device=device).unbind()
     values = torch.zeros(len(step.names), device=device)
-    passes = _passes(mine, _draw(step.terms, len(rows), config, draws, world)[rank::world], step.terms, config)
+    together = step.model.sharing.training
+    drawn_alike = _draw(step.terms, len(rows), config, draws, world, together)
+    passes = _passes(mine, drawn_alike[rank::world], step.terms, config, together)
     for number, (part, drawn) in enumerate(passes, start=1):
         batch = None if part is None else collator(part).to(device)
         with nullcontext() if number == len(passes) else accelerator.no_sync(module):
@@ -120,7 +122,9 @@ def run_step(  # noqa: PLR0917
     return dict(zip(["loss", "gate", *step.names], found, strict=True)), length
 
 
-def _draw(terms: Sequence[Term], rows: int, config: TrainConfig, draws: torch.Generator, world: int) -> list[_Drawn]:
+def _draw(  # noqa: PLR0917
+    terms: Sequence[Term], rows: int, config: TrainConfig, draws: torch.Generator, world: int, together: Together
+) -> list[_Drawn]:
     """What the terms look at in a step of so many rows, over all workers and whatever their number."""
     micro_batches = math.ceil(rows / (config.micro_batch_size or rows))
     found = []
@@ -132,22 +136,24 @@ def _draw(terms: Sequence[Term], rows: int, config: TrainConfig, draws: torch.Ge
             if not term.runs_rows:
                 found.append(_Drawn(number, index, what))
             elif what:
-                size = config.micro_batch_size or math.ceil(len(what) / world)
+                # Of what a term draws only it knows the lengths.
+                size = 1 if together != "any" else config.micro_batch_size or math.ceil(len(what) / world)
                 found += [_Drawn(number, index, what[at : at + size]) for at in range(0, len(what), size)]
     return found
 
 
 def _passes(
-    rows: Sequence[Row], drawn: Sequence[_Drawn], terms: Sequence[Term], config: TrainConfig
+    rows: Sequence[Row], drawn: Sequence[_Drawn], terms: Sequence[Term], config: TrainConfig, together: Together
 ) -> list[tuple[Sequence[Row] | None, list[_Drawn]]]:
     """What one worker runs forward and backward in a step: its rows last, for all parameters to be reached then.
 
-    Where micro-batches are asked for, rows that a term runs are one of their own: memory is to hold no more.
+    Rows that may not share a forward are in passes of their own: the gradients add up to the same. Where micro-batches
+    are asked for, rows that a term runs are one of their own: memory is to hold no more.
     """
-    size = config.micro_batch_size or len(rows)
-    starts = range(0, len(rows), size)
     alone: list[tuple[None, list[_Drawn]]] = []
-    own: list[tuple[Sequence[Row], list[_Drawn]]] = [(rows[start : start + size], []) for start in starts]
+    own: list[tuple[Sequence[Row], list[_Drawn]]] = [
+        (part, []) for part in parted(rows, config.micro_batch_size or len(rows), together)
+    ]
     for each in drawn:
         if config.micro_batch_size and terms[each.term].runs_rows:
             alone.append((None, [each]))

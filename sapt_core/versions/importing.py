@@ -104,6 +104,7 @@ def import_adapter(
         targets=(*(parent.targets if parent else ()), target),
         state=parent.state if parent else {},
         parent=parent.as_parent if parent else None,
+        answering=parent.answering if parent else "any",
     )
     store.put(manifest.to_bytes())
     return manifest

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sapt_core.backbones.device import Precision
 from sapt_core.backbones.reference import BackboneRef
+from sapt_core.data.collate import ALL_SHARE, Sharing
 from sapt_core.data.prepare import PreparedTask
 from sapt_core.data.rendering import ends_of
 from sapt_core.data.task import LearntTask
@@ -66,6 +67,7 @@ class Workplace:
         store: receives the block, the router, the method's state and the manifest.
         checkpoints: what an interrupted training goes on from.
         on_step: called with the step and the number of steps.
+        sharing: which rows may share a forward, as a probe of the backbone found it.
     """
 
     backbone: PreTrainedModel
@@ -74,6 +76,7 @@ class Workplace:
     store: BlobStore
     checkpoints: Checkpoints
     on_step: Callable[[int, int], None] | None = None
+    sharing: Sharing = ALL_SHARE
 
 
 def learn_task(
@@ -128,7 +131,7 @@ def learn_task(
     seed = step_seed(settings.seed, "task", index)
     torch.manual_seed(step_seed(seed, "init"))
     pool = _start(place, settings, parent, spot, further=again == "further")
-    model = SaptModel(place.backbone, pool)
+    model = SaptModel(place.backbone, pool, place.sharing)
     lesson = Lesson(
         model=model,
         tokenizer=tokenizer,
@@ -199,6 +202,7 @@ def learn_task(
             targets=targets,
             state={**(parent.state if parent else {}), **saved},
             parent=parent.as_parent if parent else None,
+            answering=place.sharing.answering,
             again=None if spot is None else learnt.name,
         )
         store.put(manifest.to_bytes())

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sapt_core.backbones.device import default_device
 from sapt_core.backbones.loading import beside_backbone, load_backbone
+from sapt_core.data.collate import Sharing
 from sapt_core.errors import SnapshotError
 from sapt_core.io.blobs import BlobStore
 from sapt_core.methods.base import Method
@@ -40,7 +41,8 @@ class _Wanted:
 def _attached(wanted: _Wanted) -> tuple[SaptModel, PreTrainedTokenizerBase]:
     manifest, store = wanted.manifest, wanted.store
     backbone, tokenizer = load_backbone(manifest.backbone, store)
-    return SaptModel(backbone, load_blocks(manifest, store, backbone, wanted.blocks)).to(default_device()), tokenizer
+    pool = load_blocks(manifest, store, backbone, wanted.blocks)
+    return SaptModel(backbone, pool, Sharing(answering=manifest.answering)).to(default_device()), tokenizer
 
 
 def load_version(manifest: Manifest, store: BlobStore, task: str) -> tuple[SaptModel, PreTrainedTokenizerBase]:

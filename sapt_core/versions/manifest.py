@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, PrivateAttr, ValidationError, model_validator
 
 from sapt_core.backbones.reference import BackboneRef
+from sapt_core.data.collate import Together
 from sapt_core.data.task import LearntTask
 from sapt_core.errors import SnapshotError
 from sapt_core.io.hashing import Digest
@@ -127,6 +128,7 @@ class Manifest(BaseModel):
         targets: mean weights of the blocks there were, on every task after it was learnt, the last time.
         state: sha256 of what the method keeps beside the blocks, by name.
         parent: sha256 of the manifest of the version before, as training wrote it.
+        answering: which prompts may share a batch, where that is less than the backbone's class says of itself.
         again: the task that this version learnt again; None where it learnt the newest of its tasks.
         trained: sha256 of this version's manifest as training wrote it, which the next version's ``parent`` is; from
             here on None in schema 3.
@@ -148,6 +150,7 @@ class Manifest(BaseModel):
     targets: tuple[tuple[FiniteFloat, ...], ...]
     state: dict[str, Digest] = {}
     parent: Digest | None
+    answering: Together = Field("any", exclude_if=lambda answering: answering == "any")
     again: str | None = Field(None, exclude_if=_is_none)
     trained: Digest | None = Field(None, exclude_if=_is_none)
     lineage: Digest | None = Field(None, exclude_if=_is_none)

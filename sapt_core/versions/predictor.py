@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sapt_core.backbones.device import default_device
 from sapt_core.backbones.loading import load_backbone
+from sapt_core.data.collate import Sharing
 from sapt_core.data.encoding import EncodedPrompt, PromptEncoder
 from sapt_core.data.rendering import ends_of
 from sapt_core.errors import FaultsError, RequestError
@@ -77,7 +78,8 @@ class Predictor:
 
         @cache
         def attach(task: str | None) -> SaptModel:
-            return SaptModel(backbone, load_pool(parsed, store, backbone, task)).to(default_device())
+            pool = load_pool(parsed, store, backbone, task)
+            return SaptModel(backbone, pool, Sharing(answering=parsed.answering)).to(default_device())
 
         # Everything that can be wrong with a version shows before anything is asked.
         attach(parsed.tasks[0].name if parsed.method.needs_task else None)

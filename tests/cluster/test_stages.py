@@ -146,6 +146,43 @@ def test_only_the_outputs_that_are_used_count(tmp_path: Path) -> None:
     assert len(keys("read", "unread")) == 2
 
 
+def test_a_quiet_input_counts_where_it_gives_values(tmp_path: Path) -> None:
+    store, told, ran = LocalStore(tmp_path), dict[str, int](), list[str]()
+
+    def look(context: StageContext) -> StageResult:
+        ran.append(context.name)
+        return StageResult(values=told, metrics={"seconds": len(ran)})
+
+    def work(context: StageContext) -> StageResult:
+        ran.append(context.name)
+        return StageResult(values={"seen": dict(context.inputs["look"].values)})
+
+    def stages(reads: int) -> list[Stage]:
+        first = Stage("look", "look", look, {"x": reads})
+        top = Stage("work", "work", work, {}, {"look": first}, quiet=frozenset({"look"}))
+        return [first, top]
+
+    def run(reads: int) -> StageRecord:
+        ran.clear()
+        found = stages(reads)
+        return run_graph(found, Lookups(store), InlineExecutor(store))[found[1]]
+
+    before = run(0)
+    assert ran == ["look", "work"]
+    assert before.key == stage_key(replace(stages(0)[1], inputs={}), {})
+    # Looked at anew, and nothing found: what was made stays. It stays where nobody has looked at all.
+    assert set(done(stages(1), Lookups(store))) != set()
+    assert [stage.name for stage in done(stages(1), Lookups(store))] == ["work"]
+    assert list(plan(stages(1), Lookups(store)).values()) == ["to run", "done"]
+    assert run(1) == before
+    assert ran == ["look"]
+    told["alone"] = 1
+    after = run(2)
+    assert ran == ["look", "work"]
+    assert after.key != before.key
+    assert after.values == {"seen": {"alone": 1}}
+
+
 def test_missing_blob_makes_a_record_void(graph: Graph, caplog: pytest.LogCaptureFixture) -> None:
     first = graph.run()
     digest = first["both"].outputs["text"]

@@ -64,6 +64,7 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "mamba": {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4},
     "mixtral": {**_WIDTHS, "num_local_experts": 4, "num_experts_per_tok": 2},
     "opt": {**_WIDTHS, "ffn_dim": 24, "word_embed_proj_dim": 16},
+    "phimoe": {**_WIDTHS, "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen2_moe": {**_WIDTHS, **_EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 8},
     "roberta": {**_WIDTHS, **_DECODER, "max_position_embeddings": 66},
     "t5": {"d_model": 16, "d_ff": 24, "d_kv": 8, "num_heads": 2, "num_layers": 2, "decoder_start_token_id": PAD},

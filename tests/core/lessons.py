@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from sapt_core.data.collate import ALL_SHARE
 from sapt_core.methods.base import Kept, Lesson, find_method
 from sapt_core.pool.model import SaptModel
 from sapt_core.pool.pool import new_pool
@@ -45,7 +46,7 @@ def learn(
     if kept is None:
         others = [index for index in range(len(parent.tasks) if parent else 0) if again is None or index != number]
         kept = [[f"w{index} w7", "w9", f"w{index}"] for index in others]
-    place = {"ref": tiny_ref(), "store": store, "checkpoints": KeptCheckpoints(), "on_step": None}
+    place = {"ref": tiny_ref(), "store": store, "checkpoints": KeptCheckpoints(), "on_step": None, "sharing": ALL_SHARE}
     settings = {
         "method": find_method(options["name"]).model_validate(options),
         "pet": lora(name),

@@ -52,7 +52,10 @@ def find_sites(backbone: nn.Module, targets: tuple[str, ...], field: str = "pet"
     missing = [target for target, names in matches.items() if not names]
     if missing:
         fused = last_names(fused_experts(backbone))
-        aside = f"; its experts ({', '.join(fused)}) are one tensor a layer and no linears: no block reaches them"
+        aside = (
+            f"; its experts ({', '.join(fused)}) are one tensor a layer and no linears: no block reaches them, "
+            "pet.type=full does"
+        )
         raise BackboneError(
             f"{field}.target_modules: {', '.join(missing)} match no linear of {type(backbone).__name__}; "
             f"its linears are named: {', '.join(last_names(linears)) or 'none'}{aside if fused else ''}"

@@ -9,11 +9,18 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import AddedToken
-from transformers import AutoTokenizer, BlenderbotConfig, GenerationConfig, MBartConfig, MBartForConditionalGeneration
+from transformers import (
+    AutoTokenizer,
+    BlenderbotConfig,
+    BlenderbotForConditionalGeneration,
+    GenerationConfig,
+    MBartConfig,
+    MBartForConditionalGeneration,
+)
 
 from sapt_core.backbones.loading import load_backbone, store_backbone
-from sapt_core.backbones.reference import identify, skeleton
-from sapt_core.backbones.tokens import answer_settings, check_tokens, decoder_start, load_tokenizer
+from sapt_core.backbones.reference import identify
+from sapt_core.backbones.tokens import answer_settings, check_tokens, decoder_inputs, decoder_start, load_tokenizer
 from sapt_core.config.preflight import check_backbone
 from sapt_core.errors import BackboneError
 from sapt_core.judging.decoding import answer
@@ -74,10 +81,20 @@ def test_a_decoder_that_starts_behind_the_embeddings_is_refused(tmp_path: Path) 
         check_backbone(experiment(folder), [])
 
 
-def test_a_class_whose_decoder_takes_no_labels_is_refused() -> None:
+def test_a_class_that_does_not_say_so_reads_labels_as_its_own_loss_does() -> None:
     small = {"vocab_size": VOCABULARY, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1}
-    model = skeleton(BlenderbotConfig(**small))
-    with pytest.raises(BackboneError, match="BlenderbotForConditionalGeneration does not say how its decoder"):
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
+    config = BlenderbotConfig(**small, **heads, pad_token_id=0, eos_token_id=EOS, decoder_start_token_id=3)
+    assert not hasattr(BlenderbotForConditionalGeneration, "prepare_decoder_input_ids_from_labels")
+    torch.manual_seed(0)
+    model = BlenderbotForConditionalGeneration(config).eval()
+    check_tokens(model, tiny_tokenizer(), "mine")
+    ids, labels = torch.tensor([[8, 9, 10]] * 2), torch.tensor([[7, 8, EOS], [9, EOS, -100]])
+    assert decoder_inputs(model, labels).tolist() == [[3, 7, 8], [3, 9, EOS]]
+    own = model(input_ids=ids, labels=labels).logits
+    assert torch.equal(model(input_ids=ids, decoder_input_ids=decoder_inputs(model, labels)).logits, own)
+    model.config.pad_token_id = None
+    with pytest.raises(BackboneError, match=r"config\.json lacks pad_token_id: set it"):
         check_tokens(model, tiny_tokenizer(), "mine")
 
 

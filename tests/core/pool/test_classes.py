@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sapt_core.data.collate import Batch
+from sapt_core.data.collate import Batch, Sharing
 from sapt_core.judging.decoding import answer
 from sapt_core.pool.model import SaptModel
 from sapt_core.pool.pool import new_pool
@@ -111,6 +111,23 @@ def test_padding_in_front_of_a_forward_moves_no_token(kind: str) -> None:
     logits = model(batch)
     for row, given in zip(rows, logits, strict=True):
         close(given[-len(row["answer_ids"]) - 1 : -1], rows_of(model, [row])[0])
+
+
+def test_prompts_go_alone_where_others_change_their_answers() -> None:
+    model = pooled_model("llama")
+    model.sharing = Sharing(answering="alone")
+    rows, sizes, inner = random_rows(5, seed=4), [], model.generate
+
+    def watched(batch: Batch, **options: Any) -> Any:
+        sizes.append(len(batch.input_ids))
+        return inner(batch, **options)
+
+    model.generate = watched  # type: ignore[method-assign]
+    config = {"max_new_tokens": 3, "precision": "float32"}
+    alone, _ = answer(model, tiny_tokenizer(), rows, EvaluationConfig(batch_size=16), **config)
+    assert sizes == [1] * 5
+    together, _ = answer(pooled_model("llama"), tiny_tokenizer(), rows, EvaluationConfig(batch_size=16), **config)
+    assert alone == together
 
 
 @pytest.mark.parametrize("kind", sorted(UNTOLD | {"llama"}))

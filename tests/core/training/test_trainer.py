@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sapt_core.data.collate import Collator, epoch_batches
+from sapt_core.data.collate import Collator, Sharing, epoch_batches
 from sapt_core.pool.calls import Call
 from sapt_core.pool.model import SaptModel
 from sapt_core.settings import TrainConfig
@@ -377,3 +377,25 @@ def test_a_killed_process_goes_on_where_it_stopped(tmp_path: Path) -> None:
     curve = run_stochastic(whole, KeptCheckpoints())
     assert json.loads((tmp_path / "curve.json").read_text()) == curve
     assert same_bits(load_file(tmp_path / "final.safetensors"), trainable(whole))
+
+
+@pytest.mark.parametrize("together", ["alike", "alone"])
+@pytest.mark.parametrize("name", ["t5", "llama"])
+def test_rows_that_may_not_share_a_forward_are_learnt_all_the_same(name: str, together: Any) -> None:
+    rows = [*ROWS, *ROWS[:5]]  # some of one length
+    plain, kept_apart = sapt_model(name), sapt_model(name)
+    kept_apart.sharing = Sharing(training=together)
+    lengths: list[set[tuple[int, ...]]] = []
+    inner = kept_apart.run
+
+    def watched(batch: Any) -> Any:
+        assert batch.attention_mask.all()
+        lengths.append(set(batch.input_ids.shape[:1]))
+        return inner(batch)
+
+    kept_apart.run = watched  # type: ignore[method-assign]
+    curves = [learn(model, rows=rows, objective=with_both(), batch_size=16) for model in (plain, kept_apart)]
+    assert_same(plain, kept_apart, atol=1e-4)
+    for one, other in zip(*curves, strict=True):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-5)
+    assert (max(max(each) for each in lengths) > 1) is (together == "alike")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load as load_tensors
 
-from sapt_core.data.collate import Collator
+from sapt_core.data.collate import Collator, Sharing
 from sapt_core.errors import SnapshotError
 from sapt_core.pool.attention import max_pool, vocabulary_moments
 from sapt_core.pool.model import SaptModel
@@ -199,3 +199,15 @@ def test_going_on_from_another_kind_of_version_is_refused() -> None:
         with pytest.raises(SnapshotError, match=message):
             learn(store, 1, first, **changes)
     learn(store, 1, first, attention=AttentionConfig(bottleneck=5, temperature=0.2, hold=0.5, learning_rate_ratio=0.1))
+
+
+def test_a_version_keeps_that_prompts_may_not_share_a_batch() -> None:
+    store = DictStore()
+    plain, _ = learn(store, 0, None)
+    assert b"answering" not in plain.to_bytes(), "as versions were before it could be said"
+    first, _ = learn(store, 0, None, sharing=Sharing(answering="alone"))
+    assert first.answering == "alone"
+    assert first.blocks == plain.blocks
+    assert Manifest.from_bytes(first.to_bytes()) == first
+    second, _ = learn(store, 1, first, sharing=Sharing(answering="alone"))
+    assert second.answering == "alone"

@@ -102,6 +102,7 @@ def test_the_report_of_a_finished_run(finished: Finished, call: Call, tmp_path: 
         "alignment",
         "training",
         "pseudo-samples",
+        "backbone",
         "settings",
     ]
     assert all(image["alt"] for image in page.images)
@@ -155,6 +156,7 @@ def test_an_older_version(finished: Finished, call: Call, tmp_path: Path, monkey
         "attention",
         "alignment",
         "training",
+        "backbone",
         "settings",
     ]
 

@@ -262,8 +262,8 @@ def test_dry_run_writes_nothing(
         arguments = ["--config", QUICKSTART, "--dry-run", *extra, *TINY, "--summary", "new/summary.json"]
         shown = call(continual.main, arguments)
         assert shown.code == 0, shown.err
-        assert "19 stages" in shown.out
-        assert "4 of the 19 stages to run learn every task alone" in shown.out
+        assert "20 stages" in shown.out
+        assert "4 of the 20 stages to run learn every task alone" in shown.out
         assert "evaluation.single_task=false" in shown.out
         assert list(tmp_path.iterdir()) == []
     assert "alone" not in call(continual.main, [*arguments, "evaluation.single_task=false"]).out
@@ -278,6 +278,7 @@ def test_dry_run_shows_what_is_done(
     counts = {kind: [int(cell) for cell in cells] for kind, cells in rows.items()}
     assert "2 of the 5 stages to run learn every task alone" in shown.out
     assert counts == {
+        "probe": [1, 0, 0],
         "prepare": [2, 0, 0],
         "train": [2, 0, 0],
         "pseudo_samples": [2, 0, 0],

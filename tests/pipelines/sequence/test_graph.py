@@ -28,8 +28,8 @@ def experiment(*overrides: str) -> Experiment:
 
 
 def identity(stage: Stage) -> str:
-    """The stage's key, with the identities of its inputs in place of what they will give."""
-    inputs = {name: identity(source) for name, source in stage.inputs.items()}
+    """The stage's key, with the identities of its inputs in place of what they will give, of quiet ones nothing."""
+    inputs = {name: identity(source) for name, source in stage.inputs.items() if name not in stage.quiet}
     return canonical_hash([stage.kind, stage.version, dict(stage.reads), inputs])
 
 
@@ -71,19 +71,22 @@ def test_the_number_format_is_settled_before_anything_is_keyed(native: bool, mon
 def test_every_stage_is_there_once_and_reads_what_it_needs() -> None:
     graph = experiment().graph
     names = [stage.name for stage in graph.stages]
-    assert len(names) == len(set(names)) == 3 + 3 + 2 + 6 + 3 + 3 + 2 + 1
+    assert len(names) == len(set(names)) == 3 + 3 + 2 + 6 + 3 + 3 + 2 + 1 + 1
     assert graph.tasks == ("animal", "basket", "ticket")
     assert [stage.name for stage in graph.train] == ["train[00 animal]", "train[01 basket]", "train[02 ticket]"]
     first, second, third = graph.train
-    assert first.inputs == {"task": graph.prepare[0]}
-    assert second.inputs == {"task": graph.prepare[1], "parent": first, "kept 00": graph.kept[0]}
+    probed = {"probe": graph.probe}
+    assert graph.stages[0] is graph.probe  # before anything is trained
+    assert first.inputs == {"task": graph.prepare[0], **probed}
+    assert second.inputs == {"task": graph.prepare[1], "parent": first, "kept 00": graph.kept[0], **probed}
     assert third.inputs == {
         "task": graph.prepare[2],
         "parent": second,
         "kept 00": graph.kept[0],
         "kept 01": graph.kept[1],
+        **probed,
     }
-    assert [stage.inputs for stage in graph.kept] == [{"task": prepared} for prepared in graph.prepare]
+    assert [stage.inputs for stage in graph.kept] == [{"task": prepared, **probed} for prepared in graph.prepare]
     for i, row in enumerate(graph.evaluate):
         assert [stage.inputs for stage in row] == [
             {"version": graph.train[i], "task": graph.prepare[j]} for j in range(i + 1)
@@ -91,7 +94,7 @@ def test_every_stage_is_there_once_and_reads_what_it_needs() -> None:
         assert {stage.uses["version"] for stage in row} == {frozenset({"manifest"})}  # which names all of a version
     for index, scored in enumerate(graph.single):
         assert scored.inputs["task"] is graph.prepare[index]
-        assert scored.inputs["version"].inputs == {"task": graph.prepare[index]}
+        assert scored.inputs["version"].inputs == {"task": graph.prepare[index], **probed}
     assert [stage.name for stage in graph.attend] == ["attend[v00]", "attend[v01]", "attend[v02]"]
     for i, stage in enumerate(graph.attend):
         tasks = {f"task {j:02d}": graph.prepare[j] for j in range(i + 1)}
@@ -271,7 +274,11 @@ def test_sequential_shares_its_first_task_with_the_task_alone(base: dict[str, li
     assert graph.kept == graph.quality == graph.attend == ()
     assert keys["train"][0] == keys["single"][0] == base["single"][0]
     assert keys["single"] == base["single"]
-    assert graph.train[1].inputs == {"task": graph.prepare[1], "parent": graph.train[0]}
+    assert graph.train[1].inputs == {
+        "task": graph.prepare[1],
+        "parent": graph.train[0],
+        "probe": graph.probe,
+    }
 
 
 @pytest.mark.parametrize(
@@ -300,7 +307,23 @@ def test_without_reflection_there_are_no_pseudo_samples() -> None:
 def test_tasks_are_not_learnt_alone_unless_asked_for() -> None:
     graph = experiment("evaluation.single_task=false").graph
     assert graph.single == ()
-    assert len(graph.stages) == 3 + 3 + 2 + 6 + 3 + 2 + 1
+    assert len(graph.stages) == 3 + 3 + 2 + 6 + 3 + 2 + 1 + 1
+
+
+def test_a_backbone_is_probed_once_for_the_kinds_of_blocks_that_are_learnt_on_it() -> None:
+    def reads(*overrides: str) -> dict[str, Any]:
+        return dict(experiment(*overrides).graph.probe.reads)
+
+    base = reads()
+    assert base["blocks"] == [{"type": "lora", "target_modules": ["q", "k", "v", "o", "wi_0", "wi_1", "wo"]}]
+    for same in ("pet.r=2", "train.epochs=1", "method.name=per_task", "reflection.weight=2", "generator.pet.r=1"):
+        assert reads(same) == base, same
+    other = experiment("generator.pet.target_modules=[q]").graph.probe
+    assert other.reads["blocks"] == [*base["blocks"], {"type": "lora", "target_modules": ["q"]}]
+    assert other.told["fields"] == ["pet", "generator.pet"]
+    prompts = reads("pet={type: prompt}", "reflection.source=memory")
+    assert prompts["blocks"] == [{"type": "prompt"}]
+    assert reads("train.gradient_checkpointing=true") == {**base, "gradient_checkpointing": True}
 
 
 def test_a_task_more_changes_nothing_before_it(base: dict[str, list[str]]) -> None:

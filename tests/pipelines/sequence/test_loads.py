@@ -23,6 +23,7 @@ from sapt_core.versions import learning, manifest
 from tests.pipelines.commands import QUICKSTART, TINY
 
 LOADS = {
+    "probe": True,
     "prepare": False,
     "pseudo_samples": True,
     "given": False,

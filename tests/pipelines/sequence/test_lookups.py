@@ -55,7 +55,7 @@ def finish(experiment: Experiment, store: Bucket) -> dict[Stage, StageRecord]:
     return records
 
 
-@pytest.mark.parametrize(("count", "stages", "most"), [(15, 240, 60), (100, 5850, 300)])
+@pytest.mark.parametrize(("count", "stages", "most"), [(15, 241, 60), (100, 5851, 300)])
 def test_a_finished_sequence_asks_little_however_long_it_is(count: int, stages: int, most: int) -> None:
     experiment, store = sequence(count), Bucket()
     records = finish(experiment, store)

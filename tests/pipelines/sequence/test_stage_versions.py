@@ -36,6 +36,7 @@ ANSWERS = (*MODEL, "judging/choices", "judging/decoding", "judging/metrics", "ju
 TRAINING = (*MODEL, "training/trainer", "methods/base", "versions/learning", "versions/loading")
 POOLED = (*TOKENS, "pool/attention", "judging/decoding")
 SOURCES: dict[str, tuple[str, ...]] = {
+    "probe": (*MODEL, "pool/probe"),
     "prepare": TOKENS,
     "pseudo_samples": (*TOKENS, *TRAINING, "training/generator"),
     "given": (),

@@ -51,7 +51,7 @@ def test_every_version_and_the_backbone_meet_every_unseen_task() -> None:
     for version, row in zip(graph.train, graph.transfer, strict=True):
         assert [stage.inputs["version"] for stage in row] == [version, version]
     assert [stage.name for stage in graph.zero_shot] == ["zero_shot[stock]", "zero_shot[loan]"]
-    assert [list(stage.inputs) for stage in graph.zero_shot] == [["task"], ["task"]]
+    assert [list(stage.inputs) for stage in graph.zero_shot] == [["task", "probe"], ["task", "probe"]]
 
 
 def test_rows_that_are_not_scored_repeat_no_scoring(tmp_path: Path) -> None:

@@ -277,7 +277,7 @@ def test_a_dry_run_starts_nothing(tmp_path: Path, call: Call) -> None:
     ended = call(command.main, ["--config", str(written(tmp_path)), "--dry-run"])
     assert ended.code == 0, ended.err
     assert "4 trials to run" in ended.out
-    assert "7 stages, of which several trials have need, run first: 0 are done" in " ".join(ended.out.split())
+    assert "8 stages, of which several trials have need, run first: 0 are done" in " ".join(ended.out.split())
     assert not (tmp_path / "store").exists()
     assert not (tmp_path / "results").exists()
 

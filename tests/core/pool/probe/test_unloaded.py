@@ -10,7 +10,7 @@ import torch
 from sapt_core.backbones.reference import skeleton
 from sapt_core.errors import BackboneError
 from sapt_core.pool.blocks.lora import find_sites, is_linear
-from sapt_core.pool.probe import check_embeddings, check_sites, look
+from sapt_core.pool.probe.unloaded import check_embeddings, check_sites, look
 from tests.core.classes import tiny_config, tiny_model
 from tests.core.pool.test_classes import TARGETS
 
@@ -65,6 +65,14 @@ def test_linears_that_cannot_tell_texts_apart_are_refused_by_name() -> None:
     with pytest.raises(BackboneError, match=r"2 of 2 are given rows of several texts without their order") as caught:
         check("led", "longformer_self_attn.query")
     assert "encoder_attn.q_proj" in str(caught.value), "what can be named in their place"
+
+
+def test_a_router_that_gives_no_tensor_is_refused_by_name() -> None:
+    with pytest.raises(BackboneError, match=r"2 of 2 are routers of experts that give no tensor") as caught:
+        check("phimoe", "router")
+    assert "self_attn.q_proj" in str(caught.value)
+    assert "mlp.router" not in str(caught.value).partition("name others")[2]
+    check("phimoe", "q_proj", "v_proj")
 
 
 @pytest.mark.parametrize("kind", ["ctrl"])

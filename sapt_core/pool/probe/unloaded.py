@@ -30,10 +30,12 @@ class Seen:
 
     Attributes:
         inputs: shapes of each one's inputs, by its module's name; no linear that was not called.
+        others: linears that give something else than what a linear gives, as some routers of experts do.
         routed: whether numbers decide what is called, which a forward without weights can only guess.
     """
 
     inputs: Mapping[str, frozenset[tuple[int, ...]]]
+    others: frozenset[str]
     routed: bool
 
     def by_text(self, name: str) -> bool:
@@ -57,17 +59,19 @@ def check_sites(model: PreTrainedModel, sites: Collection[str], field: str) -> N
     if seen is None:
         return
     uncalled = [] if seen.routed else [name for name in sites if name not in seen.inputs]
-    mixed = [name for name in sites if name in seen.inputs and not seen.by_text(name)]
+    others = [name for name in sites if name in seen.others]
+    mixed = [name for name in sites if name in seen.inputs and name not in seen.others and not seen.by_text(name)]
     what = {
         "never called, so nothing would be learnt there": uncalled,
         "given rows of several texts without their order, so no text's own mixture of blocks reaches them": mixed,
+        "routers of experts that give no tensor, to which nothing can be added": others,
     }
     faults = [f"{len(names)} of {len(sites)} are {why} ({_shown(names)})" for why, names in what.items() if names]
     if faults:
-        others = [name for name in seen.inputs if seen.by_text(name)]
+        fit = [name for name in seen.inputs if seen.by_text(name) and name not in seen.others]
         raise BackboneError(
             f"{field}.target_modules: of the linears that they name in {type(model).__name__}, {' and '.join(faults)}; "
-            f"name others, if need be by more than the last part: {', '.join(last_names(others, parts=2))}"
+            f"name others, if need be by more than the last part: {', '.join(last_names(fit, parts=2))}"
         )
 
 
@@ -103,9 +107,15 @@ _looked: dict[tuple[str, str, bool], Seen | None] = {}
 
 def _look(model: PreTrainedModel, embedded: bool) -> Seen | None:
     inputs: dict[str, set[tuple[int, ...]]] = {}
+    others: set[str] = set()
 
     def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Any], None]:
-        return lambda _module, args, _output: inputs.setdefault(name, set()).add(tuple(args[0].shape))
+        def noted(_module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
+            inputs.setdefault(name, set()).add(tuple(args[0].shape))
+            if not isinstance(output, Tensor):
+                others.add(name)
+
+        return noted
 
     ids = torch.ones(_TEXTS, _TOKENS, dtype=torch.long, device="meta")
     given: dict[str, Tensor] = {"inputs_embeds": model.get_input_embeddings()(ids)} if embedded else {"input_ids": ids}
@@ -128,7 +138,8 @@ def _look(model: PreTrainedModel, embedded: bool) -> Seen | None:
             model(**given, use_cache=False)
         except _UNRUN:
             return None
-    return Seen({name: frozenset(shapes) for name, shapes in inputs.items()}, guesses.routed)
+    seen = {name: frozenset(shapes) for name, shapes in inputs.items()}
+    return Seen(seen, frozenset(others), guesses.routed)
 
 
 class _Guesses(TorchDispatchMode):  # type: ignore[no-untyped-call]
