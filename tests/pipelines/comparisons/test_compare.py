@@ -126,7 +126,7 @@ def contents(folder: Path) -> dict[str, str]:
 def test_what_cells_share_runs_once(compared: Compared) -> None:
     names = [name.partition(": ")[2].partition("[")[0] for name, _ in records(compared.folder / "store").values()]
     # For each seed both rows share the first task and its score; all share what is prepared.
-    assert Counter(names) == {"prepare": 2, "train": 2 * 3, "pseudo_samples": 2, "evaluate": 2 * 5} | {
+    assert Counter(names) == {"probe": 1, "prepare": 2, "train": 2 * 3, "pseudo_samples": 2, "evaluate": 2 * 5} | {
         "attend": 2 * 3,
         "quality": 2,
         "cost": 2 * 2,
