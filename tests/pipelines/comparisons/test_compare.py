@@ -171,7 +171,7 @@ def test_records_say_what_was_run(compared: Compared) -> None:
     assert [len(row) for row in record.attention] == [1, 2]
     assert sum(record.attention[1][0]) == pytest.approx(1, abs=1e-3)
     assert record.sizes == {"tasks": 2, "train_rows": 44, "dev_rows": 4, "test_rows": 24}
-    assert set(record.seconds) == {"prepare", "train", "evaluate", "attend", "cost"}
+    assert set(record.seconds) == {"probe", "prepare", "train", "evaluate", "attend", "cost"}
     assert found["SAPT seed 0"].source_seconds > 0 == record.source_seconds
     assert record.machine.cores > 0
 
