@@ -1,6 +1,6 @@
 """Try every text class of transformers as a backbone, and say what works.
 
-    python -m benchmarks.backbones --output /tmp/backbones.json
+    python -m benchmarks.backbones --table docs/backbones-table.md
 
 Each class is built small and random, saved, read back as a user's folder is, probed, trained for three steps with LoRA
 and with soft prompts, asked, stored as a version and loaded again, in a process of its own with a limit of time and of
@@ -121,7 +121,8 @@ def main() -> None:
     results = _read(arguments.output)
     console = Console(width=200)
     left = [key for key in wanted if arguments.again or key not in results]
-    warm_up()
+    if left:
+        warm_up()
     for key in left:
         results[key] = asdict(apart(key))
         _write(arguments.output, results)

@@ -34,7 +34,7 @@ from sapt_core.io.blobs import BlobStore
 from sapt_core.judging import metrics
 from sapt_core.judging.analysis import MIN_ROWS, draw, sample_quality
 from sapt_core.judging.choices import task_choices
-from sapt_core.judging.decoding import answer, pooled_embeddings
+from sapt_core.judging.decoding import answer, pooled_embeddings, require_beams
 from sapt_core.judging.scoring.intervals import Estimate
 from sapt_core.judging.scoring.named import require_sources
 from sapt_core.methods.base import find_method
@@ -77,9 +77,10 @@ disable_progress_bar()  # type: ignore[no-untyped-call]  # of loading weights: a
 def probe(context: StageContext) -> StageResult:
     """See what the backbone does with blocks on it, and refuse what cannot be learnt or answered with.
 
-    Reads ``backbone``, ``blocks`` (kinds of them) and ``gradient_checkpointing``; is told the ``fields`` of the config
-    that the blocks are of. Metrics: the fields of ``Verdict``. Values: what is to be done otherwise than the backbone's
-    class says of itself; none where there is nothing, so that what is learnt has the key that it has without a probe.
+    Reads ``backbone``, ``blocks`` (kinds of them), ``gradient_checkpointing`` and, if several, ``num_beams``; is told
+    the ``fields`` of the config that the blocks are of. Metrics: the fields of ``Verdict``. Values: what is to be done
+    otherwise than the backbone's class says of itself; none where there is nothing, so that what is learnt has the key
+    that it has without a probe.
     """
     reads = context.reads
     model, tokenizer = load_backbone(_backbone(context), context.store)
@@ -98,6 +99,7 @@ def probe(context: StageContext) -> StageResult:
             for field, kind in zip(context.told["fields"], reads["blocks"], strict=True)
         ],
     )
+    require_beams(EvaluationConfig(num_beams=reads.get("num_beams", 1)), verdict.answering)
     return StageResult(values=verdict.otherwise, metrics=asdict(verdict))
 
 

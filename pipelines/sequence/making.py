@@ -129,6 +129,7 @@ class StageMaker:
                 "backbone": self.backbone,
                 "blocks": [kinds[field] for field in fields],
                 "gradient_checkpointing": config.train.gradient_checkpointing,
+                **({"num_beams": config.evaluation.num_beams} if config.evaluation.num_beams > 1 else {}),
             },
             **self.loading,
         )

@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from sapt_core.backbones.device import Precision, autocast
 from sapt_core.data.collate import Together
+from sapt_core.errors import BackboneError
 from sapt_core.judging.choices import Choices
 from sapt_core.pool.blocks.base import embedding_matrix
 from sapt_core.pool.model import SaptModel
@@ -43,7 +44,11 @@ def answer(
 
     Returns:
         Answers in the order of ``rows`` and the mixture weights (N, T) they were made with.
+
+    Raises:
+        BackboneError: as ``require_beams``.
     """
+    require_beams(config, model.sharing.answering)
     collator = model.collator(tokenizer.pad_token_id)
     device = next(model.backbone.parameters()).device
     lengths = [len(row["prompt_ids"]) for row in rows]
@@ -79,6 +84,19 @@ def _with(config: GenerationConfig, ends: Sequence[int]) -> list[int]:
     """The ids that end an answer of the backbone, and more."""
     own = config.eos_token_id
     return list(dict.fromkeys([*(own if isinstance(own, list) else [] if own is None else [own]), *ends]))
+
+
+def require_beams(config: EvaluationConfig, together: Together) -> None:
+    """Refuse several beams where no two rows may share a batch, since beams are such rows.
+
+    Raises:
+        BackboneError: there are several.
+    """
+    if together == "alone" and config.num_beams > 1:
+        raise BackboneError(
+            f"evaluation.num_beams={config.num_beams}: on this backbone the rows of a batch change each other's "
+            "answers, and so do beams: set it to 1"
+        )
 
 
 def _groups(lengths: Sequence[int], together: Together) -> list[list[int]]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sapt_core.data.collate import Batch, Sharing
+from sapt_core.errors import BackboneError
 from sapt_core.judging.decoding import answer
 from sapt_core.pool.model import SaptModel
 from sapt_core.pool.pool import new_pool
@@ -126,6 +127,8 @@ def test_prompts_go_alone_where_others_change_their_answers() -> None:
     config = {"max_new_tokens": 3, "precision": "float32"}
     alone, _ = answer(model, tiny_tokenizer(), rows, EvaluationConfig(batch_size=16), **config)
     assert sizes == [1] * 5
+    with pytest.raises(BackboneError, match=r"evaluation\.num_beams=2: .* set it to 1"):
+        answer(model, tiny_tokenizer(), rows, EvaluationConfig(num_beams=2), **config)
     together, _ = answer(pooled_model("llama"), tiny_tokenizer(), rows, EvaluationConfig(batch_size=16), **config)
     assert alone == together
 

@@ -126,7 +126,7 @@ def contents(folder: Path) -> dict[str, str]:
 def test_what_cells_share_runs_once(compared: Compared) -> None:
     names = [name.partition(": ")[2].partition("[")[0] for name, _ in records(compared.folder / "store").values()]
     # For each seed both rows share the first task and its score; all share what is prepared.
-    assert Counter(names) == {"prepare": 2, "train": 2 * 3, "pseudo_samples": 2, "evaluate": 2 * 5} | {
+    assert Counter(names) == {"probe": 1, "prepare": 2, "train": 2 * 3, "pseudo_samples": 2, "evaluate": 2 * 5} | {
         "attend": 2 * 3,
         "quality": 2,
         "cost": 2 * 2,
@@ -171,7 +171,7 @@ def test_records_say_what_was_run(compared: Compared) -> None:
     assert [len(row) for row in record.attention] == [1, 2]
     assert sum(record.attention[1][0]) == pytest.approx(1, abs=1e-3)
     assert record.sizes == {"tasks": 2, "train_rows": 44, "dev_rows": 4, "test_rows": 24}
-    assert set(record.seconds) == {"prepare", "train", "evaluate", "attend", "cost"}
+    assert set(record.seconds) == {"probe", "prepare", "train", "evaluate", "attend", "cost"}
     assert found["SAPT seed 0"].source_seconds > 0 == record.source_seconds
     assert record.machine.cores > 0
 

@@ -323,6 +323,7 @@ def test_a_backbone_is_probed_once_for_the_kinds_of_blocks_that_are_learnt_on_it
     assert other.told["fields"] == ["pet", "generator.pet"]
     prompts = reads("pet={type: prompt}", "reflection.source=memory")
     assert prompts["blocks"] == [{"type": "prompt"}]
+    assert reads("evaluation.num_beams=3") == {**base, "num_beams": 3}
     assert reads("train.gradient_checkpointing=true") == {**base, "gradient_checkpointing": True}
 
 

@@ -183,7 +183,7 @@ def test_what_no_swept_field_reaches_is_shared(tmp_path: Path) -> None:
         assert set(closure(found)) == set(found)  # what they need is shared too, and is there once
         return {stage.name for stage in found}
 
-    prepared = {"prepare[00 animal]", "prepare[01 basket]", "pseudo_samples[00 animal]"}
+    prepared = {"probe", "prepare[00 animal]", "prepare[01 basket]", "pseudo_samples[00 animal]"}
     first = {"train[00 animal]", "evaluate[v00 on 00 animal]"}
     # λ has nothing to act on in the first task; the temperature has.
     assert shared("\n  reflection.weight: {values: [0.1, 2.0]}") == prepared | first
