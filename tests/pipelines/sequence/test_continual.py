@@ -36,7 +36,7 @@ from tests.pipelines.commands import (
     records,
 )
 
-KINDS = {"complete", "prepare", "pseudo_samples", "train", "evaluate", "single", "attend", "quality", "cost"}
+KINDS = {"probe", "complete", "prepare", "pseudo_samples", "train", "evaluate", "single", "attend", "quality", "cost"}
 
 
 def test_inline_runs_where_ray_mlflow_and_boto3_are_not_installed(finished: Finished) -> None:
