@@ -25,7 +25,7 @@ test: env
 	@echo "test: what needs no server, two files at a time"
 	@$(BIN)/python -m pytest -m "not integration" --numprocesses 2 --dist loadfile
 	@echo "test: with Ray, MLflow and S3, two files at a time"
-	@$(BIN)/python -m pytest -m integration --numprocesses 2 --dist loadfile
+	@$(BIN)/python -m pytest -m integration --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # PLACES: store.uri and tracking.uri, if not below runs/.
 run: env

@@ -21,6 +21,11 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What may take longest comes first, with its file: of two at a time it would else run alone in the end."""
+    items.sort(key=lambda item: max((mark.args[0] for mark in item.iter_markers("timeout")), default=0), reverse=True)
+
+
 def pytest_collection_finish() -> None:
     """What is imported by now stays: no collection needs to look at it again, and a full one takes seconds else."""
     gc.collect()
