@@ -51,7 +51,7 @@ def versions(folder: Path) -> list[int]:
 
 
 def await_file(folder: Path, pattern: str) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400  # the workers start within it, on a machine that is busy otherwise too
     while not any(folder.glob(pattern)):
         assert time.monotonic() < deadline, f"no {pattern} in {folder}"
         time.sleep(0.05)
