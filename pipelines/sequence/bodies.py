@@ -27,14 +27,12 @@ from sapt_core.backbones.reference import BackboneRef
 from sapt_core.data.collate import Sharing
 from sapt_core.data.encoding import PromptEncoder
 from sapt_core.data.prepare import PreparedTask, prepare_task, read_split
-from sapt_core.data.rendering import ends_of
 from sapt_core.data.task import LearntTask, Task
 from sapt_core.errors import StoreError
 from sapt_core.io.blobs import BlobStore
 from sapt_core.judging import metrics
 from sapt_core.judging.analysis import MIN_ROWS, draw, sample_quality
-from sapt_core.judging.choices import task_choices
-from sapt_core.judging.decoding import answer, pooled_embeddings, require_beams
+from sapt_core.judging.decoding import answer_task, pooled_embeddings, require_beams
 from sapt_core.judging.scoring.intervals import Estimate
 from sapt_core.judging.scoring.named import require_sources
 from sapt_core.methods.base import find_method
@@ -476,15 +474,8 @@ def _score(
     max_target_tokens: int,
 ) -> tuple[dict[str, Estimate], Tensor, list[dict[str, Any]]]:
     rows: list[dict[str, Any]] = list(getattr(task, config.split))
-    texts, weights = answer(
-        model,
-        tokenizer,
-        rows,
-        config,
-        max_new_tokens=max_target_tokens,
-        precision=precision,
-        choices=task_choices(task, rows, tokenizer, model, joined=joined, max_target_tokens=max_target_tokens),
-        ends=ends_of(task.template, tokenizer),
+    texts, weights = answer_task(
+        model, tokenizer, task, rows, config, joined=joined, max_target_tokens=max_target_tokens, precision=precision
     )
     references = [list(row["references"]) for row in rows]
     predictions = [

@@ -12,8 +12,10 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from sapt_core.backbones.device import Precision, autocast
 from sapt_core.data.collate import Together
+from sapt_core.data.prepare import PreparedTask
+from sapt_core.data.rendering import ends_of
 from sapt_core.errors import BackboneError
-from sapt_core.judging.choices import Choices
+from sapt_core.judging.choices import Choices, task_choices
 from sapt_core.pool.blocks.base import embedding_matrix
 from sapt_core.pool.model import SaptModel
 from sapt_core.settings import EvaluationConfig
@@ -78,6 +80,38 @@ def answer(
                 texts[index] = text.strip()
                 weights[index] = row
     return texts, torch.stack(weights)
+
+
+def answer_task(
+    model: SaptModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: PreparedTask,
+    rows: Sequence[Mapping[str, Any]],
+    config: EvaluationConfig,
+    *,
+    joined: bool,
+    max_target_tokens: int,
+    precision: Precision,
+) -> tuple[list[str], Tensor]:
+    """``answer`` to rows of a prepared task: none but its labels, if it has any, and up to the end that it is taught.
+
+    Args:
+        model, tokenizer, config, precision: as of ``answer``.
+        task: that the rows are of.
+        rows: of one of its splits.
+        joined: whether prompt and answer are ids of one text.
+        max_target_tokens: longest answer.
+    """
+    return answer(
+        model,
+        tokenizer,
+        rows,
+        config,
+        max_new_tokens=max_target_tokens,
+        precision=precision,
+        choices=task_choices(task, rows, tokenizer, model, joined=joined, max_target_tokens=max_target_tokens),
+        ends=ends_of(task.template, tokenizer),
+    )
 
 
 def _with(config: GenerationConfig, ends: Sequence[int]) -> list[int]:

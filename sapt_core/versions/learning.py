@@ -14,13 +14,11 @@ from sapt_core.backbones.device import Precision
 from sapt_core.backbones.reference import BackboneRef
 from sapt_core.data.collate import ALL_SHARE, Sharing
 from sapt_core.data.prepare import PreparedTask
-from sapt_core.data.rendering import ends_of
 from sapt_core.data.task import LearntTask
 from sapt_core.errors import DivergenceError, SnapshotError
 from sapt_core.io.blobs import BlobStore, Checkpoints
 from sapt_core.judging import metrics
-from sapt_core.judging.choices import task_choices
-from sapt_core.judging.decoding import answer
+from sapt_core.judging.decoding import answer_task
 from sapt_core.methods.base import Kept, Lesson, Method
 from sapt_core.pool.model import SaptModel
 from sapt_core.pool.pool import PETPool
@@ -348,15 +346,15 @@ def _score_dev(
     rows: list[dict[str, Any]] = list(task.dev)[rank::world]
     texts: list[str] = []
     if rows:
-        texts, _ = answer(
+        texts, _ = answer_task(
             model,
             tokenizer,
+            task,
             rows,
             evaluation,
-            max_new_tokens=max_new_tokens,
+            joined=joined,
+            max_target_tokens=max_new_tokens,
             precision=precision,
-            choices=task_choices(task, rows, tokenizer, model, joined=joined, max_target_tokens=max_new_tokens),
-            ends=ends_of(task.template, tokenizer),
         )
     scored = [(text, row["references"], row["input"]) for text, row in zip(texts, rows, strict=True)]
     predictions, references, inputs = zip(*(each for part in gathered(scored) for each in part), strict=True)
